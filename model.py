@@ -1,0 +1,828 @@
+"""GPT, HourglassFFN and the YuriiFormer family: one model, chosen by flags.
+
+A pre-norm transformer layer is one step of an optimisation algorithm on the token embeddings X:
+attention and the FFN are its two gradient oracles. Three independent choices make a variant:
+    template   what a substep does with an oracle's answer    gd, polyak, nesterov, tmm, ...
+    splitting  which oracles are asked, and in which order    lie_trotter, euler, strang
+    ffn        the second oracle                              mlp, swiglu, hourglass
+The plain GPT is template=gd, splitting=lie_trotter, ffn=mlp: it loads nanoGPT's weights and GPT-2's
+
+Sources: YuriiFormer, arXiv 2601.23236; Momentum Streams, arXiv 2605.24425; HourglassFFN, arXiv
+2602.06471. "(our reading)" marks what no public source confirms.
+"""
+
+import contextlib
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from config import check_fields, fail
+
+Oracle = Callable[[torch.Tensor], torch.Tensor]  # z (B, T, C) -> g(z) (B, T, C)
+State = tuple[torch.Tensor, ...]  # x (B, T, C), then whatever streams the template carries
+
+
+@dataclass
+class GPTConfig:
+    """The architecture. Raises ValueError that names every bad value, its rule and the fix."""
+
+    block_size: int = 1024  # context length T in tokens
+    vocab_size: int = 50304  # rows of the token table (GPT-2's 50257, padded to a multiple of 128)
+    vocab_used: int | None = None  # ids the tokenizer has; the rows above are never sampled
+    n_layer: int = 12  # layers L
+    n_head: int = 12  # attention heads H
+    n_embd: int = 768  # residual width d
+    dropout: float = 0.0  # probability; drawn anew at each oracle call
+    bias: bool = True  # biases in linears and LayerNorms, as GPT-2 has; False is a bit better
+    head_dim: int | None = None  # auto: n_embd / n_head; smaller makes hourglass attention
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # every norm (QK-norm is always RMSNorm)
+    position: Literal["learned", "rope"] = "learned"  # position table, or rotary embedding
+    rope_theta: float = 10000.0  # base of RoPE's frequencies
+    qk_norm: bool = False  # RMSNorm of q and k at packed width, before the head split and RoPE
+    ffn: Literal["mlp", "swiglu", "hourglass"] = "mlp"  # feed-forward network, the second oracle
+    ffn_hidden: int | None = None  # d_ff or d_h; auto: 4 n_embd, hourglass 4/5 n_embd
+    ffn_depth: int = 4  # K, the number of sub-MLPs of an hourglass
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"  # of mlp: nanoGPT's exact, or OpenAI's GPT-2
+    ffn_substeps: Literal["joint", "each"] = "joint"  # one substep for the hourglass, or K of them
+    template: Literal["gd", "polyak", "nesterov", "tmm", "imex", "symplectic", "rmsprop", "adam",
+                      "adamw"] = "gd"  # the update rule; gd is the GPT, nesterov the YuriiFormer
+    imex_steps: int = 2  # k of IMEX: attention and FFN are evaluated k times a layer
+    splitting: Literal["lie_trotter", "euler", "strang"] = "lie_trotter"  # order of the oracles
+    velocity_init: Literal["embed", "zero", "add"] = "embed"  # V_0; add: gd, tables join x
+    velocity_norm: Literal["update", "read", "none"] = "update"  # where N_v stands
+    mu_init: float = 0.5  # look-ahead at the start (the value, not the raw parameter)
+    beta_init: float = 0.5  # velocity decay at the start
+    gamma_init: float = math.log(2)  # oracle step size at the start
+    scalar_map: Literal["sigmoid", "softplus"] = "sigmoid"  # range of mu and beta: (0, 1), (0, inf)
+    residual_init_scale: bool = True  # attention-out and FFN-out start 1/sqrt(2 L) times smaller
+
+    def __post_init__(self) -> None:
+        problems = check_fields(self)
+        if not problems:
+            problems = [f"{what}: {rule}; {fix}" for bad, what, rule, fix in self._rules() if bad]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _rules(self) -> list[tuple[bool, str, str, str]]:
+        """(broken, value, rule, fix) for every rule that a type cannot express."""
+        t, s, v = self.template, self.splitting, self.velocity_norm
+        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "head_dim",
+                 "ffn_hidden", "ffn_depth", "imex_steps", "vocab_used")
+        rules = [((size := getattr(self, name)) is not None and size < 1, f"{name}={size}",
+                  "must be at least 1", "choose a positive size") for name in sizes]
+        positive = ("rope_theta", "gamma_init", "mu_init", "beta_init")
+        rules += [(getattr(self, name) <= 0, f"{name}={getattr(self, name)}", "must be positive",
+                   f"the default is {getattr(GPTConfig, name):.4g}") for name in positive]
+        rules += [(self.scalar_map == "sigmoid" and value >= 1, f"{name}={value}",
+                   "a sigmoid stays below 1", f"use {name} < 1 or scalar_map=softplus")
+                  for name, value in (("mu_init", self.mu_init), ("beta_init", self.beta_init))]
+        no_head_dim = self.head_dim is None and self.n_head > 0
+        return rules + [
+            (not 0 <= self.dropout < 1, f"dropout={self.dropout}", "is a probability below 1",
+             "use 0 <= dropout < 1"),
+            (no_head_dim and self.n_embd % self.n_head != 0,
+             f"n_embd={self.n_embd}, n_head={self.n_head}", "n_embd must be a multiple of n_head",
+             "change one, or give head_dim"),
+            (self.position == "rope" and self.n_head > 0 and self.d_head % 2 == 1,
+             f"head_dim={self.d_head}", "position=rope rotates pairs", "use an even head_dim"),
+            (self.vocab_used is not None and self.vocab_used > self.vocab_size,
+             f"vocab_used={self.vocab_used}", f"vocab_size={self.vocab_size} has fewer rows",
+             "raise vocab_size"),
+            (s != "lie_trotter" and t not in SPLITTABLE, f"splitting={s}",
+             f"template={t} has its own order", "use splitting=lie_trotter"),
+            (self.each and t not in SPLITTABLE, "ffn_substeps=each",
+             f"template={t} takes the FFN as one oracle", "use ffn_substeps=joint"),
+            (self.each and s == "euler", "ffn_substeps=each",
+             "splitting=euler has one substep for everything",
+             "use splitting=lie_trotter or strang, or ffn_substeps=joint"),
+            (self.velocity_init == "add" and t != "gd", "velocity_init=add",
+             f"template={t} has a velocity of its own", "use template=gd, or velocity_init=embed"),
+            (t == "imex" and v == "read", "velocity_norm=read", "template=imex has no such form",
+             "use velocity_norm=update or none"),
+            (t == "symplectic" and v != "update", f"velocity_norm={v}",
+             "template=symplectic has no such form", "use velocity_norm=update"),
+        ]
+
+    @property
+    def d_head(self) -> int:
+        """Width of one head."""
+        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
+
+    @property
+    def d_attn(self) -> int:
+        """Packed attention width d_a = n_head * d_head."""
+        return self.n_head * self.d_head
+
+    @property
+    def d_ffn(self) -> int:
+        """Hidden width of the FFN, or of each sub-MLP."""
+        default = 4 * self.n_embd // 5 if self.ffn == "hourglass" else 4 * self.n_embd
+        return max(1, default) if self.ffn_hidden is None else self.ffn_hidden
+
+    @property
+    def each(self) -> bool:
+        """Does each sub-MLP of the hourglass get its own substep?"""
+        return self.ffn == "hourglass" and self.ffn_substeps == "each"
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        """How often a layer evaluates (attention, FFN)."""
+        k = self.imex_steps if self.template == "imex" else 1
+        return (2, 1) if self.splitting == "strang" else (k, k)
+
+
+# -----------------------------------------------------------------------------
+# Parts: norm, rotary positions, key/value cache, attention
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """LayerNorm or RMSNorm over n_embd, eps 1e-5."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=1e-5)
+    return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+
+
+def rope_table(positions: torch.Tensor, dim: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
+    """cos and sin of positions (T,) times theta^(-2i/dim): (2, T, dim / 2)."""
+    frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim)
+    angles = torch.outer(positions.to(dtype), frequencies)  # (T, dim / 2)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (i, i + dim/2) of x (B, H, T, dim) by the angles of `rope`."""
+    (cos, sin), (a, b) = rope, x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of `length` tokens, for every attention call of a forward pass.
+
+    The calls come in the same order in every pass, so the n-th call owns the n-th slot, however
+    often a template evaluates attention in a layer. The velocity needs no cache: it is carried
+    along depth, not along time.
+    """
+
+    def __init__(self, max_length: int):
+        self.max_length, self.length = max_length, 0
+        self.slots: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.call = 0
+
+    def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k, v (B, H, T, d_head) behind the earlier tokens; return all (B, H, length+T, .)"""
+        if self.call == len(self.slots):
+            b, h, _, d = k.shape
+            self.slots.append((k.new_empty(b, h, self.max_length, d),
+                               v.new_empty(b, h, self.max_length, d)))
+        keys, values = self.slots[self.call]
+        self.call += 1
+        end = self.length + k.size(2)
+        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, n_tokens: int) -> None:
+        """The forward pass over n_tokens is complete."""
+        self.length, self.call = self.length + n_tokens, 0
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention of packed width d_a = n_head * head_dim, which may be below n_embd
+    (hourglass attention, arXiv 2602.06471)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.d_attn, bias=config.bias)  # q, k, v
+        self.c_proj = nn.Linear(config.d_attn, config.n_embd, bias=config.bias)
+        self.q_norm = nn.RMSNorm(config.d_attn, eps=1e-5) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.d_attn, eps=1e-5) if config.qk_norm else None
+
+    def forward(self, x: torch.Tensor, rope: torch.Tensor | None = None,
+                cache: KVCache | None = None) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        B, T, _ = x.shape
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, d_a) each
+        if self.q_norm is not None:
+            q = self.q_norm(q.to(self.q_norm.weight.dtype))
+            k = self.k_norm(k.to(self.k_norm.weight.dtype))
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v))  # (B, H, T, .)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        start = 0 if cache is None else cache.length
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        mask = None
+        if start > 0 and T > 1:  # a chunk behind cached tokens: row i sees start + i + 1 of them
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+        return F.dropout(y, self.dropout, self.training)
+
+
+# -----------------------------------------------------------------------------
+# Parts: feed-forward networks
+
+
+class MLP(nn.Module):
+    """W_proj gelu(W_fc x), as in GPT-2."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.d_ffn, bias=config.bias)
+        self.gelu = nn.GELU("tanh" if config.activation == "gelu_tanh" else "none")
+        self.c_proj = nn.Linear(config.d_ffn, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class SwiGLU(nn.Module):
+    """W_proj (silu(W_gate x) * W_up x); two separate matrices, so that Muon orthogonalises each."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_gate = nn.Linear(config.n_embd, config.d_ffn, bias=config.bias)
+        self.c_up = nn.Linear(config.n_embd, config.d_ffn, bias=config.bias)
+        self.c_proj = nn.Linear(config.d_ffn, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_up(x)))
+
+
+class HourglassFFN(nn.ModuleList):
+    """K narrow SwiGLU sub-MLPs (d -> d_h < d -> d), each with its own pre-norm, on ONE residual
+    path (arXiv 2602.06471): z_{i+1} = z_i + m_i(z_i), and z_K is the layer's output.
+
+    As an oracle it answers z_K - z_0, accumulated as the sum of the m_i (our reading).
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(
+            nn.Sequential(OrderedDict(norm=make_norm(config), ffn=SwiGLU(config)))
+            for _ in range(config.ffn_depth))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros_like(z)
+        for sub_mlp in self:
+            total = total + sub_mlp(z + total)
+        return total
+
+
+FFNS = {"mlp": MLP, "swiglu": SwiGLU, "hourglass": HourglassFFN}
+
+
+# -----------------------------------------------------------------------------
+# Templates: what one substep does. It takes an oracle and the state and returns the new state.
+# No template knows about attention, no oracle about momentum. To add one: a class, a line in the
+# table, its name in GPTConfig.template.
+
+
+class Template(nn.Module):
+    """One substep with its learned scalars, each a parameter of shape (1,), and its norm.
+
+    streams: how each tensor that travels beside x starts: "embed" (own tables, or zeros with
+             velocity_init=zero) or "ones".
+    """
+
+    streams: tuple[str, ...] = ()
+
+    def __init__(self, config: GPTConfig, norm: bool = True, **learned: tuple[str, float]):
+        """learned: name=(map, value): the map keeps the scalar in its range, sigmoid in (0, 1) and
+        softplus in (0, inf); the value is where it starts."""
+        super().__init__()
+        self.norm = make_norm(config) if norm else None
+        self.learned = learned
+        for name in learned:
+            self.register_parameter(name, nn.Parameter(torch.empty(1)))
+
+    @torch.no_grad()
+    def init_scalars(self) -> None:
+        """Set the raw parameters to the inverse map of the starting values."""
+        for name, (range_map, value) in self.learned.items():
+            odds = value / (1 - value) if range_map == "sigmoid" else math.expm1(value)
+            getattr(self, name).fill_(math.log(odds))
+
+    def scalar(self, name: str) -> torch.Tensor | None:
+        """The mapped value (1,) of a learned scalar; None where this template does not have it."""
+        if name not in self.learned:
+            return None
+        range_map = torch.sigmoid if self.learned[name][0] == "sigmoid" else F.softplus
+        return range_map(getattr(self, name))
+
+
+class GradientDescent(Template):
+    """X' = X + h g(X): the residual connection of every GPT."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config, norm=False)
+
+    def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
+        (x,) = state
+        return (torch.add(x, oracle(x), alpha=h),)  # x + h g(x)
+
+
+class Momentum(Template):
+    """Heavy ball, Nesterov and triple momentum (arXiv 2601.23236, 2605.24425):
+
+        Y = X + mu V;   V' = N_v(beta V + gamma h g(Y));   X' = X + h nu V'
+
+    polyak has no look-ahead (mu = 0), polyak and nesterov have nu = 1, tmm learns all four. X moves
+    from X, not from Y; the normalised V' overwrites V. Our reading: one N_v and one set of scalars
+    per substep, the starting values, h (1/2 in Strang's attention halves), Euler's scalar count.
+    velocity_norm=read keeps V raw and moves X by N_v(V'); none has no N_v.
+    """
+
+    streams = ("embed",)
+
+    def __init__(self, config: GPTConfig, names: tuple[str, ...]):
+        scalars = dict(mu=(config.scalar_map, config.mu_init),
+                       beta=(config.scalar_map, config.beta_init),
+                       gamma=("softplus", config.gamma_init), nu=("softplus", 1.0))
+        super().__init__(config, config.velocity_norm != "none", **{n: scalars[n] for n in names})
+        self.velocity_norm = config.velocity_norm
+
+    def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
+        x, v = state
+        mu, beta, gamma, nu = map(self.scalar, ("mu", "beta", "gamma", "nu"))
+        y = x if mu is None else x + mu * v  # look ahead
+        v = beta * v + gamma * h * oracle(y)
+        if self.velocity_norm == "update":
+            v = self.norm(v)
+        step = self.norm(v) if self.velocity_norm == "read" else v
+        return torch.add(x, step if nu is None else nu * step, alpha=h), v  # x + h nu step
+
+
+class Imex(Template):
+    """IMEX(k) (our reading of arXiv 2601.23236), both oracles at once, k times:
+
+        Z^0 = X;   V^i = N_v(beta V + gamma_a g_a(Z^{i-1}) + gamma_m g_m(Z^{i-1}));   Z^i = X + V^i
+
+    Every iteration starts from the layer's incoming V. X' = Z^k, V' = V^k.
+    """
+
+    streams = ("embed",)
+
+    def __init__(self, config: GPTConfig):
+        gamma = ("softplus", config.gamma_init)
+        super().__init__(config, config.velocity_norm == "update", gamma_a=gamma, gamma_m=gamma,
+                         beta=(config.scalar_map, config.beta_init))
+        self.steps = config.imex_steps
+
+    def forward(self, oracles: tuple[Oracle, Oracle], state: State, h: float = 1.0) -> State:
+        (x, v), (attention, ffn) = state, oracles
+        beta, gamma_a, gamma_m = map(self.scalar, ("beta", "gamma_a", "gamma_m"))
+        z = x
+        for _ in range(self.steps):
+            v_new = beta * v + gamma_a * attention(z) + gamma_m * ffn(z)
+            v_new = v_new if self.norm is None else self.norm(v_new)
+            z = x + v_new
+        return z, v_new
+
+
+class Symplectic(Template):
+    """Hamiltonian, symplectic Euler (our reading of arXiv 2601.23236; eta starts at 1):
+
+        V' = N_v(beta V + gamma g_a(X));   X' = X + eta M(N_m V')
+
+    The FFN, with its pre-norm, is applied to the velocity.
+    """
+
+    streams = ("embed",)
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config, beta=(config.scalar_map, config.beta_init),
+                         gamma=("softplus", config.gamma_init), eta=("softplus", 1.0))
+
+    def forward(self, oracles: tuple[Oracle, Oracle], state: State, h: float = 1.0) -> State:
+        (x, v), (attention, ffn) = state, oracles
+        beta, gamma, eta = map(self.scalar, ("beta", "gamma", "eta"))
+        v = self.norm(beta * v + gamma * attention(x))
+        return x + eta * ffn(v), v
+
+
+class Preconditioned(Template):
+    """RMSProp, Adam and AdamW as templates (arXiv 2605.24425), no look-ahead, no bias correction:
+
+        M' = b1 M + (1 - b1) g(X);   S' = b2 S + (1 - b2) g(X)^2
+        X' = (1 - lam) X + gamma N_u(M' / (sqrt S' + 1e-8))
+
+    rmsprop has no M (g stands for it), only adamw decays (lam starts at sigmoid(-5)).
+    """
+
+    def __init__(self, config: GPTConfig, names: tuple[str, ...]):
+        scalars = dict(beta1=("sigmoid", 0.5), beta2=("sigmoid", 0.5),
+                       gamma=("softplus", config.gamma_init),
+                       lam=("sigmoid", 1 / (1 + math.exp(5))))
+        super().__init__(config, **{n: scalars[n] for n in names})
+        self.streams = ("embed", "ones") if "beta1" in names else ("ones",)
+
+    def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
+        x, *m, s = state
+        beta1, beta2, gamma, lam = map(self.scalar, ("beta1", "beta2", "gamma", "lam"))
+        g = oracle(x).to(x.dtype)
+        s = beta2 * s + (1 - beta2) * g.square()
+        m = [beta1 * m_ + (1 - beta1) * g for m_ in m]
+        update = self.norm((m[0] if m else g) / (s.sqrt() + 1e-8))
+        x = x if lam is None else (1 - lam) * x
+        return x + gamma * update, *m, s
+
+
+TEMPLATES: dict[str, Callable[[GPTConfig], Template]] = {
+    "gd": GradientDescent,
+    "polyak": partial(Momentum, names=("beta", "gamma")),
+    "nesterov": partial(Momentum, names=("mu", "beta", "gamma")),
+    "tmm": partial(Momentum, names=("mu", "beta", "gamma", "nu")),
+    "imex": Imex,
+    "symplectic": Symplectic,
+    "rmsprop": partial(Preconditioned, names=("beta2", "gamma")),
+    "adam": partial(Preconditioned, names=("beta1", "beta2", "gamma")),
+    "adamw": partial(Preconditioned, names=("beta1", "beta2", "gamma", "lam")),
+}
+
+
+# -----------------------------------------------------------------------------
+# Splittings: which oracles are asked, in which order, with which step. An entry is (oracle, h).
+
+
+def lie_trotter(attention: Oracle, ffns: list[Oracle]) -> list[tuple[Oracle, float]]:
+    """Attention, then the FFN (or its sub-MLPs one after the other)."""
+    return [(attention, 1.0), *((ffn, 1.0) for ffn in ffns)]
+
+
+def euler(attention: Oracle, ffns: list[Oracle]) -> list[tuple[Oracle, float]]:
+    """One substep of the sum: the parallel block."""
+    (ffn,) = ffns
+    return [(lambda z: attention(z).to(z.dtype) + ffn(z), 1.0)]
+
+
+def strang(attention: Oracle, ffns: list[Oracle]) -> list[tuple[Oracle, float]]:
+    """Half attention, FFN, half attention with the same weights (our reading of PRK-Verlet)."""
+    return [(attention, 0.5), *((ffn, 1.0) for ffn in ffns), (attention, 0.5)]
+
+
+def own_order(attention: Oracle, ffns: list[Oracle]) -> list[tuple[tuple[Oracle, Oracle], float]]:
+    """The template gets both oracles and orders them itself."""
+    (ffn,) = ffns
+    return [((attention, ffn), 1.0)]
+
+
+SPLITTINGS = {"lie_trotter": lie_trotter, "euler": euler, "strang": strang}
+SPLITTABLE = ("gd", "polyak", "nesterov", "tmm")  # the templates that take every splitting
+OWN_ORDER = ("imex", "symplectic")
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+
+class Block(nn.Module):
+    """One layer: two oracles, and the substeps that ask them. Names are nanoGPT's."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.Identity() if config.ffn == "hourglass" else make_norm(config)
+        self.mlp = FFNS[config.ffn](config)  # an hourglass brings the norms of its sub-MLPs
+        self.each = config.each
+        self.split = own_order if config.template in OWN_ORDER else SPLITTINGS[config.splitting]
+        n_substeps = len(self.split(*self.oracles()))
+        self.steps = nn.ModuleList(TEMPLATES[config.template](config) for _ in range(n_substeps))
+
+    def oracles(self, rope: torch.Tensor | None = None,
+                cache: KVCache | None = None) -> tuple[Oracle, list[Oracle]]:
+        """Attention, and the FFN as one oracle or as its K sub-MLPs."""
+        ffns = list(self.mlp) if self.each else [lambda z: self.mlp(self.ln_2(z))]
+        return lambda z: self.attn(self.ln_1(z), rope, cache), ffns
+
+    def forward(self, state: State, rope: torch.Tensor | None = None,
+                cache: KVCache | None = None) -> State:
+        """state: x (B, T, C) and the template's streams of the same shape."""
+        substeps = self.split(*self.oracles(rope, cache))
+        for step, (oracle, h) in zip(self.steps, substeps, strict=True):
+            state = step(oracle, state, h)
+        return state
+
+
+class GPT(nn.Module):
+    """The language model: embeddings, L blocks, final norm, tied head."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        c = config
+        h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.streams = h[0].steps[0].streams
+        own = "embed" in self.streams and c.velocity_init == "embed"
+        tables = own or c.velocity_init == "add"
+        learned = c.position == "learned"
+        parts = dict(wte=nn.Embedding(c.vocab_size, c.n_embd),
+                     wpe=nn.Embedding(c.block_size, c.n_embd) if learned else None,
+                     vte=nn.Embedding(c.vocab_size, c.n_embd) if tables else None,
+                     vpe=nn.Embedding(c.block_size, c.n_embd) if tables and learned else None,
+                     drop=nn.Dropout(c.dropout), h=h, ln_f=make_norm(c))
+        self.transformer = nn.ModuleDict({k: m for k, m in parts.items() if m is not None})
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """N(0, 0.02) for every matrix and table, smaller by 1/sqrt(2 L) for what writes to the
+        residual stream (residual_init_scale); biases 0, gains 1, scalars as configured."""
+        out_scale = (2 * self.config.n_layer) ** -0.5 if self.config.residual_init_scale else 1.0
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                std = 0.02 * (out_scale if name.endswith("c_proj") else 1.0)
+                nn.init.normal_(module.weight, 0.0, std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.reset_parameters()
+            elif isinstance(module, Template):
+                module.init_scalars()
+
+    def embed(self, idx: torch.Tensor, start: int = 0) -> State:
+        """Tokens (B, T) at positions start.. -> x and the streams, each (B, T, C)."""
+        t = self.transformer
+        pos = torch.arange(start, start + idx.size(1), device=idx.device)  # (T,)
+
+        def look_up(tokens: str, positions: str) -> torch.Tensor:
+            e = t[tokens](idx)
+            return t.drop(e + t[positions](pos) if positions in t else e)  # (B, T, C)
+
+        x = look_up("wte", "wpe")
+        if self.config.velocity_init == "add":
+            x = x + look_up("vte", "vpe")  # the control "tables without dynamics"
+        starts = {"ones": lambda: torch.ones_like(x),
+                  "embed": lambda: look_up("vte", "vpe") if "vte" in t else torch.zeros_like(x)}
+        return x, *(starts[kind]() for kind in self.streams)
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
+                cache: KVCache | None = None, reduction: Literal["mean", "none"] = "mean",
+                ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """idx (B, T) token ids -> (logits, loss).
+
+        With targets (B, T), logits (B, T, vocab_size) and the cross-entropy in nats per token, at
+        least fp32, target -1 ignored: its mean (), or (B, T) with reduction="none". Without,
+        logits (B, 1, vocab_size) of the last position and None. With a cache, idx continues the
+        cached tokens. Raises ValueError where cached and new tokens exceed block_size.
+        """
+        c, start = self.config, 0 if cache is None else cache.length
+        if start + idx.size(1) > c.block_size:
+            raise ValueError(f"{start + idx.size(1)} tokens exceed block_size={c.block_size}; crop "
+                             f"the input")
+        state = self.embed(idx, start)
+        rope = None
+        if c.position == "rope":
+            pos = torch.arange(start, start + idx.size(1), device=idx.device)
+            rope = rope_table(pos, c.d_head, c.rope_theta, self.lm_head.weight.dtype)
+        for block in self.transformer.h:
+            state = block(state, rope, cache)
+        if cache is not None:
+            cache.advance(idx.size(1))
+        x = self.transformer.ln_f(state[0])
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        logits = self.lm_head(x)  # (B, T, V)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-1,
+                               reduction=reduction)
+        return logits, loss if reduction == "mean" else loss.view_as(targets)
+
+    # --- generation ---
+
+    @torch.no_grad()
+    def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
+               top_k: int | None = None, top_p: float | None = None,
+               stop_tokens: tuple[int, ...] = (), generator: torch.Generator | None = None,
+               ) -> Iterator[torch.Tensor]:
+        """Continue idx (B, T >= 1): yield the next token of every row, (B,), up to max_new_tokens
+        times, ending early when every row has met a stop token (such a row repeats it).
+
+        temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the fewest whose
+        probability reaches p. Rows beyond vocab_used are never drawn. When the context is full the
+        older half is dropped and the rest read again (a sliding window of T/2 to T tokens).
+        """
+        c = self.config
+        stops = torch.tensor(stop_tokens, dtype=idx.dtype, device=idx.device)
+        last = torch.zeros_like(idx[:, 0])
+        stopped = torch.zeros_like(last, dtype=torch.bool)
+        window, cache = idx[:, -c.block_size:], KVCache(c.block_size)
+        unread = window
+        for _ in range(max_new_tokens):
+            if cache.length + unread.size(1) > c.block_size:
+                window, cache = window[:, -max(1, c.block_size // 2):], KVCache(c.block_size)
+                unread = window
+            logits = self(unread, cache=cache)[0][:, -1].float()  # (B, V)
+            logits[:, c.vocab_used:] = -torch.inf
+            token = torch.where(stopped, last, draw(logits, temperature, top_k, top_p, generator))
+            stopped, last = stopped | torch.isin(token, stops), token
+            unread = token[:, None]
+            window = torch.cat((window, unread), dim=1)
+            yield token
+            if stop_tokens and stopped.all():
+                return
+
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None, top_p: float | None = None,
+                 stop_tokens: tuple[int, ...] = (), generator: torch.Generator | None = None,
+                 ) -> torch.Tensor:
+        """idx (B, T) -> (B, T + new): the prompt and what `stream` yields."""
+        tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop_tokens, generator)
+        return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
+
+    # --- accounting ---
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Parameters, the tied head once; non_embedding leaves out the positions and the velocity
+        tables (inputs only), and keeps the token table, which is the head's matrix."""
+        inputs_only = (m for k, m in self.transformer.items() if k in ("wpe", "vte", "vpe"))
+        n = sum(p.numel() for p in self.parameters())
+        return n - sum(m.weight.numel() for m in inputs_only) if non_embedding else n
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token, 3 x forward: 2 per weight of a matrix and evaluation, attention
+        2 T d_a per layer (causal average) and evaluation, the head 2 V d."""
+        c, block = self.config, self.transformer.h[0]
+        attn_calls, ffn_calls = c.calls
+        attn, ffn = (sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
+                     for part in (block.attn, block.mlp))
+        layer = 2 * (attn_calls * (attn + c.block_size * c.d_attn) + ffn_calls * ffn)
+        return 3 * (c.n_layer * layer + 2 * c.vocab_size * c.n_embd)
+
+    def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak: float = 312e12) -> float:
+        """Model FLOPs utilisation: fwdbwd_per_iter sequences in dt seconds, as a share of `peak`
+        FLOP/s (default: an A100 in bf16)."""
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
+
+    def parameter_roles(self) -> dict[str, dict[str, nn.Parameter]]:
+        """matrix (2-D, in the blocks), embedding (all tables, the tied head), norm (gains and
+        biases), scalar (the templates'): name -> parameter, every parameter in exactly one."""
+        roles: dict = {"matrix": {}, "embedding": {}, "norm": {}, "scalar": {}}
+        for path, module in self.named_modules():
+            for name, p in module.named_parameters(recurse=False):
+                if isinstance(module, nn.Embedding):
+                    role = "embedding"
+                elif isinstance(module, Template):
+                    role = "scalar"
+                else:
+                    role = "matrix" if isinstance(module, nn.Linear) and p.ndim == 2 else "norm"
+                if module is not self.lm_head:
+                    roles[role][f"{path}.{name}"] = p
+        named = dict(self.named_parameters())
+        assert sum(map(len, roles.values())) == len(named), "a parameter is in no role, or in two"
+        return roles
+
+    def configure_optimizers(self, weight_decay: float, learning_rate: float,
+                             betas: tuple[float, float], device_type: str,
+                             scalar_lr: float | None = None,
+                             roles: tuple[str, ...] = ("matrix", "embedding", "norm", "scalar"),
+                             ) -> torch.optim.AdamW:
+        """AdamW over the parameters of `roles`: matrices and tables decay, norms, biases and
+        scalars do not; scalars at scalar_lr (default: learning_rate)."""
+        groups = [dict(params=list(params.items()), role=role,
+                       lr=scalar_lr if role == "scalar" and scalar_lr else learning_rate,
+                       weight_decay=weight_decay if role in ("matrix", "embedding") else 0.0)
+                  for role, params in self.parameter_roles().items() if role in roles and params]
+        return torch.optim.AdamW(groups, betas=betas, fused=device_type in ("cuda", "cpu", "mps"))
+
+    # --- weights from elsewhere ---
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context; cuts the position tables."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"block_size={block_size}: must lie in 1..{self.config.block_size}, "
+                             f"the model's own; choose a smaller one")
+        self.config = replace(self.config, block_size=block_size)
+        for name in ("wpe", "vpe"):
+            if name in self.transformer:
+                table = self.transformer[name]
+                table.weight = nn.Parameter(table.weight[:block_size].detach().clone())
+                table.num_embeddings = block_size
+
+    @classmethod
+    def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> "GPT":
+        """OpenAI's GPT-2 through transformers: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder
+        that transformers saved. override_args: only dropout."""
+        try:
+            from transformers import GPT2LMHeadModel
+        except ImportError:
+            fail("GPT-2 weights need transformers: pip install transformers")
+        override_args = override_args or {}
+        if set(override_args) - {"dropout"}:
+            raise ValueError(f"{sorted(override_args)}: only dropout can be overridden")
+        try:
+            source = GPT2LMHeadModel.from_pretrained(model_type)
+        except (OSError, ValueError) as error:
+            fail(f"cannot load {model_type}: {str(error).splitlines()[0]}")
+        hf = source.config
+        model = cls(GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size,
+                              n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd,
+                              ffn_hidden=hf.n_inner, bias=True, activation="gelu_tanh",
+                              **override_args))
+        weights = source.state_dict()
+        for name in weights:  # OpenAI's Conv1D holds its matrices transposed
+            if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+                weights[name] = weights[name].t()
+        model.load_state_dict(weights)
+        return model
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: dict, **override_args) -> "GPT":
+        """The model of a checkpoint, ours or nanoGPT's. override_args: config values to change."""
+        names = {f.name for f in fields(GPTConfig)}
+        args = checkpoint["model_args"]
+        if unknown := sorted(set(args) - names):
+            fail(f"the checkpoint's model has options this version does not know: {unknown}")
+        args = dict(args) | override_args
+        if args["vocab_size"] == 50304 and "vocab_used" not in args:
+            args["vocab_used"] = 50257  # nanoGPT's padded GPT-2 vocabulary
+        model = cls(GPTConfig(**args))
+        weights = {k.removeprefix("_orig_mod."): w for k, w in checkpoint["model"].items()}
+        masks = [k for k in weights if k.endswith(".attn.bias")]  # older nanoGPT's causal masks
+        model.to(weights["lm_head.weight"].dtype)
+        model.load_state_dict({k: w for k, w in weights.items() if k not in masks})
+        return model
+
+
+# -----------------------------------------------------------------------------
+# Running a model: drawing tokens, reading checkpoints, device and precision
+
+
+def draw(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
+         top_p: float | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One token id per row of logits (B, V) -> (B,). See GPT.stream."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:
+        ranked, order = probs.sort(dim=-1, descending=True)
+        before = ranked.cumsum(dim=-1) - ranked  # the probability of the likelier tokens
+        ranked = ranked.masked_fill(before >= top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def read_checkpoint(path: str) -> dict:
+    """A checkpoint file, on the CPU; tensors and plain Python only. UserError if it cannot be."""
+    if not os.path.isfile(path):
+        fail(f"no checkpoint {path}; train one, or name the right folder")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises nearly anything
+        fail(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}")
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        fail(f"{path} holds no model; expected nanoGPT's keys model and model_args")
+    return checkpoint
+
+
+def pick_device(device: str | None = None, index: int = 0) -> torch.device:
+    """The named device, or the best there is: CUDA (card `index`), MPS, CPU."""
+    try:
+        chosen = torch.device(device) if device else torch.accelerator.current_accelerator(True)
+    except RuntimeError:
+        fail(f"device={device}: no such device; use cpu, cuda, cuda:0 or mps")
+    chosen = chosen or torch.device("cpu")
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            fail(f"device={device}: CUDA is not available here; use --device=cpu")
+        return torch.device("cuda", index if chosen.index is None else chosen.index)
+    return chosen
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+          "float64": torch.float64}
+
+
+def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The named precision, or bf16 where the device computes in it (else fp16 on CUDA, fp32)."""
+    if dtype:
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Mixed precision for bf16 and fp16, nothing for fp32 and fp64."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(device.type, dtype)
+    return contextlib.nullcontext()
