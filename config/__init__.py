@@ -209,9 +209,8 @@ def _run_preset(path: str, values: dict, problems: list[str]) -> dict[str, Any]:
         return {}
     try:
         after = runpy.run_path(path, init_globals=dict(values))
-        with open(path, encoding="utf-8") as file:  # also those that repeat the current value
-            stored = {node.id for node in ast.walk(ast.parse(file.read()))
-                      if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        with open(path, encoding="utf-8") as file:
+            stored = _stored_names(ast.parse(file.read()))
     except (Exception, SystemExit) as error:  # it is the user's code: anything may happen in it
         frames = [f for f in inspect.getinnerframes(error.__traceback__) if f.filename == path]
         line = frames[-1].lineno if frames else getattr(error, "lineno", None)
@@ -223,6 +222,16 @@ def _run_preset(path: str, values: dict, problems: list[str]) -> dict[str, Any]:
     return {name: value for name, value in after.items()
             if not name.startswith("_") and not isinstance(value, ignored)
             and (name in stored or name not in values or value is not values[name])}
+
+
+def _stored_names(tree: ast.Module) -> set[str]:
+    """The names that a preset assigns, also where it repeats the current value."""
+    names = {node.id for node in ast.walk(tree)
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for node in tree.body:  # from config.gpt_owt import *
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            names |= vars(sys.modules[node.module]).keys()
+    return names
 
 
 # -----------------------------------------------------------------------------

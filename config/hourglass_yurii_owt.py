@@ -1,0 +1,26 @@
+"""Both seeds in one model: the 113M hourglass as YuriiFormer on OpenWebText, with gpt_owt's recipe.
+Nobody has published this combination. The other reading, a momentum substep for every sub-MLP, is
+--ffn_substeps=each.
+
+Cost:     14.7 G tokens, 1.6e19 FLOP; about 11 h on one H100 at 40 % MFU (computed).
+Expected: not measured.
+"""
+
+from config.gpt_owt import *
+
+out_dir = "out-hourglass-yurii-owt"
+template = "nesterov"
+
+# wide residual stream, few layers, attention 12 x 64 = 768 < 1248, four sub-MLPs of width 1008
+n_layer = 6
+n_embd = 1248
+n_head = 12
+head_dim = 64
+ffn = "hourglass"
+ffn_hidden = 1008
+ffn_depth = 4
+norm = "rmsnorm"
+position = "rope"
+rope_theta = 500_000.0
+qk_norm = True
+residual_init_scale = False

@@ -1,0 +1,10 @@
+"""TMMFormer (triple momentum) on OpenWebText: gpt_owt with another template.
+
+Cost:     about gpt_owt's (the velocity adds no matrix).
+Expected: best validation loss 2.908 in a reproduction (arXiv 2605.24425).
+"""
+
+from config.gpt_owt import *
+
+out_dir = "out-tmm-owt"
+template = "tmm"

@@ -1,0 +1,14 @@
+"""YuriiFormer on OpenWebText with a stronger recipe: yurii_owt with Muon weight decay 0.1, a
+40-step warm-up and a WSD schedule. On TinyStories the first two took a plain GPT from 1.053 to 1.044 in a
+reproduction, more than the architecture's own gain.
+
+Cost:     yurii_owt's.
+Expected: not measured.
+"""
+
+from config.yurii_owt import *
+
+out_dir = "out-yurii-owt-tuned"
+muon_weight_decay = 0.1
+warmup_iters = 40
+schedule = "wsd"

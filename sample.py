@@ -1,0 +1,183 @@
+"""Generate text from a checkpoint, ours or nanoGPT's, or from OpenAI's GPT-2.
+
+    python sample.py --out_dir=out-yurii-tinystories --start="Once upon a time"
+    echo "Once upon a time" | python sample.py --out_dir=out-yurii-tinystories --start=- --top_p=0.9
+
+The samples are drawn together, as one batch; the first is printed while it is made. Past the
+model's context the older half is forgotten and the rest read again (a sliding window).
+"""
+
+import codecs
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from config import cli, fail, read_config
+from model import GPT, autocast, pick_device, pick_dtype, read_checkpoint
+from prepare import Tokenizer, load_meta
+
+
+@dataclass
+class SampleConfig:
+    """Every option of sample.py."""
+
+    out_dir: str = "out"  # the run to sample from: its ckpt.pt or best.pt
+    init_from: str = "resume"  # resume (out_dir's checkpoint), a .pt file, or gpt2*
+    start: str = "\n"  # the prompt; FILE:path reads it from a file, - from standard input
+    num_samples: int = 3  # drawn together, as one batch
+    max_new_tokens: int = 500  # per sample
+    temperature: float = 0.8  # 0 is greedy; below 1 less, above 1 more random
+    top_k: int | None = 200  # only the k likeliest tokens; None: all
+    top_p: float | None = None  # only the likeliest tokens that together reach this probability
+    stop: str | None = None  # end a sample before this text, e.g. "<|endoftext|>"
+    seed: int = 1337  # of the draws
+    data_dir: str = "data"  # where a nanoGPT checkpoint's meta.pkl is
+    device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None  # auto: bf16 if fast
+    compile: bool = False  # torch.compile the model
+
+    def __post_init__(self) -> None:
+        problems = [f"{name}={value}: {rule}" for bad, name, value, rule in (
+            (self.num_samples < 1, "num_samples", self.num_samples, "must be at least 1"),
+            (self.max_new_tokens < 1, "max_new_tokens", self.max_new_tokens, "must be at least 1"),
+            (self.temperature < 0, "temperature", self.temperature, "must not be negative"),
+            (self.top_k is not None and self.top_k < 1, "top_k", self.top_k,
+             "must be at least 1; None keeps all tokens"),
+            (self.top_p is not None and not 0 < self.top_p <= 1, "top_p", self.top_p,
+             "must lie in (0, 1]; None keeps all tokens"),
+            (self.stop == "", "stop", '""', "must not be empty"),
+        ) if bad]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
+    """The model (on the CPU, in eval mode) and the tokenizer it was trained with."""
+    if config.init_from.startswith("gpt2"):
+        model, meta = GPT.from_pretrained(config.init_from), {"tokenizer": "gpt2"}
+    else:
+        checkpoint = read_checkpoint(checkpoint_path(config))
+        model = GPT.from_checkpoint(checkpoint, dropout=0.0)
+        meta = checkpoint.get("tokenizer") or nanogpt_tokenizer(checkpoint, config.data_dir)
+    tokenizer = Tokenizer.from_meta(meta)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        fail(f"the tokenizer {tokenizer.name} has {tokenizer.n_vocab} ids, the model only "
+             f"{model.config.vocab_size}: it was trained with another one")
+    model.config.vocab_used = tokenizer.n_vocab
+    return model.eval(), tokenizer
+
+
+def checkpoint_path(config: SampleConfig) -> str:
+    """ckpt.pt, or best.pt of a run that asked for it (always_save_checkpoint=False)."""
+    if config.init_from != "resume":
+        return config.init_from
+    path, best = (os.path.join(config.out_dir, name) for name in ("ckpt.pt", "best.pt"))
+    if os.path.exists(best):
+        run = read_checkpoint(best).get("config", {})
+        if not run.get("always_save_checkpoint", True) or not os.path.exists(path):
+            return best
+    return path
+
+
+def nanogpt_tokenizer(checkpoint: dict, data_dir: str) -> dict:
+    """A nanoGPT checkpoint does not say its tokenizer: its data folder does, or its vocabulary."""
+    folder = os.path.join(data_dir, str(checkpoint.get("config", {}).get("dataset")))
+    size = checkpoint["model_args"]["vocab_size"]
+    if os.path.isfile(os.path.join(folder, "train.bin")):
+        meta = load_meta(folder)
+        if size in (meta["vocab_size"], meta["padded_vocab_size"]):
+            return meta
+    if size in (50257, 50304):
+        return {"tokenizer": "gpt2"}
+    fail(f"the checkpoint has {size} token ids and does not say which; put the data that it was "
+         f"trained on, with its meta.pkl, in {folder}")
+
+
+def read_prompt(start: str) -> str:
+    """The prompt's text: as it stands, from FILE:path, or from standard input (-)."""
+    if start != "-" and not start.startswith("FILE:"):
+        return start
+    try:
+        if start == "-":
+            return sys.stdin.read()
+        with open(start[5:], encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read the prompt {start}: {error}")
+
+
+class Sample:
+    """The text of one row, token by token. `add` returns what may be shown already: whole
+    characters, and nothing that may turn out to begin the stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: str | None):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.text, self.shown, self.done = "", 0, False
+
+    def add(self, token: int) -> str:
+        if self.done:
+            return ""
+        self.text += self.decoder.decode(self.tokenizer.token_bytes(token))
+        if self.stop and (found := self.text.find(self.stop, max(0, self.shown))) >= 0:
+            self.text, self.done = self.text[:found], True
+        return self.show(0 if self.done else self.held_back())
+
+    def held_back(self) -> int:
+        """How many characters at the end are a beginning of the stop text."""
+        longest = min(len(self.stop or "") - 1, len(self.text) - self.shown)
+        return next((n for n in range(longest, 0, -1) if self.text.endswith(self.stop[:n])), 0)
+
+    def finish(self) -> str:
+        if not self.done:
+            self.text += self.decoder.decode(b"", final=True)
+        return self.show(0)
+
+    def show(self, held_back: int) -> str:
+        start, self.shown = self.shown, len(self.text) - held_back
+        return self.text[start:self.shown]
+
+
+def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: str,
+                 ) -> Iterator[str]:
+    """Yield the pieces of the text to print: the first sample as it is made, then the others."""
+    device, c = next(model.parameters()).device, config
+    ids = tokenizer.encode_prompt(prompt)
+    if not ids:
+        fail("the prompt is empty; give --start some text, a newline at least")
+    idx = torch.tensor(ids, device=device).repeat(c.num_samples, 1)  # (num_samples, T)
+    generator = torch.Generator(device).manual_seed(c.seed)
+    samples = [Sample(tokenizer, c.stop) for _ in range(c.num_samples)]
+    yield prompt
+    for tokens in model.stream(idx, c.max_new_tokens, c.temperature, c.top_k, c.top_p,
+                               generator=generator):
+        pieces = [sample.add(token) for sample, token in zip(samples, tokens.tolist(), strict=True)]
+        yield pieces[0]
+        if all(sample.done for sample in samples):
+            break
+    yield samples[0].finish() + "\n"
+    for sample in samples[1:]:
+        sample.finish()
+        yield f"{'-' * 15}\n{prompt}{sample.text}\n"
+
+
+def main(argv: list[str]) -> None:
+    config, _ = read_config(SampleConfig, argv, usage=__doc__)
+    device = pick_device(config.device)
+    prompt = read_prompt(config.start)
+    model, tokenizer = load_model(config)
+    dtype = pick_dtype(config.dtype, device)
+    model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    if config.compile:
+        model.compile()
+    with autocast(device, dtype):
+        for piece in draw_samples(model, tokenizer, config, prompt):
+            print(piece, end="", flush=True)
+
+
+if __name__ == "__main__":
+    cli(main)

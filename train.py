@@ -1,0 +1,843 @@
+"""Train a GPT, a HourglassFFN model or a YuriiFormer on one device or many.
+
+    python train.py config/tinystories_cpu.py
+    torchrun --standalone --nproc_per_node=8 train.py config/yurii_owt.py --out_dir=out-yurii
+
+The first names a preset; every option of TrainConfig can follow as --name=value. Writes to out_dir:
+ckpt.pt (latest), ckpt_prev.pt (the one before), best.pt (lowest evaluation loss), log.jsonl,
+config.json, loss.png. To go on after an interruption, add --init_from=resume.
+"""
+
+import contextlib
+import json
+import math
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from config import UserError, cli, fail, read_config
+from model import GPT, GPTConfig, autocast, pick_device, pick_dtype, read_checkpoint
+from prepare import load_meta
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, nothing keeps two runs apart
+    fcntl = None
+
+
+@dataclass
+class TrainConfig(GPTConfig):
+    """Every option of a run: the model's (GPTConfig) and these."""
+
+    # what nanoGPT's trainer sets otherwise than its model
+    bias: bool = False  # biases in linears and LayerNorms, as GPT-2 has; False is a bit better
+    vocab_size: int | None = None  # rows of the token table; auto: the data's, padded
+    # data and output
+    dataset: str = "openwebtext"  # folder in data_dir that prepare.py made
+    data_dir: str = "data"  # where the data folders are
+    out_dir: str = "out"  # checkpoints and logs
+    init_from: str = "scratch"  # scratch, resume, auto (resume if possible), gpt2*, or a .pt file
+    overwrite: bool = False  # start from scratch although out_dir holds a checkpoint
+    # batch
+    batch_size: int = 12  # micro-batch: sequences per device and forward pass
+    gradient_accumulation_steps: int = 40  # micro-batches per step, the total over all ranks
+    # optimiser
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the blocks' matrices; AdamW the rest
+    learning_rate: float = 6e-4  # AdamW's peak
+    muon_lr: float = 0.02  # Muon's peak
+    muon_weight_decay: float = 0.0  # decoupled, of the matrices under Muon
+    scalar_lr: float | None = None  # peak for mu, beta, gamma, nu; auto: 5 x learning_rate
+    weight_decay: float = 0.1  # of matrices and tables under AdamW
+    beta1: float = 0.9  # AdamW's
+    beta2: float = 0.95  # AdamW's
+    grad_clip: float = 1.0  # global gradient norm; 0 turns clipping off
+    # schedule: one multiplier for every rate
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warm-up, stable, decay
+    decay_lr: bool = True  # False: the peak from the first step to the last (nanoGPT's)
+    max_iters: int = 600_000  # optimiser steps
+    warmup_iters: int = 2000  # linear warm-up
+    lr_decay_iters: int | None = None  # the decay ends here; auto: max_iters
+    decay_fraction: float = 0.2  # wsd: this share of lr_decay_iters decays, linearly
+    min_lr: float | None = None  # floor of learning_rate; auto: learning_rate / 10
+    # evaluation, checkpoints, logs
+    eval_interval: int = 2000  # steps between evaluations
+    eval_tokens: int = 4_915_200  # validation tokens, capped at the split
+    eval_iters: int | None = None  # nanoGPT's: converted to eval_tokens
+    eval_only: bool = False  # evaluate once and stop
+    save_interval: int | None = None  # steps between checkpoints; auto: eval_interval
+    always_save_checkpoint: bool = True  # False: sample.py takes best.pt rather than ckpt.pt
+    log_interval: int = 1  # steps between log lines
+    wandb_log: bool = False  # log to Weights & Biases
+    wandb_project: str = "nanoyurii"  # its project
+    wandb_run_name: str = "run"  # its run
+    tensorboard: bool = False  # log to out_dir/tensorboard
+    # machine
+    device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None  # auto: bf16 if fast
+    compile: bool | None = None  # torch.compile; auto: on CUDA, where it works
+    backend: str | None = None  # of torch.distributed; auto: nccl on CUDA, else gloo
+    seed: int = 1337  # of the initial weights, the data order and dropout
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_iters is not None:
+            self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
+
+    def _rules(self) -> list[tuple[bool, str, str, str]]:
+        counts = ("batch_size", "gradient_accumulation_steps", "max_iters", "lr_decay_iters",
+                  "eval_interval", "eval_iters", "eval_tokens", "save_interval", "log_interval")
+        amounts = ("learning_rate", "muon_lr", "scalar_lr", "weight_decay", "muon_weight_decay",
+                   "grad_clip", "min_lr", "warmup_iters")
+        one = [(f"{n}={v}", v) for n in counts if (v := getattr(self, n)) is not None]
+        zero = [(f"{n}={v}", v) for n in amounts if (v := getattr(self, n)) is not None]
+        custom_tokens = self.eval_tokens != TrainConfig.eval_tokens
+        return super()._rules() + [
+            *((value < 1, text, "must be at least 1", "choose a positive count")
+              for text, value in one),
+            *((value < 0, text, "must not be negative", "choose 0 or more")
+              for text, value in zero),
+            *((not 0 <= beta < 1, f"{name}={beta}", "must lie in [0, 1)", "the default is usual")
+              for name, beta in (("beta1", self.beta1), ("beta2", self.beta2))),
+            (not 0 < self.decay_fraction <= 1, f"decay_fraction={self.decay_fraction}",
+             "is a share of lr_decay_iters", "use 0 < decay_fraction <= 1"),
+            (self.eval_iters is not None and custom_tokens, "eval_iters and eval_tokens",
+             "say the same thing twice", "drop one (--eval_iters=auto)"),
+            (self.init_from not in ("scratch", "resume", "auto")
+             and not self.init_from.startswith("gpt2") and not self.init_from.endswith(".pt"),
+             f"init_from={self.init_from}", "names no weights",
+             "use scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a .pt file"),
+        ]
+
+
+# -----------------------------------------------------------------------------
+# Data: a memory-mapped stream of tokens, read in windows of T + 1
+
+
+class Tokens:
+    """One split of a data folder. read(starts) gives rows of T + 1 raw ids."""
+
+    def __init__(self, folder: str, split: str, dtype: str, block_size: int):
+        path, little_endian = os.path.join(folder, f"{split}.bin"), np.dtype(dtype).newbyteorder("<")
+        empty = os.path.getsize(path) < little_endian.itemsize  # which memmap refuses
+        self.data = np.zeros(0) if empty else np.memmap(path, little_endian, mode="r")
+        self.block_size = block_size
+        if len(self) <= block_size:
+            fail(f"{folder}/{split}.bin has {len(self)} tokens, and a window of block_size="
+                 f"{block_size} needs {block_size + 1}; lower --block_size or prepare more text")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def read(self, starts: Iterable[int]) -> torch.Tensor:
+        """(len(starts), T + 1), in the signed type as wide as the bin's: two bytes a token."""
+        rows = np.stack([self.data[s:s + self.block_size + 1] for s in starts])
+        return torch.from_numpy(rows.view(f"<i{rows.itemsize}"))
+
+
+def to_device(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw rows (B, T + 1) -> inputs and targets (B, T) int64 on the device."""
+    mask = (1 << 8 * rows.element_size()) - 1  # the bins are unsigned
+    ids = rows.to(device, non_blocking=True).long() & mask
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+class WindowOrder:
+    """The order in which training visits the windows, as arithmetic on one integer.
+
+    An epoch is a seeded permutation of W = (N - T) // T non-overlapping windows (one if N < 2T);
+    their grid starts at 0 in epoch 0 and at a seeded offset in [0, T) later. Position p is window
+    p % W of epoch p // W, whatever the micro-batch or the number of ranks.
+    """
+
+    def __init__(self, n_tokens: int, block_size: int, seed: int):
+        self.block_size = block_size
+        self.per_epoch = max(1, (n_tokens - block_size) // block_size)
+
+        @lru_cache(maxsize=2)
+        def epoch_starts(epoch: int) -> np.ndarray:
+            rng = np.random.default_rng([seed, epoch])
+            offset = rng.integers(min(block_size, n_tokens - block_size)) if epoch else 0
+            return offset + block_size * rng.permutation(self.per_epoch)
+
+        self.epoch_starts = epoch_starts
+
+    def starts(self, position: int, count: int) -> list[int]:
+        """First tokens of the windows position .. position + count - 1."""
+        places = (divmod(p, self.per_epoch) for p in range(position, position + count))
+        return [int(self.epoch_starts(epoch)[index]) for epoch, index in places]
+
+
+def evaluation_starts(n_tokens: int, block_size: int, eval_tokens: int) -> list[int]:
+    """Evenly spaced windows of the split that hold eval_tokens tokens, or all of them if fewer."""
+    there = (n_tokens - 1) // block_size
+    count = min(there, max(1, eval_tokens // block_size))
+    return [i * there // count * block_size for i in range(count)]
+
+
+def prefetch(batches: Iterator, depth: int = 4) -> Iterator:
+    """The same items, made `depth` ahead by a thread; its exception is raised here."""
+    ready: queue.Queue = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item) -> bool:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not put((batch, None)):
+                    return
+        except Exception as error:
+            put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            batch, error = ready.get()
+            if error is not None:
+                raise error
+            yield batch
+    finally:
+        closed.set()
+
+
+# -----------------------------------------------------------------------------
+# Optimisers and schedule
+
+
+def make_optimizers(model: GPT, config: TrainConfig, device: torch.device,
+                    ) -> dict[str, torch.optim.Optimizer]:
+    """AdamW over everything, or Muon for the blocks' matrices and AdamW for the rest. Every group
+    keeps its peak rate in "peak_lr"."""
+    c = config
+    scalar_lr = 5 * c.learning_rate if c.scalar_lr is None else c.scalar_lr
+    roles = model.parameter_roles()
+    muon = list(roles.pop("matrix").items()) if c.optimizer == "muon" else []
+    adamw = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2),
+                                       device.type, scalar_lr, roles=tuple(roles))
+    optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw}
+    if muon:
+        optimizers["muon"] = torch.optim.Muon(muon, lr=c.muon_lr, momentum=0.95, nesterov=True,
+                                              ns_steps=5, weight_decay=c.muon_weight_decay)
+    for group in (g for o in optimizers.values() for g in o.param_groups):
+        group["peak_lr"] = group["lr"]
+    held = [p for o in optimizers.values() for g in o.param_groups for p in g["params"]]
+    assert len(held) == len(set(held)) == len(list(model.parameters())), "not a partition"
+    return optimizers
+
+
+def lr_multiplier(step: int, config: TrainConfig) -> float:
+    """Share of its peak that every learning rate has at a step; warm-up is nanoGPT's formula."""
+    c = config
+    if not c.decay_lr:
+        return 1.0
+    if step < c.warmup_iters:
+        return (step + 1) / (c.warmup_iters + 1)
+    if c.schedule == "constant":
+        return 1.0
+    floor = 0.1 if c.min_lr is None else c.min_lr / c.learning_rate
+    end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
+    if step >= end:
+        return floor
+    if c.schedule == "wsd":
+        decay_iters = max(1, round(c.decay_fraction * end))
+        return floor + (1 - floor) * min(1.0, (end - step) / decay_iters)
+    progress = (step - c.warmup_iters) / (end - c.warmup_iters)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def named_states(optimizers: dict[str, torch.optim.Optimizer]) -> dict:
+    """optimiser -> parameter name -> its state."""
+    return {kind: {name: o.state[p] for g in o.param_groups
+                   for name, p in zip(g["param_names"], g["params"], strict=True) if p in o.state}
+            for kind, o in optimizers.items()}
+
+
+def load_states(optimizers: dict[str, torch.optim.Optimizer], states: dict) -> None:
+    """The inverse of named_states."""
+    for kind, o in optimizers.items():
+        plan = o.state_dict()  # numbers the parameters in the order of the groups
+        names = [n for g in o.param_groups for n in g["param_names"]]
+        numbers = [i for g in plan["param_groups"] for i in g["params"]]
+        plan["state"] = {i: states[kind][n] for i, n in zip(numbers, names, strict=True)
+                         if n in states[kind]}
+        o.load_state_dict(plan)
+
+
+def nanogpt_states(model: GPT, state: dict) -> dict:
+    """nanoGPT's optimiser state, numbered in its order (matrices and tables, then the rest), by
+    name."""
+    named = list(model.named_parameters())
+    names = [n for n, p in named if p.dim() >= 2] + [n for n, p in named if p.dim() < 2]
+    return {"adamw": {names[i]: s for i, s in state["state"].items()}}
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+
+def write_file(state: dict, path: str) -> None:
+    """Write a checkpoint so that `path` is the old or the new one, whole, at every moment."""
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(os.path.dirname(path))
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        fail(f"cannot write {path}: {str(error).splitlines()[0]}; what was there before is intact")
+
+
+def sync_folder(folder: str) -> None:
+    """Make the folder's renames durable, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def link(source: str, target: str) -> None:
+    """Give the file `source` a second name in one step, replacing what `target` named before."""
+    with contextlib.suppress(OSError):
+        os.remove(f"{target}.partial")
+    try:
+        os.link(source, f"{target}.partial")
+        os.replace(f"{target}.partial", target)
+    except OSError:  # a file system without hard links
+        write_file(read_checkpoint(source), target)
+
+
+def save_checkpoint(state: dict, out_dir: str, latest: bool, best: bool) -> None:
+    """ckpt.pt, keeping the one before as ckpt_prev.pt, and best.pt, which may be the same file."""
+    path, best_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "best.pt")
+    if latest:
+        if os.path.exists(path):
+            link(path, os.path.join(out_dir, "ckpt_prev.pt"))
+        write_file(state, path)
+        if best:
+            link(path, best_path)
+    elif best:
+        write_file(state, best_path)
+
+
+def read_latest(out_dir: str) -> dict | None:
+    """The newest whole checkpoint of a run; None if there is none. A damaged one is named."""
+    problems = []
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        path = os.path.join(out_dir, name)
+        if os.path.exists(path):
+            try:
+                checkpoint = read_checkpoint(path)
+                if problems:
+                    print(f"warning: {problems[0]}; using {path}", file=sys.stderr)
+                return checkpoint
+            except UserError as error:
+                problems.append(str(error))
+    if problems:
+        fail(*problems)
+    return None
+
+
+@contextlib.contextmanager
+def locked(out_dir: str) -> Iterator[None]:
+    """Hold out_dir for this run; the operating system lets go with the process."""
+    with open(os.path.join(out_dir, ".lock"), "w") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                fail(f"another run is writing to {out_dir}; stop it or choose another --out_dir")
+        yield
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """torch's generators of this process."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states["device"] = getattr(torch, device.type).get_rng_state()
+    return states
+
+
+def set_rng_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and "device" in states:
+        getattr(torch, device.type).set_rng_state(states["device"])
+
+
+# -----------------------------------------------------------------------------
+# Logs
+
+
+class Log:
+    """log.jsonl, one JSON object a line, and wandb or tensorboard when asked for."""
+
+    def __init__(self, config: TrainConfig, length: int | None):
+        """length: cut an earlier log back to so many bytes; None starts a new one."""
+        path = os.path.join(config.out_dir, "log.jsonl")
+        self.file = open(path, "w" if length is None else "a", encoding="utf-8")
+        if length is None:
+            self.write({"type": "config", **asdict(config)})
+        elif self.file.tell() > length:
+            self.file.truncate(length)
+        self.sinks = [*([wandb_sink(config)] if config.wandb_log else []),
+                      *([tensorboard_sink(config)] if config.tensorboard else [])]
+
+    def write(self, record: dict) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def record(self, kind: str, step: int, **values: float) -> None:
+        self.write({"type": kind, "iter": step, **values})
+        for sink in self.sinks:
+            sink({f"{kind}/{name}": value for name, value in values.items()}, step)
+
+    def length(self) -> int:
+        """Bytes so far, on the disk."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+
+def wandb_sink(config: TrainConfig):
+    try:
+        import wandb
+    except ImportError:
+        fail("wandb_log=True needs wandb: pip install wandb")
+    run = wandb.init(project=config.wandb_project, name=config.wandb_run_name,
+                     config=asdict(config))
+    return lambda values, step: run.log(values, step=step)
+
+
+def tensorboard_sink(config: TrainConfig):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        fail("tensorboard=True needs tensorboard: pip install tensorboard")
+    writer = SummaryWriter(os.path.join(config.out_dir, "tensorboard"))
+    return lambda values, step: [writer.add_scalar(n, v, step) for n, v in values.items()]
+
+
+def plot_losses(out_dir: str) -> None:
+    """Draw log.jsonl's losses to loss.png, where matplotlib is installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="cross-entropy (nats per token)")
+    for kind, name, style in (("train", "loss", dict(lw=0.8, alpha=0.6)),
+                              ("eval", "val_loss", dict(marker="o", ms=3.5))):
+        points = [(r["iter"], r[name]) for r in records if r["type"] == kind]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=f"{kind} ({points[-1][1]:.4f})", **style)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure).print_png(os.path.join(out_dir, "loss.png"))
+
+
+PEAK_FLOPS = {  # dense bf16 (fp16 on V100 and T4) FLOP/s by card, the makers' data sheets
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12, "A10": 125e12, "V100": 125e12, "T4": 65e12, "5090": 209.5e12,
+    "4090": 165.2e12, "3090": 71e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of a known card; None for another, and for a CPU."""
+    words = torch.cuda.get_device_name(device).replace("-", " ").split() \
+        if device.type == "cuda" else []
+    return next((PEAK_FLOPS[word] for word in words if word in PEAK_FLOPS), None)
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+# -----------------------------------------------------------------------------
+# Processes and signals
+
+
+class Ranks:
+    """This process among those of torchrun; alone, every collective is a no-op."""
+
+    def __init__(self, config: TrainConfig):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.parallel = "RANK" in os.environ
+        if config.gradient_accumulation_steps % self.world:
+            fail(f"gradient_accumulation_steps={config.gradient_accumulation_steps}: must be a "
+                 f"multiple of the {self.world} processes; it is the total over all of them")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.parallel:
+            backend = config.backend or ("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group(backend)
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        if self.parallel:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
+
+    def gather(self, value) -> list:
+        if not self.parallel:
+            return [value]
+        gathered = [None] * self.world
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def close(self) -> None:
+        if self.parallel:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list, for the loop to see. A second signal, a second or more
+    after the first (Ctrl-C under torchrun arrives twice), ends the process at once."""
+    caught: list[int] = []
+    first = [0.0]
+
+    def handler(number: int, frame) -> None:
+        if caught and time.monotonic() - first[0] > 1:
+            os._exit(128 + number)
+        caught.append(number)
+        first[0] = first[0] or time.monotonic()
+
+    before = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+# -----------------------------------------------------------------------------
+# The run
+
+
+TOKENIZER_KEYS = ("tokenizer", "vocab_size", "padded_vocab_size", "alphabet")  # of meta.json
+
+
+def model_args(config: TrainConfig) -> dict:
+    """The part of the options that is the model's."""
+    return {f.name: getattr(config, f.name) for f in fields(GPTConfig)}
+
+
+def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dict | None) -> GPT:
+    """A new model, GPT-2's, or the checkpoint's; its vocabulary is the data's."""
+    if checkpoint is not None:
+        ours = model_args(config)
+        stored = asdict(GPTConfig(**checkpoint["model_args"]))
+        free = ("dropout", "block_size", "vocab_size", "vocab_used")
+        problems = [f"{n}={ours[n]}, but the checkpoint's model has {n}={stored[n]}; drop the "
+                    f"option, or train from scratch"
+                    for n in stored if n in given and n not in free and ours[n] != stored[n]]
+        if problems:
+            fail(*problems)
+        model = GPT.from_checkpoint(checkpoint, dropout=config.dropout)
+    elif config.init_from.startswith("gpt2"):
+        model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
+    else:
+        size = config.vocab_size or meta["padded_vocab_size"]
+        model = GPT(GPTConfig(**model_args(config) | {"vocab_size": size,
+                                                     "vocab_used": meta["vocab_size"]}))
+    if meta["vocab_size"] > model.config.vocab_size:
+        fail(f"the data has {meta['vocab_size']} token ids, the model only "
+             f"{model.config.vocab_size}; prepare the data with the model's tokenizer")
+    if config.block_size < model.config.block_size and (checkpoint is None or "block_size" in given
+                                                        or config.init_from.startswith("gpt2")):
+        model.crop_block_size(config.block_size)
+    return model
+
+
+def try_compile(model: GPT, wanted: bool | None, device: torch.device) -> bool:
+    """Compile the model in place if it is wanted and works here: a small function goes first."""
+    if wanted is False or (wanted is None and device.type != "cuda"):
+        return False
+    try:
+        probe = torch.compile(lambda z: z.sin() + z.cos())
+        probe(torch.ones(8, device=device))
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        if wanted:
+            fail(f"compile=True, but torch.compile does not work here: {reason[0]}; "
+                 f"use --compile=False")
+        print(f"not compiled, so slower: torch.compile does not work here: {reason[0]}")
+        return False
+    model.compile(dynamic=False)
+    return True
+
+
+@torch.no_grad()
+def evaluate(model: GPT, tokens: Tokens, eval_tokens: int, ranks: Ranks, dtype: torch.dtype,
+             ) -> float:
+    """Mean cross-entropy (nats per token) over a fixed set of windows. Batches are cut the same way
+    whatever the micro-batch and the number of ranks, and summed in float64."""
+    model.eval()
+    starts = evaluation_starts(len(tokens), tokens.block_size, eval_tokens)
+    rows = max(1, 8192 // tokens.block_size)
+    home = "cpu" if ranks.device.type == "mps" else ranks.device  # MPS has no float64
+    total = torch.zeros((), dtype=torch.float64, device=home)
+    for i in range(ranks.rank * rows, len(starts), ranks.world * rows):
+        batch = starts[i:i + rows]
+        x, y = to_device(tokens.read(batch + batch[:1] * (rows - len(batch))), ranks.device)
+        y[len(batch):] = -1  # the last batch is filled up to the shape of the others
+        with autocast(ranks.device, dtype):
+            losses = model(x, y, reduction="none")[1]
+        total += losses.to(home).double().sum()
+    model.train()
+    return ranks.sum(total).item() / (len(starts) * tokens.block_size)
+
+
+def report(model: GPT, config: TrainConfig, meta: dict, train: Tokens, val: Tokens, ranks: Ranks,
+           dtype: torch.dtype, compiled: bool) -> None:
+    """What is about to run."""
+    roles = model.parameter_roles()
+    total = model.get_num_params(non_embedding=False)
+    embedding = sum(p.numel() for p in roles["embedding"].values())
+    velocity = sum(p.numel() for n, p in roles["embedding"].items() if ".vte." in n or ".vpe." in n)
+    sequences = config.batch_size * config.gradient_accumulation_steps
+    precision = str(dtype).removeprefix("torch.") + (", compiled" if compiled else ", eager")
+    print(f"""\
+model:  {total:,} parameters: {total - embedding:,} non-embedding, {embedding:,} embedding, of these
+        {velocity:,} in velocity tables; {model.flops_per_token() / 1e6:,.1f} MFLOP per token
+step:   {sequences * config.block_size:,} tokens = {config.gradient_accumulation_steps} micro-\
+batches of {config.batch_size} x {config.block_size}, over {ranks.world} process(es)
+data:   {config.dataset}: {len(train):,} training and {len(val):,} validation tokens, \
+{meta["vocab_size"]:,} ids
+eval:   {min(config.eval_tokens, len(val)):,} tokens every {config.eval_interval} steps
+device: {ranks.device}, {precision}""")
+
+
+def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
+    """The run, from top to bottom."""
+    c, device, master = config, ranks.device, ranks.rank == 0
+    say = print if master else (lambda *_, **__: None)
+    folder = os.path.join(c.data_dir, c.dataset)
+    meta = load_meta(folder)
+    dtype = pick_dtype(c.dtype, device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+
+    # --- where to start: nothing, a checkpoint of this run, or other weights ---
+    os.makedirs(c.out_dir, exist_ok=True)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun's doing
+    resume = c.init_from in ("resume", "auto") or restarted
+    checkpoint = read_latest(c.out_dir) if resume else None
+    resumed = checkpoint is not None
+    if c.init_from == "resume" and not resumed:
+        fail(f"nothing to resume in {c.out_dir}; drop --init_from=resume, or mend --out_dir")
+    old = [path for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt")
+           if os.path.exists(path := os.path.join(c.out_dir, name))]
+    if old and not (resumed or c.overwrite or c.eval_only):
+        fail(f"{c.out_dir} holds a run; go on with --init_from=resume, begin anew with "
+             f"--overwrite, or choose another --out_dir")
+    if not resumed and c.init_from.endswith(".pt"):
+        checkpoint = read_checkpoint(c.init_from)
+    tokenizer = {k: meta[k] for k in TOKENIZER_KEYS if k in meta}
+    theirs = (checkpoint or {}).get("tokenizer", tokenizer)
+    if theirs != tokenizer:
+        fail(f"{folder} was made with another tokenizer than the checkpoint's, "
+             f"{theirs['tokenizer']}; prepare the data with that one")
+
+    # --- model, optimisers, data ---
+    torch.manual_seed(c.seed)
+    raw_model = make_model(c, given, meta, checkpoint)
+    raw_model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    T = raw_model.config.block_size
+    train_tokens = Tokens(folder, "train", meta["dtype"], T)
+    val_tokens = Tokens(folder, "val", meta["dtype"], T)
+    order = WindowOrder(len(train_tokens), T, c.seed)
+    optimizers = make_optimizers(raw_model, c, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    source = {"dataset": c.dataset, "tokens": len(train_tokens),
+              "sha256": meta["train"].get("sha256")}
+
+    # --- what a resumed run carries over ---
+    step, position, best_val_loss, log_length = 0, 0, 1e9, None
+    torch.manual_seed(c.seed + 1 + ranks.rank)  # dropout differs between ranks
+    if resumed:
+        step, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
+        position = checkpoint.get("tokens_seen", 0) // T
+        log_length = checkpoint.get("log_length", 0)
+        if checkpoint.get("data", source) != source:
+            fail(f"{folder} is not the data that {c.out_dir} was trained on; to train on new data "
+                 f"use --init_from={c.out_dir}/ckpt.pt and another --out_dir")
+        states = checkpoint.get("optimizer") or {}
+        if "param_groups" in states and c.optimizer == "adamw":
+            states = nanogpt_states(raw_model, states)
+        if states.keys() == optimizers.keys():
+            load_states(optimizers, states)
+        else:
+            say("warning: the checkpoint's optimiser is another one; its state starts anew")
+        scaler.load_state_dict(checkpoint.get("scaler", {}) if scaler.is_enabled() else {})
+        if len(checkpoint.get("rng", ())) == ranks.world:
+            set_rng_state(checkpoint["rng"][ranks.rank], device)
+        else:
+            say("warning: the checkpoint has no generator states for this number of processes; "
+                "dropout restarts from the seed")
+    del checkpoint
+
+    compiled = try_compile(raw_model, c.compile, device)
+    ids = [device.index] if device.type == "cuda" else None
+    model = DistributedDataParallel(raw_model, device_ids=ids) if ranks.parallel else raw_model
+    if master:
+        print("\n".join(f"{k} = {v!r}" for k, v in asdict(c).items() if k in given))
+        if c.eval_iters is not None:
+            print(f"eval_iters = {c.eval_iters} means eval_tokens = {c.eval_tokens:,}")
+        report(raw_model, c, meta, train_tokens, val_tokens, ranks, dtype, compiled)
+    if c.eval_only:
+        say(f"val loss {evaluate(raw_model, val_tokens, c.eval_tokens, ranks, dtype):.4f}")
+        return
+
+    # --- this rank's micro-batches: every world-th of the global order ---
+    windows_per_step = c.batch_size * c.gradient_accumulation_steps
+    micro_steps = c.gradient_accumulation_steps // ranks.world
+
+    def micro_batches() -> Iterator[torch.Tensor]:
+        """Rows (B, T + 1), for ever; micro-batch m of a step goes to rank m % world."""
+        first = position + ranks.rank * c.batch_size
+        while True:
+            rows = train_tokens.read(order.starts(first, c.batch_size))
+            yield rows.pin_memory() if device.type == "cuda" else rows
+            first += ranks.world * c.batch_size
+
+    with (locked(c.out_dir) if master else contextlib.nullcontext(), stop_signals() as signals,
+          contextlib.closing(prefetch(micro_batches())) as batches):
+        if master and not resumed:
+            for path in old:
+                os.remove(path)
+        log = Log(c, log_length) if master else None
+        if master:
+            with open(os.path.join(c.out_dir, "config.json"), "w", encoding="utf-8") as file:
+                json.dump(asdict(c), file, indent=1)
+        fresh = resumed  # the checkpoint was written after this step's evaluation
+        began, logged, first_step, logged_step = time.time(), time.time(), step, step
+        peak = peak_flops(device)
+        while True:
+            # --- evaluate, save, leave ---
+            stopping = ranks.any(bool(signals))
+            last = step >= c.max_iters
+            is_best = False
+            if (step % c.eval_interval == 0 or last) and not fresh and not stopping:
+                val_loss = evaluate(raw_model, val_tokens, c.eval_tokens, ranks, dtype)
+                is_best = val_loss < best_val_loss
+                best_val_loss = min(val_loss, best_val_loss)
+                if master:
+                    log.record("eval", step, tokens=position * T, val_loss=val_loss,
+                               best_val_loss=best_val_loss)
+                    show(f"step {step}: val loss {val_loss:.4f}, best {best_val_loss:.4f}", True)
+            due = step % (c.save_interval or c.eval_interval) == 0 or last or stopping
+            if step > 0 and not fresh and (due or is_best):
+                rng = ranks.gather(rng_state(device))
+                if master:
+                    state = {"model": raw_model.state_dict(), "optimizer": named_states(optimizers),
+                             "model_args": asdict(raw_model.config), "iter_num": step,
+                             "best_val_loss": best_val_loss, "config": asdict(c),
+                             "tokenizer": tokenizer, "data": source, "rng": rng,
+                             "tokens_seen": position * T, "scaler": scaler.state_dict(),
+                             "log_length": log.length(),
+                             "versions": {"torch": str(torch.__version__),
+                                          "python": sys.version.split()[0]}}
+                    save_checkpoint(state, c.out_dir, latest=due, best=is_best)
+                    del state
+            fresh = False
+            if last or stopping:
+                break
+
+            # --- one step: accumulate, clip, update ---
+            multiplier = lr_multiplier(step, c)
+            for group in (g for o in optimizers.values() for g in o.param_groups):
+                group["lr"] = multiplier * group["peak_lr"]
+            total = torch.zeros((), device=device)
+            for micro_step in range(micro_steps):
+                x, y = to_device(next(batches), device)
+                quiet = ranks.parallel and micro_step < micro_steps - 1  # synchronise once a step
+                with model.no_sync() if quiet else contextlib.nullcontext():
+                    with autocast(device, dtype):
+                        loss = model(x, y)[1] / micro_steps
+                    scaler.scale(loss).backward()
+                total += loss.detach()
+            for optimizer in optimizers.values():
+                scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), c.grad_clip or math.inf)
+            for optimizer in optimizers.values():
+                scaler.step(optimizer)
+            scaler.update()
+            for optimizer in optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+            position += windows_per_step
+
+            # --- log: the loss of this step, its mean over micro-batches and ranks ---
+            if step % c.log_interval == 0:
+                train_loss = ranks.sum(total).item() / ranks.world
+                if not math.isfinite(train_loss):
+                    fail(f"the loss is {train_loss} at step {step}; the last checkpoint in "
+                         f"{c.out_dir} is from before; lower the learning rate or use bfloat16")
+                if master:
+                    now = time.time()
+                    seconds = (now - logged) / (step + 1 - logged_step)
+                    rate = windows_per_step * T / seconds
+                    flops = rate * raw_model.flops_per_token() / ranks.world
+                    mfu = flops / peak if peak else None
+                    log.record("train", step, tokens=position * T, loss=train_loss,
+                               lr=multiplier * c.learning_rate, grad_norm=norm.item(),
+                               tokens_per_s=rate, mfu=mfu, seconds=now - began)
+                    eta = (now - began) / (step + 1 - first_step) * (c.max_iters - step - 1)
+                    share = f"{mfu:.1%}" if mfu else "n/a"
+                    show(f"step {step}/{c.max_iters}: loss {train_loss:.4f}, lr "
+                         f"{multiplier * c.learning_rate:.2e}, {rate:,.0f} tokens/s, mfu {share}, "
+                         f"eta {clock(eta)}")
+                    logged, logged_step = now, step + 1
+            step += 1
+
+        if master:
+            plot_losses(c.out_dir)
+            show(f"stopped by a signal at step {step}; go on with --init_from=resume" if stopping
+                 else f"done: {step} steps, best val loss {best_val_loss:.4f}", True)
+
+
+def show(line: str, keep: bool = False) -> None:
+    """On a terminal, lines that need not be kept overwrite each other."""
+    if not sys.stdout.isatty():
+        print(line, flush=True)
+    else:
+        print(f"\r\033[K{line}", end="\n" if keep else "", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    config, given = read_config(TrainConfig, argv, usage=__doc__)
+    ranks = Ranks(config)
+    train(config, given, ranks)
+    ranks.close()
+
+
+if __name__ == "__main__":
+    cli(main)
