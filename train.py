@@ -129,9 +129,9 @@ class Tokens:
     """One split of a data folder. read(starts) gives rows of T + 1 raw ids."""
 
     def __init__(self, folder: str, split: str, dtype: str, block_size: int):
-        path, little_endian = os.path.join(folder, f"{split}.bin"), np.dtype(dtype).newbyteorder("<")
-        empty = os.path.getsize(path) < little_endian.itemsize  # which memmap refuses
-        self.data = np.zeros(0) if empty else np.memmap(path, little_endian, mode="r")
+        path, kind = os.path.join(folder, f"{split}.bin"), np.dtype(dtype).newbyteorder("<")
+        empty = os.path.getsize(path) < kind.itemsize  # which memmap refuses
+        self.data = np.zeros(0) if empty else np.memmap(path, kind, mode="r")
         self.block_size = block_size
         if len(self) <= block_size:
             fail(f"{folder}/{split}.bin has {len(self)} tokens, and a window of block_size="

@@ -1,6 +1,6 @@
 """YuriiFormer on OpenWebText with a stronger recipe: yurii_owt with Muon weight decay 0.1, a
-40-step warm-up and a WSD schedule. On TinyStories the first two took a plain GPT from 1.053 to 1.044 in a
-reproduction, more than the architecture's own gain.
+40-step warm-up and a WSD schedule. In a reproduction the first two took a plain GPT on TinyStories
+from 1.053 to 1.044, more than the architecture's own gain.
 
 Cost:     yurii_owt's.
 Expected: not measured.

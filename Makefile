@@ -1,0 +1,34 @@
+# make demo   prepare a text that every Python ships, train a small YuriiFormer, sample, draw
+# make test   the whole test suite
+# Both make .venv with the pinned requirements first. PYTHON=python3.12 make demo picks the Python.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/demo
+	$(BIN)/python prepare.py pydoc
+	$(BIN)/python train.py config/pydoc_demo.py --overwrite
+	$(BIN)/python sample.py --out_dir=out-pydoc-demo --start="The " --num_samples=1 --max_new_tokens=400
+	@echo "The loss curve: out-pydoc-demo/loss.png"
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: $(PYTHON) is older than 3.10; name a newer one: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) has no venv; on Debian and Ubuntu: apt install python3-venv"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/demo: requirements.txt | .venv/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/test: tests/requirements.txt requirements.txt | .venv/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@ .venv/demo
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,910 @@
+"""model.py against the specification: the equations (tests/reference.py), every identity,
+causality, decoding, gradients, compilation, GPT-2, sampling, refusals and initial values.
+
+Weights are random everywhere, gains, biases and scalars included, so that nothing hides behind an
+initial value. Identities hold in float64; "bit for bit" is torch.equal.
+"""
+
+import gc
+import math
+import shutil
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig, KVCache
+
+BASE = dict(block_size=12, vocab_size=48, n_layer=2, n_head=2, n_embd=16, bias=False)
+IDX = torch.randint(48, (2, 10), generator=torch.Generator().manual_seed(1))
+MOMENTUM = ("polyak", "nesterov", "tmm")
+SPLITTINGS = ("lie_trotter", "euler", "strang")
+
+HOURGLASS = dict(ffn="hourglass", ffn_hidden=12, ffn_depth=3, n_head=2, head_dim=4, qk_norm=True,
+                 norm="rmsnorm", position="rope", rope_theta=500_000.0, residual_init_scale=False)
+LLAMA = dict(ffn="swiglu", norm="rmsnorm", position="rope")
+
+
+def variants():
+    """Every value of every option, and every template with every splitting, in few models."""
+    yield "gpt", dict(bias=True)
+    yield "gpt-head_dim", dict(head_dim=12, bias=True, activation="gelu_tanh")
+    yield "gpt-qk_norm-rope", dict(qk_norm=True, position="rope", bias=True)
+    yield "llama", LLAMA
+    yield "gd-add", dict(velocity_init="add")
+    yield "gd-euler", dict(splitting="euler", ffn="swiglu", ffn_hidden=20, bias=True)
+    yield "gd-strang", dict(splitting="strang")
+    for template in MOMENTUM:
+        for splitting in SPLITTINGS:
+            yield f"{template}-{splitting}", dict(template=template, splitting=splitting)
+        yield f"{template}-read", dict(
+            template=template, splitting="strang", velocity_norm="read", bias=True)
+        yield f"{template}-none", dict(
+            template=template, velocity_norm="none", velocity_init="zero", bias=True)
+    yield "nesterov-zero", dict(template="nesterov", velocity_init="zero", bias=True)
+    yield "nesterov-llama", dict(template="nesterov", **LLAMA)
+    yield "tmm-softplus", dict(template="tmm", scalar_map="softplus", splitting="strang")
+    yield "imex-1", dict(template="imex", imex_steps=1, velocity_init="zero")
+    yield "imex-2", dict(template="imex")
+    yield "imex-3", dict(
+        template="imex", imex_steps=3, velocity_norm="none", scalar_map="softplus", bias=True)
+    yield "symplectic", dict(template="symplectic", bias=True)
+    yield "rmsprop", dict(template="rmsprop")
+    yield "adam", dict(template="adam", bias=True)
+    yield "adamw", dict(template="adamw")
+    for splitting in SPLITTINGS:
+        yield f"hourglass-{splitting}", dict(splitting=splitting, **HOURGLASS)
+    yield "hourglass-bias", dict(HOURGLASS, bias=True, norm="layernorm", position="learned")
+    each = dict(HOURGLASS, ffn_substeps="each")
+    yield "hourglass-each", dict(each, splitting="strang")
+    yield "polyak-hourglass-each", dict(each, template="polyak", velocity_norm="none")
+    yield "nesterov-hourglass", dict(HOURGLASS, template="nesterov")
+    yield "nesterov-hourglass-each", dict(each, template="nesterov", velocity_init="zero")
+    yield "tmm-hourglass-euler", dict(HOURGLASS, template="tmm", splitting="euler")
+    yield "tmm-hourglass-each", dict(
+        each, template="tmm", splitting="strang", velocity_norm="read", scalar_map="softplus")
+    yield "imex-hourglass", dict(HOURGLASS, template="imex")
+    yield "symplectic-hourglass", dict(HOURGLASS, template="symplectic", velocity_init="zero")
+    yield "adamw-hourglass", dict(HOURGLASS, template="adamw", velocity_init="zero")
+
+
+VARIANTS = dict(variants())
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+def config(**options):
+    return GPTConfig(**{**BASE, **options})
+
+
+def randomise(model, seed=0):
+    """N(0, 0.3) everywhere, around 1 for gains, so that signals neither die nor explode."""
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            gain = "norm.weight" in name or "ln_" in name and name.endswith("weight")
+            p.copy_(0.3 * torch.randn(p.shape, generator=gen, dtype=p.dtype) + gain)
+    return model
+
+
+def build(dtype=torch.float64, state=None, **options):
+    """A randomised model in eval mode or, given a state, the model that has these weights.
+
+    Entries of the state that the model has no use for (another template's nu) are left out.
+    """
+    model = GPT(config(**options)).to(dtype).eval()
+    if state is None:
+        return randomise(model)
+    names = model.state_dict().keys()
+    model.load_state_dict({name: w for name, w in state.items() if name in names})
+    return model
+
+
+@torch.no_grad()
+def logits(model, idx=IDX):
+    return model(idx, targets=idx)[0]
+
+
+def loss_and_gradients(model, forward=None, idx=IDX):
+    model.zero_grad()
+    loss = (model if forward is None else forward)(idx, targets=idx.roll(-1, 1))[1]
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_close(a, b, tol=1e-10):
+    assert a.shape == b.shape
+    error = (a - b).abs().max() / b.abs().max()
+    assert error <= tol, f"relative error {error:.2e}"
+
+
+def edited(model, edit):
+    """A copy of the state dict in which edit(name, tensor) replaces what it does not leave None."""
+    out = {}
+    for name, w in model.state_dict().items():
+        new = edit(name, w)
+        out[name] = w.clone() if new is None else new
+    return out
+
+
+def inverse_softplus(y):
+    return torch.log(torch.expm1(y))
+
+
+# --------------------------------------------------------------------------- parameter counts
+
+def on_meta(**options):
+    with torch.device("meta"):
+        return GPT(GPTConfig(**options))
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+YURII_COUNTS = [  # yuriiformer.md section 6: 12L/768, 24L/1024
+    (dict(), 124_373_760, 354_599_936),
+    (dict(template="nesterov"), 163_812_168, 407_209_104),
+    (dict(template="nesterov", velocity_init="zero"), 124_392_264, 354_649_232),
+    (dict(template="tmm"), 163_812_192, 407_209_152),
+    (dict(template="tmm", velocity_init="zero"), 124_392_288, 354_649_280),
+    (dict(template="polyak"), 163_812_144, 407_209_056),
+]
+
+
+@pytest.mark.parametrize("options, small, medium", YURII_COUNTS)
+def test_counts_of_yuriiformer(options, small, medium):
+    for (L, H, d), expected in (((12, 12, 768), small), ((24, 16, 1024), medium)):
+        options = dict(options, n_layer=L, n_head=H, n_embd=d, vocab_size=50304, block_size=1024,
+                       bias=False)
+        model = on_meta(**options)
+        assert count(model) == expected == model.get_num_params(non_embedding=False)
+        assert reference.n_parameters(GPTConfig(**options)) == expected
+
+
+HOURGLASS_COUNTS = [  # hourglass.md section 3: L, d, H, d_head, K, d_h, N
+    (24, 1536, 16, 96, 1, 6144, 905_969_664),
+    (12, 2496, 16, 96, 4, 2016, 908_623_872),
+    (28, 3072, 24, 128, 1, 8192, 3_170_893_824),
+    (18, 3696, 24, 128, 4, 2944, 3_167_797_248),
+    (32, 4096, 32, 128, 1, 14336, 7_784_628_224),
+    (22, 4992, 32, 128, 4, 4544, 7_787_839_488),
+    # the small pairs, in millions to the digits printed; d_a is the baseline's d, heads of 64
+    (6, 256, 4, 64, 1, 1024, "6.29"), (3, 416, 4, 64, 4, 336, "6.31"),
+    (8, 512, 8, 64, 1, 2048, "33.55"), (4, 832, 8, 64, 4, 672, "33.65"),
+    (12, 768, 12, 64, 1, 3072, "113.2"), (6, 1248, 12, 64, 4, 1008, "113.6"),
+    (8, 1056, 12, 64, 4, 864, "113.5"),
+    (24, 1024, 16, 64, 1, 4096, "402.7"), (12, 1664, 16, 64, 4, 1344, "403.8"),
+]
+
+
+@pytest.mark.parametrize("L, d, H, D, K, d_h, N", HOURGLASS_COUNTS)
+def test_counts_of_hourglass(L, d, H, D, K, d_h, N):
+    options = dict(HOURGLASS, n_layer=L, n_embd=d, n_head=H, head_dim=D, ffn_depth=K, bias=False,
+                   ffn_hidden=d_h, vocab_size=100_352, block_size=4096)
+    if K == 1:
+        options["ffn"] = "swiglu"
+    model = on_meta(**options)
+    n = sum(p.numel() for p in model.parameter_roles()["matrix"].values())
+    assert n == reference.n_matrices(GPTConfig(**options))
+    assert n == N if isinstance(N, int) else f"{n / 1e6:.{len(N.split('.')[1])}f}" == N
+    assert count(model) == reference.n_parameters(GPTConfig(**options))
+    if N == 908_623_872:
+        assert count(model) == 1_159_291_584
+
+
+@every_variant
+def test_counts_of_every_variant(name):
+    """As the reference finds every name it needs, this also says that nothing is superfluous."""
+    c = config(**VARIANTS[name])
+    assert count(GPT(c)) == reference.n_parameters(c)
+
+
+# ------------------------------------------------------------------- the equations, and the API
+
+@every_variant
+def test_logits_follow_the_equations(name):
+    model, c = build(**VARIANTS[name]), config(**VARIANTS[name])
+    assert_close(logits(model), reference.forward(c, model.state_dict(), IDX))
+
+
+@pytest.mark.parametrize("name", ["gpt", "tmm-strang", "nesterov-hourglass"])
+def test_losses_in_float32_and_float64(name):
+    targets = IDX.roll(-1, 1)
+    targets[:, :3] = -1  # ignored
+    for dtype, tol in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        model = build(dtype, **VARIANTS[name])
+        expected = reference.cross_entropy(
+            reference.forward(config(**VARIANTS[name]), model.state_dict(), IDX), targets.clamp(0))
+        out, mean = model(IDX, targets)
+        each = model(IDX, targets, reduction="none")[1]
+        assert out.shape == (2, 10, 48) and each.shape == (2, 10) and mean.dtype == dtype
+        assert_close(mean.double(), expected[:, 3:].mean(), tol)
+        assert_close(each.double()[:, 3:], expected[:, 3:], tol)
+        assert (each[:, :3] == 0).all()
+
+
+def test_without_targets_only_the_last_position():
+    model = build(**VARIANTS["nesterov-lie_trotter"])
+    last, loss = model(IDX)
+    assert last.shape == (2, 1, 48) and loss is None
+    assert_close(last, logits(model)[:, -1:])
+
+
+def test_longer_than_the_block_is_refused():
+    for position in ("learned", "rope"):
+        with pytest.raises(ValueError, match="block_size"):
+            build(position=position)(torch.zeros(1, 13, dtype=torch.long))
+
+
+def plain_gpt(state, idx, n_layer, n_head):
+    """nanoGPT's forward pass with torch's own functions."""
+    w = {name.removeprefix("transformer."): p for name, p in state.items()}
+
+    def affine(f, name, x, *shape):
+        return f(x, *shape, w[name + ".weight"], w[name + ".bias"])
+
+    B, T = idx.shape
+    x = F.embedding(idx, w["wte.weight"]) + w["wpe.weight"][:T]
+    d = x.shape[-1]
+    for h in (f"h.{i}." for i in range(n_layer)):
+        q, k, v = affine(F.linear, h + "attn.c_attn",
+                         affine(F.layer_norm, h + "ln_1", x, (d,))).split(d, 2)
+        q, k, v = (z.view(B, T, n_head, -1).transpose(1, 2) for z in (q, k, v))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + affine(F.linear, h + "attn.c_proj", o)
+        hidden = F.gelu(affine(F.linear, h + "mlp.c_fc", affine(F.layer_norm, h + "ln_2", x, (d,))))
+        x = x + affine(F.linear, h + "mlp.c_proj", hidden)
+    return affine(F.layer_norm, "ln_f", x, (d,)) @ w["wte.weight"].T
+
+
+def test_gradient_descent_is_the_gpt_block():
+    model = build(bias=True)
+    assert_close(logits(model), plain_gpt(model.state_dict(), IDX, n_layer=2, n_head=2))
+
+
+CALLS = [("gpt", 1, 1), ("gd-euler", 1, 1), ("gd-strang", 2, 1), ("nesterov-lie_trotter", 1, 1),
+         ("tmm-euler", 1, 1), ("polyak-strang", 2, 1), ("imex-1", 1, 1), ("imex-3", 3, 3),
+         ("symplectic", 1, 1), ("adamw", 1, 1)]
+
+
+@pytest.mark.parametrize("name, attention, ffn", CALLS)
+def test_oracle_calls_per_layer(name, attention, ffn):
+    model, calls = build(**VARIANTS[name]), {"attn": 0, "mlp": 0}
+    for half in calls:
+        def tick(*_, half=half):
+            calls[half] += 1
+        model.get_submodule(f"transformer.h.0.{half}.c_proj").register_forward_hook(tick)
+    logits(model)
+    assert calls == {"attn": attention, "mlp": ffn}
+
+
+# --------------------------------------------------------------- identities of yuriiformer.md
+
+def raw_of_one(dtype):
+    """A raw value whose softplus is exactly 1 in this dtype."""
+    raw = torch.tensor(math.log(math.e - 1), dtype=dtype)
+    near = [raw]
+    for end in (0.0, 1.0):
+        near += [torch.nextafter(raw, torch.tensor(end, dtype=dtype))]
+    return next(r for r in near if F.softplus(r) == 1)
+
+
+@pytest.mark.parametrize("splitting", SPLITTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tmm_with_nu_1_is_yuriiformer(dtype, splitting):
+    tmm = build(dtype, template="tmm", splitting=splitting)
+    before = logits(tmm)
+    state = edited(tmm, lambda name, w: raw_of_one(dtype).view(1) if ".nu" in name else None)
+    tmm.load_state_dict(state)
+    yurii = build(dtype, state, template="nesterov", splitting=splitting)
+    assert torch.equal(logits(tmm), logits(yurii))
+    assert not torch.equal(logits(tmm), before)
+
+
+@pytest.mark.parametrize("splitting", SPLITTINGS)
+@pytest.mark.parametrize("velocity_norm", ["update", "read", "none"])
+def test_yuriiformer_with_mu_0_is_polyak(splitting, velocity_norm):
+    options = dict(splitting=splitting, velocity_norm=velocity_norm)
+    yurii = build(template="nesterov", **options)
+    before = logits(yurii)
+    yurii.load_state_dict(edited(yurii, lambda name, w: w * 0 - 1000 if ".mu" in name else None))
+    assert torch.equal(logits(yurii),
+                       logits(build(state=yurii.state_dict(), template="polyak", **options)))
+    assert not torch.equal(logits(yurii), before)
+
+
+def test_gamma_is_redundant_under_the_velocity_norm():
+    """(beta, gamma) and (c beta, c gamma) are one function when the norm's eps becomes c^2 eps."""
+    options, c = dict(template="nesterov"), 0.5
+
+    def scale(name, w):
+        if name.endswith(".beta"):
+            return torch.logit(c * torch.sigmoid(w))
+        return inverse_softplus(c * F.softplus(w)) if name.endswith(".gamma") else None
+
+    model = build(**options)
+    scaled = edited(model, scale)
+    assert_close(reference.forward(config(**options), scaled, IDX, velocity_eps=c**2 * 1e-5),
+                 logits(model))
+    with_eps_fixed = logits(build(state=scaled, **options))
+    assert_close(with_eps_fixed, logits(model), tol=1e-2)
+    assert (with_eps_fixed - logits(model)).abs().max() > 1e-8  # eps is what is left of gamma
+
+
+def test_what_is_zero_by_algebra():
+    model = build(template="nesterov", velocity_init="zero", bias=True)
+    grads = loss_and_gradients(model)[1]
+    first, second = "transformer.h.0.steps.0.", "transformer.h.0.steps.1."
+    assert grads[first + "mu"] == 0 and grads[first + "beta"] == 0  # they multiply V_0 = 0
+    assert 0 < grads[first + "gamma"].abs() < 1e-2 * grads[second + "gamma"].abs()  # only eps
+    for h in ("transformer.h.0.", "transformer.h.1."):  # softmax removes q b_k, the same for all k
+        q, k, v = grads[h + "attn.c_attn.bias"].split(16)
+        assert k.abs().max() < 1e-12 < 1e-6 < min(q.abs().max(), v.abs().max())
+    rotated = loss_and_gradients(build(position="rope", bias=True))[1]  # RoPE makes q b_k vary
+    assert rotated["transformer.h.0.attn.c_attn.bias"][16:32].abs().max() > 1e-6
+
+
+def test_imex_1_with_equal_gammas_is_polyak_euler():
+    polyak = build(template="polyak", splitting="euler")
+    state = polyak.state_dict()
+    for i in range(2):
+        for gamma in ("gamma_a", "gamma_m"):
+            step = f"transformer.h.{i}.steps.0."
+            state[step + gamma] = state[step + "gamma"]
+    imex = build(state=state, template="imex", imex_steps=1)
+    assert_close(logits(imex), logits(polyak), 1e-12)
+
+
+@pytest.mark.parametrize("splitting", SPLITTINGS)
+def test_tmm_is_a_yuriiformer_with_relaxed_ranges(splitting):
+    """V~_k = nu_k V_k: nu_k goes into the k-th gain, mu and beta are divided by nu_{k-1}."""
+    options = dict(splitting=splitting, scalar_map="softplus")
+    tmm = build(template="tmm", bias=True, **options)
+    state, nu = tmm.state_dict(), torch.ones(1, dtype=torch.float64)
+    steps = sorted(name.removesuffix("nu") for name in state if name.endswith(".nu"))
+    assert len(steps) == 2 * {"lie_trotter": 2, "euler": 1, "strang": 3}[splitting]
+    for step in steps:
+        for scalar in ("mu", "beta"):
+            state[step + scalar] = inverse_softplus(F.softplus(state[step + scalar]) / nu)
+        nu = F.softplus(state[step + "nu"])
+        state[step + "norm.weight"] = nu * state[step + "norm.weight"]
+        state[step + "norm.bias"] = nu * state[step + "norm.bias"]
+    yurii = build(state=state, template="nesterov", bias=True, **options)
+    assert_close(logits(yurii), logits(tmm))
+
+
+def test_velocity_tables_are_inputs_only():
+    model = build(template="nesterov")
+    tables = {name: p for name, p in model.named_parameters() if ".v" in name}
+    assert tables.keys() == {"transformer.vte.weight", "transformer.vpe.weight"}
+    wte = model.get_parameter("transformer.wte.weight")
+    assert model.lm_head.weight is wte and tables["transformer.vte.weight"] is not wte
+    absent = next(t for t in range(48) if t not in IDX)
+    before = logits(model)
+    with torch.no_grad():
+        tables["transformer.vte.weight"][absent] += 1
+        assert torch.equal(logits(model), before)
+        wte[absent] += 1
+    changed = (logits(model) != before).any(0).any(0)
+    assert changed[absent] and changed.sum() == 1
+
+
+@pytest.mark.parametrize("options, tables", [
+    (dict(), []), (dict(velocity_init="zero"), []), (dict(template="rmsprop"), []),
+    (dict(velocity_init="add"), ["vpe", "vte"]), (dict(template="adam"), ["vpe", "vte"]),
+    (dict(template="tmm", position="rope"), ["vte"]),
+    (dict(template="imex", velocity_init="zero"), [])])
+def test_which_variants_own_velocity_tables(options, tables):
+    names = {name.split(".")[1] for name in GPT(config(**options)).state_dict() if "." in name}
+    assert sorted(names & {"vte", "vpe"}) == tables
+
+
+@pytest.mark.parametrize("options, ignored", [
+    (dict(), dict(velocity_norm="read", mu_init=0.9, imex_steps=7, ffn_depth=9)),
+    (dict(template="rmsprop"), dict(velocity_norm="none", scalar_map="softplus")),
+    (dict(template="nesterov"), dict(ffn_substeps="each", ffn_depth=9, rope_theta=5.0))])
+def test_options_a_variant_does_not_use_are_ignored(options, ignored):
+    model = build(**options)
+    assert torch.equal(logits(build(state=model.state_dict(), **options, **ignored)), logits(model))
+
+
+# ----------------------------------------------------------------- identities of hourglass.md
+
+def test_hourglass_of_one_is_swiglu():
+    hourglass = build(**dict(HOURGLASS, ffn_depth=1))
+    state = {name.replace("mlp.0.norm", "ln_2").replace("mlp.0.ffn", "mlp"): w
+             for name, w in hourglass.state_dict().items()}
+    swiglu = build(state=state, **dict(HOURGLASS, ffn="swiglu"))
+    assert torch.equal(logits(hourglass), logits(swiglu))
+
+
+def test_w_down_of_zero_silences_a_sub_mlp():
+    def silence(name, w, keep=None):
+        return w * 0 if "ffn.c_proj" in name and f"mlp.{keep}" not in name else None
+
+    model = build(**HOURGLASS)
+    silent = edited(model, silence)  # all W_d = 0: the FFN half is the identity
+    without = dict(silent)
+    for i in range(2):
+        h = f"transformer.h.{i}."
+        without |= {h + "ln_2.weight": torch.ones(16), h + "mlp.c_fc.weight": torch.ones(64, 16),
+                    h + "mlp.c_proj.weight": torch.zeros(16, 64)}
+    identity = build(state=without, **dict(HOURGLASS, ffn="mlp", ffn_hidden=64))
+    assert torch.equal(logits(build(state=silent, **HOURGLASS)), logits(identity))
+    for j in range(3):  # all but one: z_0 + m_j(z_0)
+        alone = edited(model, lambda name, w, j=j: silence(name, w, keep=j))
+        one = {name.replace(f"mlp.{j}.", "mlp.0."): w for name, w in alone.items()
+               if ".mlp." not in name or f"mlp.{j}." in name}
+        assert torch.equal(logits(build(state=alone, **HOURGLASS)),
+                           logits(build(state=one, **dict(HOURGLASS, ffn_depth=1))))
+
+
+def test_each_sub_mlp_sees_the_output_of_the_one_before():
+    model, seen = build(**HOURGLASS), {}
+    for i in range(3):
+        model.get_submodule(f"transformer.h.0.mlp.{i}.ffn.c_proj").register_forward_hook(
+            lambda _, args, out, i=i: seen.setdefault(i, []).append(out.detach()))
+    for j in range(3):
+        seen.clear()
+        logits(model)
+        with torch.no_grad():
+            model.get_parameter(f"transformer.h.0.mlp.{j}.ffn.c_proj.weight").mul_(1.1)
+        logits(model)
+        assert [torch.equal(*seen[i]) for i in range(3)] == [i < j for i in range(3)]
+
+
+def test_qk_norm_spans_the_packed_width():
+    model = build(**HOURGLASS)
+    assert model.get_parameter("transformer.h.0.attn.q_norm.weight").shape == (8,)
+    assert model.get_parameter("transformer.h.0.attn.k_norm.weight").shape == (8,)
+
+    def logits_with_q_times_3(rows):
+        def edit(name, w):
+            if "c_attn" in name:
+                w = w.clone()
+                w[rows] *= 3
+                return w
+        return logits(build(state=edited(model, edit), **HOURGLASS))
+
+    assert_close(logits_with_q_times_3(slice(0, 8)), logits(model), 1e-3)  # up to eps
+    assert (logits_with_q_times_3(slice(0, 4)) - logits(model)).abs().max() > 1e-2  # one head
+
+
+def test_attention_narrower_than_the_stream():
+    """d_a = 3 x 6 beside d = 16: n_embd need not be a multiple of n_head."""
+    options = dict(HOURGLASS, n_head=3, head_dim=6)
+    model = build(**options)
+    assert model.get_parameter("transformer.h.0.attn.c_attn.weight").shape == (54, 16)
+    assert model.get_parameter("transformer.h.0.attn.c_proj.weight").shape == (16, 18)
+    assert_close(logits(model), reference.forward(config(**options), model.state_dict(), IDX))
+
+
+@pytest.mark.parametrize("splitting", ["lie_trotter", "strang"])
+def test_gd_with_joint_and_each_substeps_agree(splitting):
+    joint = build(splitting=splitting, **HOURGLASS)
+    each = build(state=joint.state_dict(), splitting=splitting, ffn_substeps="each", **HOURGLASS)
+    assert_close(logits(each), logits(joint), 1e-12)
+
+
+def test_momentum_with_joint_and_each_substeps_differ():
+    names = [set(GPT(config(**HOURGLASS, template="nesterov", ffn_substeps=s)).state_dict())
+             for s in ("joint", "each")]
+    assert names[1] - names[0] == {f"transformer.h.{i}.steps.{s}.{p}" for i in range(2)
+                                   for s in (2, 3) for p in ("mu", "beta", "gamma", "norm.weight")}
+
+
+# ------------------------------------------------------------------------ causality and decoding
+
+@every_variant
+def test_no_token_sees_the_future(name):
+    model, idx = build(torch.float32, **VARIANTS[name]), IDX[:1]
+    before = logits(model, idx)
+    for j in (1, 6, 9):
+        changed = idx.clone()
+        changed[0, j] = (idx[0, j] + 7) % 48
+        after = logits(model, changed)
+        assert torch.equal(after[:, :j], before[:, :j])
+        assert not torch.equal(after[:, j], before[:, j])
+
+
+@every_variant
+def test_decoding_with_a_cache_equals_the_full_forward(name):
+    model, cache = build(**VARIANTS[name]), KVCache(12)
+    full, at = logits(model), 0
+    with torch.no_grad():
+        for size in (4, 3, 1, 1, 1):  # prefill, a chunk of several tokens, single tokens
+            out = model(IDX[:, at : at + size], cache=cache)[0]
+            at += size
+            assert_close(out, full[:, at - 1 : at])
+
+
+# ------------------------------------------------------------------------------------- gradients
+
+def zero_by_algebra(options):
+    """V_0 = 0 is what layer 0's first mu and beta multiply; Adam's beta1 also weighs g: it lives.
+
+    Gradients of part of a tensor that are zero are tested above (key biases).
+    """
+    if options.get("velocity_init") != "zero" or options["template"] == "adamw":
+        return set()
+    return {"transformer.h.0.steps.0.mu", "transformer.h.0.steps.0.beta"}
+
+
+@every_variant
+def test_gradients_reach_every_parameter(name):
+    model = build(**VARIANTS[name])
+    grads = loss_and_gradients(model)[1]
+    zero = {p for p, g in grads.items() if g is None or g.abs().max() == 0}
+    assert zero == zero_by_algebra(VARIANTS[name]) & grads.keys()
+    assert all(g.isfinite().all() for g in grads.values())
+
+
+@pytest.mark.parametrize("name", ["gpt", "tmm-strang", "nesterov-read", "imex-3", "symplectic",
+                                  "adamw", "tmm-hourglass-each"])
+def test_gradients_are_finite_differences(name):
+    model, step = build(**VARIANTS[name]), 1e-6
+    grads = loss_and_gradients(model)[1]
+
+    def move(direction, by):
+        with torch.no_grad():
+            for p, u in zip(model.parameters(), direction, strict=True):
+                p.add_(u, alpha=by)
+
+    for seed in range(2):
+        gen = torch.Generator().manual_seed(seed)
+        u = [torch.randn(p.shape, generator=gen, dtype=p.dtype) for p in model.parameters()]
+        slope = sum((g * v).sum().item() for g, v in zip(grads.values(), u, strict=True))
+        move(u, step)
+        up = loss_and_gradients(model)[0]
+        move(u, -2 * step)
+        down = loss_and_gradients(model)[0]
+        move(u, step)
+        assert (up - down) / (2 * step) == pytest.approx(slope, rel=1e-6, abs=1e-8)
+
+
+# ----------------------------------------------------------------------------------- compilation
+
+@pytest.fixture
+def dynamo():
+    """Nothing remembered from other models; no garbage collection inside, a third of the time."""
+    torch._dynamo.reset()
+    gc.disable()
+    yield
+    gc.enable()
+    torch._dynamo.reset()
+
+
+@every_variant
+def test_compiles_in_one_graph(name, dynamo):
+    model = build(torch.float32, **dict(VARIANTS[name], n_layer=1))
+    loss, grads = loss_and_gradients(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled_loss, compiled_grads = loss_and_gradients(model, compiled)
+    assert compiled_loss == pytest.approx(loss, rel=1e-5)
+    for p, g in grads.items():
+        torch.testing.assert_close(compiled_grads[p], g, rtol=1e-3, atol=1e-5, msg=p)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))),
+                    reason="inductor needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "hourglass-lie_trotter"])
+def test_inductor_equals_eager(name, dynamo):
+    """The forward pass: each generated kernel takes the C++ compiler about a second."""
+    model = build(torch.float32, **dict(VARIANTS[name], n_layer=1))
+    with torch.no_grad():
+        out, loss = torch.compile(model, fullgraph=True)(IDX, IDX)
+        assert_close(out, logits(model), 1e-5)
+        assert_close(loss, model(IDX, IDX)[1], 1e-5)
+
+
+# ------------------------------------------------------------------------------------------ GPT-2
+
+def test_gpt2_weights_give_gpt2_logits(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=48, n_positions=12, n_embd=16, n_layer=2, n_head=2)).eval()
+    randomise(theirs).save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path), override_args={"dropout": 0.1}).double().eval()
+    assert ours.config.activation == "gelu_tanh" and ours.config.dropout == 0.1
+    with torch.no_grad():
+        expected = theirs.double()(IDX).logits
+    assert_close(logits(ours)[..., :48], expected, 1e-9)
+
+
+# --------------------------------------------------------------------------------------- sampling
+
+def greedy(model, idx, n):
+    """By full forwards, without a cache."""
+    for _ in range(n):
+        idx = torch.cat([idx, logits(model, idx)[:, -1:].argmax(-1)], 1)
+    return idx
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def constant_model(probabilities, **options):
+    """A model that gives every next token these probabilities, whatever came before."""
+    model = build(bias=True, **options)
+    with torch.no_grad():
+        model.get_parameter("transformer.ln_f.weight").zero_()
+        model.get_parameter("transformer.ln_f.bias").copy_(torch.eye(16)[0])
+        wte = model.get_parameter("transformer.wte.weight")
+        wte[:, 0] = -50.0
+        wte[: len(probabilities), 0] = torch.tensor(probabilities).log().double()
+    return model
+
+
+def frequencies(model, **how):
+    """Of 2,000 samples of one token."""
+    start = torch.zeros(2000, 1, dtype=torch.long)
+    out = model.generate(start, 1, generator=seeded(), **how)[:, 1]
+    return torch.bincount(out, minlength=5)[:5] / 2000
+
+
+@pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "tmm-strang", "imex-2", "llama",
+                                  "nesterov-hourglass-each"])
+def test_greedy_is_the_argmax_of_full_forwards(name):
+    model = build(**VARIANTS[name])
+    prompt = torch.randint(48, (4, 5), generator=seeded())
+    expected = greedy(model, prompt, 7)
+    assert torch.equal(model.generate(prompt, 7, temperature=0), expected)
+    assert torch.equal(model.generate(prompt, 7, top_k=1), expected)
+    for row in range(4):  # a row does not depend on the others
+        alone = model.generate(prompt[row : row + 1], 7, temperature=0)
+        assert torch.equal(alone, expected[row : row + 1])
+
+
+@pytest.mark.parametrize("name", ["gpt", "nesterov-hourglass"])
+@pytest.mark.parametrize("start", [5, 12, 15])
+def test_generation_goes_on_past_the_block(name, start):
+    """Each token is the argmax after one of the windows of T/2 to T tokens that slide along."""
+    model = build(**VARIANTS[name])
+    prompt = torch.randint(48, (2, start), generator=seeded())
+    out = model.generate(prompt, 16, temperature=0)
+    assert out.shape == (2, start + 16) and torch.equal(out[:, :start], prompt)
+    for t in range(start, start + 16):
+        windows = range(6, 13) if t > 12 else [t]
+        assert any(torch.equal(greedy(model, out[:, t - w : t], 1)[:, -1], out[:, t])
+                   for w in windows), t
+
+
+def test_sampling_is_reproducible():
+    model = build(**VARIANTS["nesterov-lie_trotter"])
+    one, two, other = (model.generate(IDX, 20, generator=seeded(s)) for s in (3, 3, 4))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    assert one.shape == (2, 30) and torch.equal(one[:, :10], IDX)
+
+
+def test_padded_rows_are_never_sampled():
+    model = constant_model([0.25] * 4, vocab_used=4)
+    with torch.no_grad():
+        model.get_parameter("transformer.wte.weight")[4:, 0] = 1000.0
+    assert model(IDX)[0].argmax() >= 4
+    for how in (dict(), dict(top_k=4), dict(top_k=100), dict(top_p=0.9), dict(temperature=2.0)):
+        assert (frequencies(model, **how)[:4] > 0.2).all()
+    assert (model.generate(IDX, 3, temperature=0)[:, 10:] < 4).all()
+
+
+@pytest.mark.parametrize("how, expected", [
+    (dict(), [0.5, 0.3, 0.15, 0.05]),
+    (dict(top_p=1.0), [0.5, 0.3, 0.15, 0.05]),
+    (dict(top_p=0.9), [50 / 95, 30 / 95, 15 / 95, 0]),  # the smallest set that reaches 0.9
+    (dict(top_p=0.7), [5 / 8, 3 / 8, 0, 0]),
+    (dict(top_p=0.01), [1, 0, 0, 0]),
+    (dict(top_k=3), [50 / 95, 30 / 95, 15 / 95, 0]),
+    (dict(temperature=0.5), [25 / 36.5, 9 / 36.5, 2.25 / 36.5, 0.25 / 36.5]),
+    (dict(temperature=0.5, top_p=0.65), [1, 0, 0, 0])])  # temperature first
+def test_truncation_on_a_known_distribution(how, expected):
+    got = frequencies(constant_model([0.5, 0.3, 0.15, 0.05]), **how)
+    expected = torch.tensor(expected)
+    assert torch.equal(got[:4] > 0, expected > 0) and got[4] == 0
+    assert (got[:4] - expected).abs().max() < 0.05
+
+
+def test_stop_tokens():
+    model = build(**VARIANTS["gpt"])
+    prompt = torch.randint(48, (3, 4), generator=seeded())
+    free = model.generate(prompt, 8, temperature=0)[:, 4:]
+    assert len(free.unique()) > 2
+    for stop in free.unique().tolist():
+        hits = [row.index(stop) if stop in row else None for row in free.tolist()]
+        width = 8 if None in hits else max(hits) + 1
+        expected = free.clone()
+        for row, hit in enumerate(hits):
+            if hit is not None:
+                expected[row, hit:] = stop
+        out = model.generate(prompt, 8, temperature=0, stop_tokens=(stop,))
+        assert torch.equal(out, torch.cat([prompt, expected[:, :width]], 1))
+
+
+def test_a_stop_token_in_the_prompt_does_not_stop():
+    out = constant_model([0.7, 0.3]).generate(
+        torch.zeros(2, 3, dtype=torch.long), 8, temperature=0, stop_tokens=(0, 5))
+    assert torch.equal(out, torch.zeros(2, 4, dtype=torch.long))
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+each_substep = dict(ffn="hourglass", ffn_substeps="each")
+REFUSED = [  # options, and words that the message must contain: the option, its value, the fix
+    (dict(template="adam", splitting="strang"), "splitting strang adam lie_trotter"),
+    (dict(template="rmsprop", splitting="euler"), "splitting euler rmsprop lie_trotter"),
+    (dict(template="imex", splitting="euler"), "splitting euler imex lie_trotter"),
+    (dict(template="symplectic", splitting="strang"), "splitting strang symplectic lie_trotter"),
+    (dict(each_substep, splitting="euler"), "ffn_substeps each euler joint"),
+    (dict(each_substep, template="imex"), "ffn_substeps each imex joint"),
+    (dict(each_substep, template="symplectic"), "ffn_substeps each symplectic joint"),
+    (dict(each_substep, template="adam"), "ffn_substeps each adam joint"),
+    (dict(template="nesterov", velocity_init="add"), "velocity_init add nesterov gd"),
+    (dict(template="adamw", velocity_init="add"), "velocity_init add adamw gd"),
+    (dict(template="imex", velocity_norm="read"), "velocity_norm read imex update"),
+    (dict(template="symplectic", velocity_norm="read"), "velocity_norm read symplectic update"),
+    (dict(template="symplectic", velocity_norm="none"), "velocity_norm none symplectic update"),
+    (dict(n_embd=18, n_head=4), "n_embd 18 n_head 4 head_dim"),
+    (dict(position="rope", head_dim=5), "head_dim 5 rope even"),
+    (dict(position="rope", n_embd=18, n_head=2), "head_dim 9 rope even"),
+    (dict(dropout=1.0), "dropout 1.0"),
+    (dict(dropout=-0.1), "dropout -0.1"),
+    (dict(template="nesterov", mu_init=1.0), "mu_init 1.0 softplus"),
+    (dict(template="polyak", beta_init=0.0), "beta_init 0.0"),
+    (dict(template="tmm", scalar_map="softplus", mu_init=-1.0), "mu_init -1.0"),
+    (dict(template="polyak", gamma_init=0.0), "gamma_init 0.0"),
+    (dict(template="imex", imex_steps=0), "imex_steps 0"),
+    (dict(ffn="hourglass", ffn_depth=0), "ffn_depth 0"),
+    (dict(vocab_used=49), "vocab_used 49 vocab_size 48"),
+    (dict(n_layer=0), "n_layer 0"),
+    (dict(block_size=0), "block_size 0"),
+    (dict(template="nestorov"), "template nestorov nesterov"),
+    (dict(splitting="strong"), "splitting strong strang"),
+    (dict(norm="batchnorm"), "norm batchnorm rmsnorm"),
+    (dict(position="alibi"), "position alibi rope"),
+    (dict(ffn="moe"), "ffn moe swiglu"),
+    (dict(activation="relu"), "activation relu gelu_tanh"),
+    (dict(ffn="hourglass", ffn_substeps="all"), "ffn_substeps all joint"),
+    (dict(template="polyak", velocity_init="ones"), "velocity_init ones embed"),
+    (dict(template="polyak", velocity_norm="both"), "velocity_norm both read"),
+    (dict(template="polyak", scalar_map="exp"), "scalar_map exp softplus"),
+]
+
+
+@pytest.mark.parametrize("options, words", REFUSED)
+def test_bad_combinations_are_refused(options, words):
+    with pytest.raises(ValueError) as error:
+        config(**options)
+    missing = [word for word in words.split() if word not in str(error.value)]
+    assert not missing, f"{missing} not in: {error.value}"
+
+
+# --------------------------------------------------------------------------------- initial values
+
+WIDE = dict(n_layer=3, n_embd=64, n_head=4, vocab_size=512, block_size=256)
+
+
+def new(**options):
+    torch.manual_seed(0)
+    return GPT(config(**{**WIDE, **options}))
+
+
+@pytest.mark.parametrize("options, scale", [
+    (dict(bias=True), 6**-0.5), (dict(template="tmm"), 6**-0.5),
+    (dict(template="adam", residual_init_scale=False), 1),
+    (dict(HOURGLASS, n_head=4, head_dim=12, ffn_hidden=None, residual_init_scale=True), 6**-0.5),
+    (dict(HOURGLASS, n_head=4, head_dim=12, ffn_hidden=None, template="nesterov"), 1),
+    (dict(LLAMA, template="imex", residual_init_scale=False), 1)])
+def test_initial_weights(options, scale):
+    """N(0, 0.02), and attention-out and FFN-down times 1/sqrt(2L), whatever K."""
+    for name, p in new(**options).named_parameters():
+        if p.ndim == 2:
+            std = 0.02 * (scale if name.endswith("c_proj.weight") else 1)
+            assert p.std().item() == pytest.approx(std, rel=0.07), name
+            assert abs(p.mean().item()) < 5 * std / p.numel() ** 0.5, name
+        elif "norm" in name or "ln_" in name:
+            assert (p == (1 if name.endswith("weight") else 0)).all(), name
+        elif name.endswith("bias"):
+            assert (p == 0).all(), name
+
+
+ONE = math.log(math.e - 1)  # softplus(ONE) = 1
+INITIAL_SCALARS = [  # raw values
+    (dict(template="tmm"), dict(mu=0, beta=0, gamma=0, nu=ONE)),
+    (dict(template="nesterov"), dict(mu=0, beta=0, gamma=0)),
+    (dict(template="polyak"), dict(beta=0, gamma=0)),
+    (dict(template="nesterov", mu_init=0.9, beta_init=0.9, gamma_init=1.0),
+     dict(mu=math.log(9), beta=math.log(9), gamma=ONE)),
+    (dict(template="nesterov", scalar_map="softplus", mu_init=1.0, beta_init=math.log(2)),
+     dict(mu=ONE, beta=0, gamma=0)),
+    (dict(template="imex"), dict(beta=0, gamma_a=0, gamma_m=0)),
+    (dict(template="symplectic"), dict(beta=0, gamma=0, eta=ONE)),
+    (dict(template="rmsprop"), dict(beta2=0, gamma=0)),
+    (dict(template="adam"), dict(beta1=0, beta2=0, gamma=0)),
+    (dict(template="adamw"), dict(beta1=0, beta2=0, gamma=0, lam=-5)),
+    (dict(), {}),
+]
+
+
+@pytest.mark.parametrize("options, raw", INITIAL_SCALARS)
+def test_initial_scalars(options, raw):
+    """The raw values; n per layer as the specification's tables say."""
+    scalars = GPT(config(**options)).parameter_roles()["scalar"]
+    assert {name.split(".")[-1] for name in scalars} == set(raw)
+    assert len(scalars) == 2 * len(raw) * reference.n_substeps(config(**options))
+    for name, p in scalars.items():
+        assert p.shape == (1,) and p.dtype == torch.float32
+        assert p.item() == pytest.approx(raw[name.split(".")[-1]], abs=1e-6), name
+
+
+# ------------------------------------------------------------------------------ the rest of the API
+
+@every_variant
+def test_every_parameter_has_one_role(name):
+    model = GPT(config(**VARIANTS[name]))
+    roles = model.parameter_roles()
+    assert set(roles) == {"matrix", "embedding", "norm", "scalar"}
+    parameters = dict(model.named_parameters())
+    assert sorted(n for role in roles.values() for n in role) == sorted(parameters)
+    assert all(p is parameters[n] for role in roles.values() for n, p in role.items())
+    tables = {f"transformer.{t}.weight" for t in ("wte", "wpe", "vte", "vpe")}
+    assert set(roles["embedding"]) == tables & set(parameters)
+    assert set(roles["matrix"]) == {n for n, p in parameters.items() if p.ndim == 2} - tables
+    assert set(roles["scalar"]) == {n for n in parameters if ".steps." in n and ".norm" not in n}
+
+
+@pytest.mark.parametrize("name", ["gpt", "tmm-lie_trotter", "nesterov-hourglass"])
+def test_adamw_groups(name):
+    model = GPT(config(**VARIANTS[name]))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    assert isinstance(optimizer, torch.optim.AdamW)
+    seen = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(seen) == len({id(p) for p in seen}) == len(list(model.parameters()))
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.9, 0.95)
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.1 if p.ndim == 2 else 0)
+
+
+def test_num_params_is_nanogpts():
+    model = GPT(config(bias=True))
+    assert model.get_num_params(non_embedding=False) == count(model)
+    assert model.get_num_params() == count(model) - 12 * 16  # without the positions
+
+
+def test_mfu_is_proportional_to_speed():
+    model = GPT(config(template="nesterov"))
+    assert 0 < model.estimate_mfu(4, 2.0) == pytest.approx(model.estimate_mfu(8, 8.0) * 2)
+
+
+@pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "nesterov-hourglass"])
+def test_crop_block_size(name):
+    model = build(**VARIANTS[name])
+    before = logits(model, IDX[:, :6])
+    model.crop_block_size(6)
+    assert model.config.block_size == 6 and torch.equal(logits(model, IDX[:, :6]), before)
+    for table, p in model.named_parameters():
+        assert "wpe" not in table and "vpe" not in table or p.shape == (6, 16)
+    with pytest.raises(ValueError):
+        model(IDX[:, :7])
+
+
+@pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "imex-2", "adamw"])
+def test_streams_and_losses_stay_fp32_under_autocast(name):
+    model, seen = build(torch.float32, **VARIANTS[name]), []
+    watched = ["transformer.ln_f"]
+    if VARIANTS[name].get("template"):
+        watched.append("transformer.h.1.steps.0.norm")
+    for module in watched:
+        model.get_submodule(module).register_forward_hook(
+            lambda _, args, out: seen.extend([args[0].dtype, out.dtype]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(IDX, IDX)[1]
+    assert set(seen[:-1]) == {torch.float32}  # the last is ln_f's output, which feeds a matmul
+    assert loss.dtype == torch.float32
+
+
+def test_dropout_acts_in_training_only():
+    with_dropout = build(dropout=0.5, template="nesterov")
+    without = build(state=with_dropout.state_dict(), template="nesterov")
+    assert torch.equal(logits(with_dropout), logits(without))
+    assert not torch.equal(logits(with_dropout.train()), logits(without))
