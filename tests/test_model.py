@@ -577,7 +577,7 @@ def dynamo():
 
 @every_variant
 def test_compiles_in_one_graph(name, dynamo):
-    model = build(torch.float32, **dict(VARIANTS[name], n_layer=1))
+    model = build(torch.float32, **dict(VARIANTS[name], n_layer=1, ffn_depth=2))
     loss, grads = loss_and_gradients(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled_loss, compiled_grads = loss_and_gradients(model, compiled)
