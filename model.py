@@ -578,17 +578,19 @@ class GPT(nn.Module):
         With targets (B, T), logits (B, T, vocab_size) and the cross-entropy in nats per token, at
         least fp32, target -1 ignored: its mean (), or (B, T) with reduction="none". Without,
         logits (B, 1, vocab_size) of the last position and None. With a cache, idx continues the
-        cached tokens. Raises ValueError where cached and new tokens exceed block_size.
+        cached tokens. Raises ValueError where all tokens exceed block_size or the cache.
         """
         c, start = self.config, 0 if cache is None else cache.length
-        if start + idx.size(1) > c.block_size:
-            raise ValueError(f"{start + idx.size(1)} tokens exceed block_size={c.block_size}; crop "
-                             f"the input")
+        room = c.block_size if cache is None else min(c.block_size, cache.max_length)
+        if start + idx.size(1) > room:
+            raise ValueError(f"{start + idx.size(1)} tokens: there is room for {room} (block_size, "
+                             f"or the cache's length); crop the input")
         state = self.embed(idx, start)
         rope = None
         if c.position == "rope":
             pos = torch.arange(start, start + idx.size(1), device=idx.device)
-            rope = rope_table(pos, c.d_head, c.rope_theta, self.lm_head.weight.dtype)
+            wide = torch.promote_types(self.lm_head.weight.dtype, torch.float32)  # angles need it
+            rope = rope_table(pos, c.d_head, c.rope_theta, wide)
         for block in self.transformer.h:
             state = block(state, rope, cache)
         if cache is not None:
@@ -627,7 +629,7 @@ class GPT(nn.Module):
                 window, cache = window[:, -max(1, c.block_size // 2):], KVCache(c.block_size)
                 unread = window
             logits = self(unread, cache=cache)[0][:, -1].float()  # (B, V)
-            logits[:, c.vocab_used:] = -torch.inf
+            logits[:, c.vocab_used or c.vocab_size:] = -torch.inf
             token = torch.where(stopped, last, draw(logits, temperature, top_k, top_p, generator))
             stopped, last = stopped | torch.isin(token, stops), token
             unread = token[:, None]
@@ -817,7 +819,7 @@ def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
         return DTYPES[dtype]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -495,7 +495,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.parallel:
             backend = config.backend or ("nccl" if self.device.type == "cuda" else "gloo")
-            dist.init_process_group(backend)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         if self.parallel:
@@ -503,7 +503,7 @@ class Ranks:
         return value
 
     def any(self, flag: bool) -> bool:
-        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
+        return self.sum(torch.tensor(float(flag))).item() > 0  # over gloo: the GPU need not wait
 
     def gather(self, value) -> list:
         if not self.parallel:
