@@ -53,9 +53,9 @@ BLOCK = 1 << 20         # characters read, and encoded, at a time
 WORKER_SHARE = 8 << 20  # characters for which one more process pays
 SAVE_EVERY = 5.0        # seconds of work that a killed run loses at most
 
-# Where a long document may be cut without changing its tokens: before a lone space, or after a lone
-# newline and before a word. In none of tiktoken's vocabularies does a token span either.
-SAFE_CUT = re.compile(r"\S(?= \S)|\S\n(?=\w)")
+# Where a long document may be cut without changing its tokens: before the first of some spaces, or
+# after a lone newline and before a word. In no vocabulary of tiktoken's does a token span either.
+SAFE_CUT = re.compile(r"\S(?= )|\S\n(?=\w)")
 
 TINY_SHAKESPEARE = \
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -160,7 +160,7 @@ class Tokenizer:
         if self.name == "bytes":
             return bytes([token])
         if self.name == "char":
-            return self.alphabet[token].encode()
+            return self.alphabet[token].encode("utf-8", "replace")
         try:
             return self.bpe.decode_single_token_bytes(token)
         except KeyError:  # some vocabularies have gaps
@@ -228,9 +228,10 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         width = {"uint16": 2, "uint32": 4}[meta["dtype"]]
         wrong = [s for s in SPLITS if sizes[s] != meta[s]["tokens"] * width]
-        if not 0 < meta["vocab_size"] <= meta["padded_vocab_size"] or not meta["tokenizer"]:
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
+        characters = len(meta["alphabet"]) if meta["tokenizer"] == "char" else meta["vocab_size"]
+        if not 0 < characters == meta["vocab_size"] <= meta["padded_vocab_size"]:
+            raise ValueError(characters)
+    except (ValueError, KeyError, TypeError, RecursionError):
         wrong = ["meta.json"]
     if wrong:
         fail(f"{folder} is damaged: {wrong[0]} does not fit the rest; make it again, --overwrite")
@@ -309,7 +310,7 @@ def _record_pieces(texts: Iterable[Any], where: str) -> Iterator[Piece]:
 
 def _check_field(field: str, there: Iterable[str], where: str) -> None:
     if field not in there:
-        fail(f"{where} has no field {field}; choose one with --field: {', '.join(there)}")
+        fail(f"{where} has no field {field}; --field chooses one of: {', '.join(there)}")
 
 
 def _jsonl_texts(path: Path, field: str) -> Iterator[Any]:
@@ -319,10 +320,11 @@ def _jsonl_texts(path: Path, field: str) -> Iterator[Any]:
             if not text.strip():
                 continue
             try:
-                record = dict(json.loads(text))
-            except (ValueError, TypeError) as error:
-                fail(f"{path}, line {number} is not a JSON object: {error}")
-            _check_field(field, record, f"{path}, line {number}")
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                fail(f"{path}, line {number} is not JSON: {error}")
+            _check_field(field, record if isinstance(record, dict) else {},
+                         f"{path}, line {number}")
             text = record[field]
             if b"\\ud" in line.lower() and isinstance(text, str):  # escaped halves of characters
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -517,20 +519,31 @@ def _map(function: Callable, items: Iterable, workers: int) -> Iterator:
 # are complete, and move to name/, meta.json last; a killed move is finished by the next run
 
 
-def _sync(path: Path) -> None:
-    """Have a file, or a folder's entries, survive a power failure."""
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
+def _replace(new: Path, path: Path) -> None:
+    """Rename, durably where the system can."""
+    os.replace(new, path)
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     """All of it or nothing."""
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(new)
-    os.replace(new, path)
-    _sync(path.parent)
+    with open(new, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    _replace(new, path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -549,8 +562,7 @@ def _locked(partial: Path) -> Iterator[None]:
 def _move_into_place(partial: Path) -> None:
     for name in ("train.bin", "val.bin", "meta.json"):
         if (partial / name).exists():
-            os.replace(partial / name, partial.parent / name)
-            _sync(partial.parent)
+            _replace(partial / name, partial.parent / name)
     shutil.rmtree(partial)
 
 
@@ -716,8 +728,7 @@ def prepare(c: PrepareConfig) -> dict[str, Any]:
             shutil.rmtree(partial)
             fail(f"too little text to split in {settings['source']}")
         for split in SPLITS:
-            digest = hashlib.sha256(np.memmap(partial / f"{split}.bin", np.uint8, "r"))
-            state[split]["sha256"] = digest.hexdigest()
+            state[split]["sha256"] = _sha256(partial / f"{split}.bin")
             print(f"{split} has {state[split]['tokens']:,} tokens, "
                   f"{state[split]['documents']:,} documents")
         meta = tokenizer.to_meta() | {split: state[split] for split in SPLITS} | {
