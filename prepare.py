@@ -40,12 +40,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from config import cli, fail, read_config
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there, nothing keeps two runs apart
-    fcntl = None
+from config import cli, fail, locked, read_config, replace
 
 SPLITS = ("train", "val")
 END_OF_TEXT = "<|endoftext|>"
@@ -519,15 +514,6 @@ def _map(function: Callable, items: Iterable, workers: int) -> Iterator:
 # are complete, and move to name/, meta.json last; a killed move is finished by the next run
 
 
-def _replace(new: Path, path: Path) -> None:
-    """Rename, durably where the system can."""
-    os.replace(new, path)
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     """All of it or nothing."""
     new = path.with_suffix(".new")
@@ -535,7 +521,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         json.dump(content, file, indent=1, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())
-    _replace(new, path)
+    replace(new, path)
 
 
 def _sha256(path: Path) -> str:
@@ -546,23 +532,10 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Keep a second run out of the folder; the operating system lets go with the process."""
-    partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / ".lock", "w") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                fail(f"another prepare.py is writing to {partial.parent}")
-        yield
-
-
 def _move_into_place(partial: Path) -> None:
     for name in ("train.bin", "val.bin", "meta.json"):
         if (partial / name).exists():
-            _replace(partial / name, partial.parent / name)
+            replace(partial / name, partial.parent / name)
     shutil.rmtree(partial)
 
 
@@ -719,7 +692,8 @@ def prepare(c: PrepareConfig) -> dict[str, Any]:
 
     start = {"wanted": settings | {"documents": sum(n), "characters": sum(sizes)}, "batches": 0,
              "characters": 0, **{split: {"tokens": 0, "documents": 0} for split in SPLITS}}
-    with _locked(partial):
+    partial.mkdir(parents=True, exist_ok=True)
+    with locked(partial, f"another prepare.py is writing to {folder}"):
         state = _load_progress(partial, start, tokenizer.dtype.itemsize)
         _write_bins(partial, state, _batches(pieces, is_val),
                     functools.partial(_encode, tokenizer.name, tokenizer.alphabet, mark),

@@ -27,14 +27,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError, cli, fail, read_config
+from config import UserError, cli, fail, locked, read_config, replace
 from model import GPT, GPTConfig, autocast, pick_device, pick_dtype, read_checkpoint
 from prepare import load_meta
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there, nothing keeps two runs apart
-    fcntl = None
 
 
 @dataclass
@@ -300,22 +295,11 @@ def write_file(state: dict, path: str) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(os.path.dirname(path))
+        replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(partial)
         fail(f"cannot write {path}: {str(error).splitlines()[0]}; what was there before is intact")
-
-
-def sync_folder(folder: str) -> None:
-    """Make the folder's renames durable, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def link(source: str, target: str) -> None:
@@ -324,7 +308,7 @@ def link(source: str, target: str) -> None:
         os.remove(f"{target}.partial")
     try:
         os.link(source, f"{target}.partial")
-        os.replace(f"{target}.partial", target)
+        replace(f"{target}.partial", target)
     except OSError:  # a file system without hard links
         write_file(read_checkpoint(source), target)
 
@@ -358,18 +342,6 @@ def read_latest(out_dir: str) -> dict | None:
     if problems:
         fail(*problems)
     return None
-
-
-@contextlib.contextmanager
-def locked(out_dir: str) -> Iterator[None]:
-    """Hold out_dir for this run; the operating system lets go with the process."""
-    with open(os.path.join(out_dir, ".lock"), "w") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                fail(f"another run is writing to {out_dir}; stop it or choose another --out_dir")
-        yield
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -729,8 +701,9 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             yield rows.pin_memory() if device.type == "cuda" else rows
             first += ranks.world * c.batch_size
 
-    with (locked(c.out_dir) if master else contextlib.nullcontext(), stop_signals() as signals,
-          contextlib.closing(prefetch(micro_batches())) as batches):
+    lock = locked(c.out_dir, f"another run is writing to {c.out_dir}; stop it or choose another "
+                             f"--out_dir") if master else contextlib.nullcontext()
+    with lock, stop_signals() as signals, contextlib.closing(prefetch(micro_batches())) as batches:
         if master and not resumed:
             for path in old:
                 os.remove(path)

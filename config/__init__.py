@@ -5,10 +5,12 @@
 Every option is a dataclass field; the comment beside it is its `--help` line. A preset is a Python
 file of assignments, run with the current values as its globals, so that it may compute
 (`min_lr = learning_rate / 10`) and import. Presets are code, like train.py: run your own.
+Also here, for train.py and prepare.py alike: error lines, the lock on a folder, a durable rename.
 This package imports neither torch nor numpy.
 """
 
 import ast
+import contextlib
 import difflib
 import inspect
 import io
@@ -19,8 +21,14 @@ import sys
 import textwrap
 import tokenize
 import types
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, nothing keeps two runs apart
+    fcntl = None
 
 TRUE, FALSE, AUTO = {"true", "1", "yes"}, {"false", "0", "no"}, {"none", "auto"}
 
@@ -42,6 +50,28 @@ def cli(main) -> None:
         sys.stdout.flush()
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike, message: str) -> Iterator[None]:
+    """Hold a folder for this process; the operating system lets go when it dies, however it dies.
+    Raises UserError(message) if another process holds it."""
+    with open(os.path.join(folder, ".lock"), "w") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                fail(message)
+        yield
+
+
+def replace(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Rename a file over another so that it survives a power failure, where the system can."""
+    os.replace(source, target)
+    with contextlib.suppress(OSError):
+        folder = os.open(os.path.dirname(target) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 # -----------------------------------------------------------------------------

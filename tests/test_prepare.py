@@ -22,7 +22,7 @@ import pyarrow.parquet
 import pytest
 
 import prepare
-from config import UserError
+from config import UserError, locked
 from prepare import SAFE_CUT, Tokenizer, load_meta
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -491,7 +491,9 @@ def test_complete_data_is_kept_unless_overwritten(tmp_path, stories, monkeypatch
 
 def test_a_second_run_is_kept_out(tmp_path, stories):
     pytest.importorskip("fcntl")
-    with prepare._locked(tmp_path / "data/text/partial"):
+    partial = tmp_path / "data/text/partial"
+    partial.mkdir(parents=True)
+    with locked(partial, "held by the test"):
         line = refused(tmp_path, "text", "--input", stories, "--tokenizer=bytes")
     assert "another prepare.py is writing" in line
 
