@@ -14,6 +14,7 @@ Sources: YuriiFormer, arXiv 2601.23236; Momentum Streams, arXiv 2605.24425; Hour
 import contextlib
 import math
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -24,7 +25,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from config import check_fields, fail
+from config import UserError, check_fields, fail, reason
 
 Oracle = Callable[[torch.Tensor], torch.Tensor]  # z (B, T, C) -> g(z) (B, T, C)
 State = tuple[torch.Tensor, ...]  # x (B, T, C), then whatever streams the template carries
@@ -729,7 +730,7 @@ class GPT(nn.Module):
         try:
             source = GPT2LMHeadModel.from_pretrained(model_type)
         except (OSError, ValueError) as error:
-            fail(f"cannot load {model_type}: {str(error).splitlines()[0]}")
+            fail(f"cannot load {model_type}: {reason(error)}")
         hf = source.config
         model = cls(GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size,
                               n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd,
@@ -745,14 +746,7 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, **override_args) -> "GPT":
         """The model of a checkpoint, ours or nanoGPT's. override_args: config values to change."""
-        names = {f.name for f in fields(GPTConfig)}
-        args = checkpoint["model_args"]
-        if unknown := sorted(set(args) - names):
-            fail(f"the checkpoint's model has options this version does not know: {unknown}")
-        args = dict(args) | override_args
-        if args["vocab_size"] == 50304 and "vocab_used" not in args:
-            args["vocab_used"] = 50257  # nanoGPT's padded GPT-2 vocabulary
-        model = cls(GPTConfig(**args))
+        model = cls(replace(checkpoint_config(checkpoint), **override_args))
         weights = {k.removeprefix("_orig_mod."): w for k, w in checkpoint["model"].items()}
         masks = [k for k in weights if k.endswith(".attn.bias")]  # older nanoGPT's causal masks
         model.to(weights["lm_head.weight"].dtype)
@@ -789,10 +783,38 @@ def read_checkpoint(path: str) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises nearly anything
-        fail(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}")
+        fail(f"{path} is damaged or no checkpoint: {reason(error)}")
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         fail(f"{path} holds no model; expected nanoGPT's keys model and model_args")
     return checkpoint
+
+
+def read_latest(out_dir: str) -> dict | None:
+    """The newest whole checkpoint of a run; None if there is none. A damaged one is named."""
+    problems = []
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        path = os.path.join(out_dir, name)
+        if os.path.exists(path):
+            try:
+                checkpoint = read_checkpoint(path)
+                if problems:
+                    print(f"warning: {problems[0]}; using {path}", file=sys.stderr)
+                return checkpoint
+            except UserError as error:
+                problems.append(str(error))
+    if problems:
+        fail(*problems)
+    return None
+
+
+def checkpoint_config(checkpoint: dict) -> GPTConfig:
+    """The architecture of a checkpoint, ours or nanoGPT's."""
+    args = dict(checkpoint["model_args"])
+    if unknown := sorted(set(args) - {f.name for f in fields(GPTConfig)}):
+        fail(f"the checkpoint's model has options that this version does not know: {unknown}")
+    if args["vocab_size"] == 50304:
+        args.setdefault("vocab_used", 50257)  # nanoGPT's padded GPT-2 vocabulary
+    return GPTConfig(**args)
 
 
 def pick_device(device: str | None = None, index: int = 0) -> torch.device:

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from config import cli, fail, read_config
-from model import GPT, autocast, pick_device, pick_dtype, read_checkpoint
+from model import GPT, autocast, pick_device, pick_dtype, read_checkpoint, read_latest
 from prepare import Tokenizer, load_meta
 
 
@@ -60,7 +60,7 @@ def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     if config.init_from.startswith("gpt2"):
         model, meta = GPT.from_pretrained(config.init_from), {"tokenizer": "gpt2"}
     else:
-        checkpoint = read_checkpoint(checkpoint_path(config))
+        checkpoint = load_checkpoint(config)
         model = GPT.from_checkpoint(checkpoint, dropout=0.0)
         meta = checkpoint.get("tokenizer") or nanogpt_tokenizer(checkpoint, config.data_dir)
     tokenizer = Tokenizer.from_meta(meta)
@@ -71,16 +71,16 @@ def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def checkpoint_path(config: SampleConfig) -> str:
-    """ckpt.pt, or best.pt of a run that asked for it (always_save_checkpoint=False)."""
+def load_checkpoint(config: SampleConfig) -> dict:
+    """The latest of a run, or best.pt if the run asked for it (always_save_checkpoint=False)."""
     if config.init_from != "resume":
-        return config.init_from
-    path, best = (os.path.join(config.out_dir, name) for name in ("ckpt.pt", "best.pt"))
-    if os.path.exists(best):
-        run = read_checkpoint(best).get("config", {})
-        if not run.get("always_save_checkpoint", True) or not os.path.exists(path):
-            return best
-    return path
+        return read_checkpoint(config.init_from)
+    latest = read_latest(config.out_dir)
+    best = os.path.join(config.out_dir, "best.pt")
+    wanted = latest is None or not latest.get("config", {}).get("always_save_checkpoint", True)
+    if wanted and os.path.exists(best):
+        return read_checkpoint(best)
+    return latest or read_checkpoint(os.path.join(config.out_dir, "ckpt.pt"))
 
 
 def nanogpt_tokenizer(checkpoint: dict, data_dir: str) -> dict:
@@ -103,9 +103,9 @@ def read_prompt(start: str) -> str:
         return start
     try:
         if start == "-":
-            return sys.stdin.read()
-        with open(start[5:], encoding="utf-8") as file:
-            return file.read()
+            return sys.stdin.buffer.read().decode()
+        with open(start[5:], "rb") as file:
+            return file.read().decode()
     except (OSError, UnicodeDecodeError) as error:
         fail(f"cannot read the prompt {start}: {error}")
 

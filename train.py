@@ -27,8 +27,17 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError, cli, fail, locked, read_config, replace
-from model import GPT, GPTConfig, autocast, pick_device, pick_dtype, read_checkpoint
+from config import cli, fail, locked, read_config, reason, replace
+from model import (
+    GPT,
+    GPTConfig,
+    autocast,
+    checkpoint_config,
+    pick_device,
+    pick_dtype,
+    read_checkpoint,
+    read_latest,
+)
 from prepare import load_meta
 
 
@@ -87,8 +96,17 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.convert_eval_iters()
+
+    def convert_eval_iters(self) -> None:
         if self.eval_iters is not None:
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
+
+    def adopt(self, model_config: GPTConfig) -> None:
+        """Say what the model is, where its shape comes from a checkpoint or from the data."""
+        for field in fields(GPTConfig):
+            setattr(self, field.name, getattr(model_config, field.name))
+        self.convert_eval_iters()
 
     def _rules(self) -> list[tuple[bool, str, str, str]]:
         counts = ("batch_size", "gradient_accumulation_steps", "max_iters", "lr_decay_iters",
@@ -246,7 +264,7 @@ def lr_multiplier(step: int, config: TrainConfig) -> float:
         return (step + 1) / (c.warmup_iters + 1)
     if c.schedule == "constant":
         return 1.0
-    floor = 0.1 if c.min_lr is None else c.min_lr / c.learning_rate
+    floor = 0.1 if c.min_lr is None else c.min_lr / (c.learning_rate or 1.0)
     end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
     if step >= end:
         return floor
@@ -265,12 +283,14 @@ def named_states(optimizers: dict[str, torch.optim.Optimizer]) -> dict:
 
 
 def load_states(optimizers: dict[str, torch.optim.Optimizer], states: dict) -> None:
-    """The inverse of named_states."""
+    """The inverse of named_states; cuts the state of a position table that was cropped."""
     for kind, o in optimizers.items():
         plan = o.state_dict()  # numbers the parameters in the order of the groups
-        names = [n for g in o.param_groups for n in g["param_names"]]
+        named = {n: p for g in o.param_groups
+                 for n, p in zip(g["param_names"], g["params"], strict=True)}
         numbers = [i for g in plan["param_groups"] for i in g["params"]]
-        plan["state"] = {i: states[kind][n] for i, n in zip(numbers, names, strict=True)
+        plan["state"] = {i: {k: v[:len(p)] if v.dim() else v for k, v in states[kind][n].items()}
+                         for i, (n, p) in zip(numbers, named.items(), strict=True)
                          if n in states[kind]}
         o.load_state_dict(plan)
 
@@ -299,7 +319,7 @@ def write_file(state: dict, path: str) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(partial)
-        fail(f"cannot write {path}: {str(error).splitlines()[0]}; what was there before is intact")
+        fail(f"cannot write {path}: {reason(error)}; what was there before is intact")
 
 
 def link(source: str, target: str) -> None:
@@ -326,24 +346,6 @@ def save_checkpoint(state: dict, out_dir: str, latest: bool, best: bool) -> None
         write_file(state, best_path)
 
 
-def read_latest(out_dir: str) -> dict | None:
-    """The newest whole checkpoint of a run; None if there is none. A damaged one is named."""
-    problems = []
-    for name in ("ckpt.pt", "ckpt_prev.pt"):
-        path = os.path.join(out_dir, name)
-        if os.path.exists(path):
-            try:
-                checkpoint = read_checkpoint(path)
-                if problems:
-                    print(f"warning: {problems[0]}; using {path}", file=sys.stderr)
-                return checkpoint
-            except UserError as error:
-                problems.append(str(error))
-    if problems:
-        fail(*problems)
-    return None
-
-
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """torch's generators of this process."""
     states = {"cpu": torch.get_rng_state()}
@@ -367,20 +369,22 @@ class Log:
 
     def __init__(self, config: TrainConfig, length: int | None):
         """length: cut an earlier log back to so many bytes; None starts a new one."""
-        path = os.path.join(config.out_dir, "log.jsonl")
-        self.file = open(path, "w" if length is None else "a", encoding="utf-8")
-        if length is None:
-            self.write({"type": "config", **asdict(config)})
-        elif self.file.tell() > length:
-            self.file.truncate(length)
         self.sinks = [*([wandb_sink(config)] if config.wandb_log else []),
                       *([tensorboard_sink(config)] if config.tensorboard else [])]
+        path = os.path.join(config.out_dir, "log.jsonl")
+        self.file = open(path, "w" if length is None else "a", encoding="utf-8")
+        if length is not None and self.file.tell() > length:
+            self.file.truncate(length)
+            self.file.seek(0, os.SEEK_END)
+        if self.file.tell() == 0:
+            self.write({"type": "config", **asdict(config)})
 
     def write(self, record: dict) -> None:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
 
-    def record(self, kind: str, step: int, **values: float) -> None:
+    def record(self, kind: str, step: int, **values: float | None) -> None:
+        values = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
         self.write({"type": kind, "iter": step, **values})
         for sink in self.sinks:
             sink({f"{kind}/{name}": value for name, value in values.items()}, step)
@@ -526,7 +530,7 @@ def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dic
     """A new model, GPT-2's, or the checkpoint's; its vocabulary is the data's."""
     if checkpoint is not None:
         ours = model_args(config)
-        stored = asdict(GPTConfig(**checkpoint["model_args"]))
+        stored = asdict(checkpoint_config(checkpoint))
         free = ("dropout", "block_size", "vocab_size", "vocab_used")
         problems = [f"{n}={ours[n]}, but the checkpoint's model has {n}={stored[n]}; drop the "
                     f"option, or train from scratch"
@@ -557,11 +561,10 @@ def try_compile(model: GPT, wanted: bool | None, device: torch.device) -> bool:
         probe = torch.compile(lambda z: z.sin() + z.cos())
         probe(torch.ones(8, device=device))
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         if wanted:
-            fail(f"compile=True, but torch.compile does not work here: {reason[0]}; "
+            fail(f"compile=True, but torch.compile does not work here: {reason(error)}; "
                  f"use --compile=False")
-        print(f"not compiled, so slower: torch.compile does not work here: {reason[0]}")
+        print(f"not compiled, so slower: torch.compile does not work here: {reason(error)}")
         return False
     model.compile(dynamic=False)
     return True
@@ -619,7 +622,10 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
 
     # --- where to start: nothing, a checkpoint of this run, or other weights ---
-    os.makedirs(c.out_dir, exist_ok=True)
+    try:
+        os.makedirs(c.out_dir, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot make the folder out_dir={c.out_dir}: {reason(error)}")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun's doing
     resume = c.init_from in ("resume", "auto") or restarted
     checkpoint = read_latest(c.out_dir) if resume else None
@@ -633,7 +639,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
              f"--overwrite, or choose another --out_dir")
     if not resumed and c.init_from.endswith(".pt"):
         checkpoint = read_checkpoint(c.init_from)
-    tokenizer = {k: meta[k] for k in TOKENIZER_KEYS if k in meta}
+    tokenizer = {k: meta[k] for k in TOKENIZER_KEYS if meta.get(k)}
     theirs = (checkpoint or {}).get("tokenizer", tokenizer)
     if theirs != tokenizer:
         fail(f"{folder} was made with another tokenizer than the checkpoint's, "
@@ -641,7 +647,11 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
 
     # --- model, optimisers, data ---
     torch.manual_seed(c.seed)
-    raw_model = make_model(c, given, meta, checkpoint)
+    try:
+        raw_model = make_model(c, given, meta, checkpoint)
+    except ValueError as error:
+        fail(*str(error).splitlines())
+    c.adopt(raw_model.config)
     raw_model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     T = raw_model.config.block_size
     train_tokens = Tokens(folder, "train", meta["dtype"], T)
@@ -653,12 +663,12 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
               "sha256": meta["train"].get("sha256")}
 
     # --- what a resumed run carries over ---
-    step, position, best_val_loss, log_length = 0, 0, 1e9, None
+    step, position, best_val_loss, log_length, evaluated = 0, 0, 1e9, None, None
     torch.manual_seed(c.seed + 1 + ranks.rank)  # dropout differs between ranks
     if resumed:
         step, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
         position = checkpoint.get("tokens_seen", 0) // T
-        log_length = checkpoint.get("log_length", 0)
+        log_length, evaluated = checkpoint.get("log_length"), checkpoint.get("evaluated", step)
         if checkpoint.get("data", source) != source:
             fail(f"{folder} is not the data that {c.out_dir} was trained on; to train on new data "
                  f"use --init_from={c.out_dir}/ckpt.pt and another --out_dir")
@@ -669,7 +679,8 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             load_states(optimizers, states)
         else:
             say("warning: the checkpoint's optimiser is another one; its state starts anew")
-        scaler.load_state_dict(checkpoint.get("scaler", {}) if scaler.is_enabled() else {})
+        if scaler.is_enabled() and checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
         if len(checkpoint.get("rng", ())) == ranks.world:
             set_rng_state(checkpoint["rng"][ranks.rank], device)
         else:
@@ -704,44 +715,57 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
     lock = locked(c.out_dir, f"another run is writing to {c.out_dir}; stop it or choose another "
                              f"--out_dir") if master else contextlib.nullcontext()
     with lock, stop_signals() as signals, contextlib.closing(prefetch(micro_batches())) as batches:
-        if master and not resumed:
-            for path in old:
-                os.remove(path)
         log = Log(c, log_length) if master else None
         if master:
+            for path in () if resumed else old:
+                os.remove(path)
             with open(os.path.join(c.out_dir, "config.json"), "w", encoding="utf-8") as file:
                 json.dump(asdict(c), file, indent=1)
-        fresh = resumed  # the checkpoint was written after this step's evaluation
+        total = torch.zeros((), device=device)
+
+        def train_loss(of_step: int) -> float:
+            """Of the last step, the mean over micro-batches and ranks, which must be finite."""
+            loss = ranks.sum(total.clone()).item() / ranks.world
+            if not math.isfinite(loss):
+                fail(f"the loss is {loss} at step {of_step}; the checkpoints in {c.out_dir} are "
+                     f"from before; lower the learning rate, or use --dtype=bfloat16")
+            return loss
+
         began, logged, first_step, logged_step = time.time(), time.time(), step, step
         peak = peak_flops(device)
         while True:
             # --- evaluate, save, leave ---
             stopping = ranks.any(bool(signals))
             last = step >= c.max_iters
+            evaluating = step % c.eval_interval == 0 or last
             is_best = False
-            if (step % c.eval_interval == 0 or last) and not fresh and not stopping:
+            new = step > first_step  # since the checkpoint that this process started from
+            if evaluating and evaluated != step and not stopping:
                 val_loss = evaluate(raw_model, val_tokens, c.eval_tokens, ranks, dtype)
-                is_best = val_loss < best_val_loss
-                best_val_loss = min(val_loss, best_val_loss)
+                evaluated, new, is_best = step, True, val_loss < best_val_loss
+                best_val_loss = val_loss if is_best else best_val_loss
                 if master:
                     log.record("eval", step, tokens=position * T, val_loss=val_loss,
                                best_val_loss=best_val_loss)
                     show(f"step {step}: val loss {val_loss:.4f}, best {best_val_loss:.4f}", True)
             due = step % (c.save_interval or c.eval_interval) == 0 or last or stopping
-            if step > 0 and not fresh and (due or is_best):
+            if step > 0 and new and (due or is_best):
+                train_loss(step - 1)
                 rng = ranks.gather(rng_state(device))
+                if not all(p.isfinite().all() for p in raw_model.parameters()):
+                    fail(f"the loss is nan from step {step} on: the last update broke the weights; "
+                         f"the checkpoints in {c.out_dir} are from before; lower the learning rate")
                 if master:
                     state = {"model": raw_model.state_dict(), "optimizer": named_states(optimizers),
                              "model_args": asdict(raw_model.config), "iter_num": step,
                              "best_val_loss": best_val_loss, "config": asdict(c),
                              "tokenizer": tokenizer, "data": source, "rng": rng,
                              "tokens_seen": position * T, "scaler": scaler.state_dict(),
-                             "log_length": log.length(),
+                             "log_length": log.length(), "evaluated": evaluated,
                              "versions": {"torch": str(torch.__version__),
                                           "python": sys.version.split()[0]}}
                     save_checkpoint(state, c.out_dir, latest=due, best=is_best)
                     del state
-            fresh = False
             if last or stopping:
                 break
 
@@ -749,7 +773,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             multiplier = lr_multiplier(step, c)
             for group in (g for o in optimizers.values() for g in o.param_groups):
                 group["lr"] = multiplier * group["peak_lr"]
-            total = torch.zeros((), device=device)
+            total.zero_()
             for micro_step in range(micro_steps):
                 x, y = to_device(next(batches), device)
                 quiet = ranks.parallel and micro_step < micro_steps - 1  # synchronise once a step
@@ -770,22 +794,19 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
 
             # --- log: the loss of this step, its mean over micro-batches and ranks ---
             if step % c.log_interval == 0:
-                train_loss = ranks.sum(total).item() / ranks.world
-                if not math.isfinite(train_loss):
-                    fail(f"the loss is {train_loss} at step {step}; the last checkpoint in "
-                         f"{c.out_dir} is from before; lower the learning rate or use bfloat16")
+                loss = train_loss(step)
                 if master:
                     now = time.time()
                     seconds = (now - logged) / (step + 1 - logged_step)
                     rate = windows_per_step * T / seconds
                     flops = rate * raw_model.flops_per_token() / ranks.world
                     mfu = flops / peak if peak else None
-                    log.record("train", step, tokens=position * T, loss=train_loss,
+                    log.record("train", step, tokens=position * T, loss=loss,
                                lr=multiplier * c.learning_rate, grad_norm=norm.item(),
                                tokens_per_s=rate, mfu=mfu, seconds=now - began)
                     eta = (now - began) / (step + 1 - first_step) * (c.max_iters - step - 1)
                     share = f"{mfu:.1%}" if mfu else "n/a"
-                    show(f"step {step}/{c.max_iters}: loss {train_loss:.4f}, lr "
+                    show(f"step {step}/{c.max_iters}: loss {loss:.4f}, lr "
                          f"{multiplier * c.learning_rate:.2e}, {rate:,.0f} tokens/s, mfu {share}, "
                          f"eta {clock(eta)}")
                     logged, logged_step = now, step + 1

@@ -12,6 +12,7 @@ This package imports neither torch nor numpy.
 import ast
 import contextlib
 import difflib
+import dis
 import inspect
 import io
 import math
@@ -40,6 +41,12 @@ class UserError(Exception):
 def fail(*problems: str) -> NoReturn:
     """Raise one UserError that names all the problems."""
     raise UserError("\n".join(problems))
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line: its kind and the first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def cli(main) -> None:
@@ -218,12 +225,13 @@ def read_config(cls, argv: list[str], positional: str | None = None, usage: str 
             problems.append(f"--{name} needs a value")
         else:
             assign(name, value)
+    try:
+        config = cls(**values)
+    except ValueError as error:
+        problems += str(error).splitlines()
     if problems:
         fail(*problems)
-    try:
-        return cls(**values), given
-    except ValueError as error:
-        fail(*str(error).splitlines())
+    return config, given
 
 
 def _run_preset(path: str, values: dict, problems: list[str]) -> dict[str, Any]:
@@ -239,14 +247,12 @@ def _run_preset(path: str, values: dict, problems: list[str]) -> dict[str, Any]:
         return {}
     try:
         after = runpy.run_path(path, init_globals=dict(values))
-        with open(path, encoding="utf-8") as file:
-            stored = _stored_names(ast.parse(file.read()))
+        stored = _stored_names(path)
     except (Exception, SystemExit) as error:  # it is the user's code: anything may happen in it
         frames = [f for f in inspect.getinnerframes(error.__traceback__) if f.filename == path]
         line = frames[-1].lineno if frames else getattr(error, "lineno", None)
         where = f"{path}, line {line}" if line else path
-        reason = str(error).splitlines()[:1]
-        problems.append(" ".join([f"{where}: {type(error).__name__}", *reason]))
+        problems.append(f"{where}: {reason(error)}")
         return {}
     ignored = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     return {name: value for name, value in after.items()
@@ -254,11 +260,13 @@ def _run_preset(path: str, values: dict, problems: list[str]) -> dict[str, Any]:
             and (name in stored or name not in values or value is not values[name])}
 
 
-def _stored_names(tree: ast.Module) -> set[str]:
+def _stored_names(path: str) -> set[str]:
     """The names that a preset assigns, also where it repeats the current value."""
-    names = {node.id for node in ast.walk(tree)
-             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    for node in tree.body:  # from config.gpt_owt import *
+    with open(path, encoding="utf-8") as file:
+        source = file.read()
+    names = {i.argval for i in dis.get_instructions(compile(source, path, "exec"))
+             if i.opname == "STORE_NAME"}
+    for node in ast.parse(source).body:  # from config.gpt_owt import *
         if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
             names |= vars(sys.modules[node.module]).keys()
     return names
@@ -294,7 +302,8 @@ def help_text(cls, usage: str = "") -> str:
     kinds = get_type_hints(cls)
     rows = [usage.strip(), "", "options (--name=value or --name value):"]
     for field in fields(cls):
-        default = "auto" if field.default is None else field.default
+        default = "auto" if field.default is None else str(field.default)
+        default = default if default.isprintable() else repr(default)  # a newline
         rows.append(f"  --{field.name}={default}   [{describe(kinds[field.name])}]")
         rows += textwrap.wrap(comments[field.name], 92, initial_indent="      ",
                               subsequent_indent="      ")

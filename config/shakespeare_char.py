@@ -1,7 +1,7 @@
 """nanoGPT's train_shakespeare_char.py: a character-level GPT with dropout.
 
 Data:     python prepare.py shakespeare_char
-Cost:     82 M tokens, 5.6e15 FLOP; nanoGPT took about 3 minutes on one A100.
+Cost:     82 M tokens, 5.5e15 FLOP; nanoGPT took about 3 minutes on one A100.
 Expected: best validation loss about 1.47, nanoGPT's figure (nanoGPT draws windows at random).
 """
 
