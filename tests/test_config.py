@@ -234,7 +234,7 @@ def test_a_helpers_locals_are_not_given(preset):
     ("width = (3", ("line 1", "SyntaxError")),
     ("import no_such_module", ("line 1", "no_such_module")),
     ("raise SystemExit('no')", ("line 1", "SystemExit")),
-    ("raise ValueError('two\\nlines')", ("line 1", "ValueError two")),
+    ("raise ValueError('two\\nlines')", ("line 1", "ValueError", "two")),
     ("assert width == 3", ("line 1", "AssertionError")),
 ])
 def test_a_broken_preset_is_one_line(preset, text, said):

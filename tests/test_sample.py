@@ -214,7 +214,9 @@ def test_which_checkpoint(tmp_path, always, there, chosen):
     model, tokenizer = sample.load_model(config)
     assert tokenizer.name == "bytes" and not model.training
     assert all(torch.equal(w, weights[n]) for n, w in model.state_dict().items())
-    assert sample.checkpoint_path(sample.SampleConfig(init_from="x/y.pt")) == "x/y.pt"
+    model, _ = sample.load_model(sample.SampleConfig(init_from=str(tmp_path / there[0])))
+    weights = torch.load(tmp_path / there[0], weights_only=True)["model"]
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])  # a file is taken as named
 
 
 def test_a_run_of_train_can_be_sampled(run, out, tmp_path):
