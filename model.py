@@ -749,8 +749,12 @@ class GPT(nn.Module):
         model = cls(replace(checkpoint_config(checkpoint), **override_args))
         weights = {k.removeprefix("_orig_mod."): w for k, w in checkpoint["model"].items()}
         masks = [k for k in weights if k.endswith(".attn.bias")]  # older nanoGPT's causal masks
-        model.to(weights["lm_head.weight"].dtype)
-        model.load_state_dict({k: w for k, w in weights.items() if k not in masks})
+        try:
+            model.to(weights["lm_head.weight"].dtype)
+            model.load_state_dict({k: w for k, w in weights.items() if k not in masks})
+        except (KeyError, RuntimeError) as error:  # torch lists all that is missing or misshapen
+            what = " ".join(str(error).split())
+            fail(f"the checkpoint's weights do not fit its model_args: {what}")
         return model
 
 

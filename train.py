@@ -91,7 +91,7 @@ class TrainConfig(GPTConfig):
     device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None  # auto: bf16 if fast
     compile: bool | None = None  # torch.compile; auto: on CUDA, where it works
-    backend: str | None = None  # of torch.distributed; auto: nccl on CUDA, else gloo
+    backend: Literal["nccl", "gloo"] | None = None  # of torchrun's processes; auto: nccl on CUDA
     seed: int = 1337  # of the initial weights, the data order and dropout
 
     def __post_init__(self) -> None:
@@ -289,9 +289,13 @@ def load_states(optimizers: dict[str, torch.optim.Optimizer], states: dict) -> N
         named = {n: p for g in o.param_groups
                  for n, p in zip(g["param_names"], g["params"], strict=True)}
         numbers = [i for g in plan["param_groups"] for i in g["params"]]
-        plan["state"] = {i: {k: v[:len(p)] if v.dim() else v for k, v in states[kind][n].items()}
-                         for i, (n, p) in zip(numbers, named.items(), strict=True)
-                         if n in states[kind]}
+        for i, (n, p) in zip(numbers, named.items(), strict=True):
+            if n in states[kind]:
+                cut = {k: v[:len(p)] if v.dim() else v for k, v in states[kind][n].items()}
+                if any(v.dim() and v.shape != p.shape for v in cut.values()):
+                    fail(f"the checkpoint's {kind} state of {n} does not fit its parameter; start "
+                         f"from the weights alone: --init_from=FILE.pt and another --out_dir")
+                plan["state"][i] = cut
         o.load_state_dict(plan)
 
 
@@ -529,12 +533,13 @@ def model_args(config: TrainConfig) -> dict:
 def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dict | None) -> GPT:
     """A new model, GPT-2's, or the checkpoint's; its vocabulary is the data's."""
     if checkpoint is not None:
-        ours = model_args(config)
-        stored = asdict(checkpoint_config(checkpoint))
-        free = ("dropout", "block_size", "vocab_size", "vocab_used")
+        ours, stored = model_args(config), asdict(checkpoint_config(checkpoint))
+        free = {"dropout", "vocab_used"}
+        if ours["block_size"] <= stored["block_size"]:
+            free.add("block_size")  # the context can be cropped
         problems = [f"{n}={ours[n]}, but the checkpoint's model has {n}={stored[n]}; drop the "
                     f"option, or train from scratch"
-                    for n in stored if n in given and n not in free and ours[n] != stored[n]]
+                    for n in stored if n in given - free and ours[n] != stored[n]]
         if problems:
             fail(*problems)
         model = GPT.from_checkpoint(checkpoint, dropout=config.dropout)
@@ -577,7 +582,7 @@ def evaluate(model: GPT, tokens: Tokens, eval_tokens: int, ranks: Ranks, dtype: 
     whatever the micro-batch and the number of ranks, and summed in float64."""
     model.eval()
     starts = evaluation_starts(len(tokens), tokens.block_size, eval_tokens)
-    rows = max(1, 8192 // tokens.block_size)
+    rows = max(1, 4096 // tokens.block_size)
     home = "cpu" if ranks.device.type == "mps" else ranks.device  # MPS has no float64
     total = torch.zeros((), dtype=torch.float64, device=home)
     for i in range(ranks.rank * rows, len(starts), ranks.world * rows):
@@ -666,6 +671,9 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
     step, position, best_val_loss, log_length, evaluated = 0, 0, 1e9, None, None
     torch.manual_seed(c.seed + 1 + ranks.rank)  # dropout differs between ranks
     if resumed:
+        if not {"iter_num", "best_val_loss"} <= checkpoint.keys():
+            fail(f"{c.out_dir} holds weights, but no run to resume; start one from them: "
+                 f"--init_from={c.out_dir}/ckpt.pt and another --out_dir")
         step, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
         position = checkpoint.get("tokens_seen", 0) // T
         log_length, evaluated = checkpoint.get("log_length"), checkpoint.get("evaluated", step)
@@ -785,8 +793,9 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), c.grad_clip or math.inf)
-            for optimizer in optimizers.values():
-                scaler.step(optimizer)
+            if not scaler.is_enabled() or norm.isfinite():  # fp16 overflowed: all or none step
+                for optimizer in optimizers.values():
+                    scaler.step(optimizer)
             scaler.update()
             for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)

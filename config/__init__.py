@@ -51,8 +51,12 @@ def reason(error: BaseException) -> str:
 
 def cli(main) -> None:
     """Run `main(argv)` as a program: a UserError ends it with its lines and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         sys.stdout.flush()
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)

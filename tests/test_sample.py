@@ -347,3 +347,15 @@ def test_a_program_ends_with_code_2(monkeypatch, capsys):
         cli(sample.main)
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: no checkpoint /nowhere")
+
+
+def test_a_reader_that_leaves_and_a_terminal_without_the_letters_are_no_crash(tmp_path):
+    write_checkpoint(tmp_path / "out" / "ckpt.pt")
+    argv = [sys.executable, "sample.py", f"--out_dir={tmp_path / 'out'}", "--start=\u00e4",
+            "--max_new_tokens=12", "--device=cpu"]
+    ascii_only = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True,
+                                env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert ascii_only.returncode == 0 and ascii_only.stdout.startswith("?"), ascii_only.stderr
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as gone:
+        gone.stdout.close()
+        assert "Traceback" not in gone.stderr.read().decode()

@@ -941,6 +941,43 @@ def test_a_missing_logger_is_one_line(run, tmp_path, monkeypatch, option, module
 # What a user does wrong
 
 
+@pytest.mark.parametrize("spoil, said", [
+    (lambda c: c.pop("iter_num"), "no run to resume"),
+    (lambda c: c["model"].pop("transformer.ln_f.weight"), "transformer.ln_f.weight"),
+    (lambda c: c["optimizer"]["adamw"]["transformer.h.0.attn.c_attn.weight"].update(
+        exp_avg=torch.zeros(2, 2)), "transformer.h.0.attn.c_attn.weight")])
+def test_a_checkpoint_that_lacks_something_is_refused(run, tmp_path, spoil, said):
+    run(tmp_path, max_iters=3)
+    checkpoint = load(tmp_path)
+    spoil(checkpoint)
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    refused(lambda: run(tmp_path, init_from="resume"), said)
+
+
+@pytest.mark.parametrize("option", [dict(vocab_size=512), dict(block_size=32)])
+def test_a_shape_that_the_checkpoint_cannot_take_is_refused(run, tmp_path, option):
+    run(tmp_path, max_iters=3)
+    (name, value), = option.items()
+    refused(lambda: run(tmp_path, init_from="resume", **option), f"{name}={value}", "checkpoint")
+
+
+def test_when_fp16_overflows_no_optimiser_steps(run, tmp_path, monkeypatch):
+    """Muon's matrices overflow, the tables do not: neither may move, decay or gather momentum."""
+    def overflow(parameters, *_):
+        parameters = list(parameters)
+        parameters[-2].grad.fill_(torch.inf)
+        return torch.tensor(torch.inf)
+
+    run(tmp_path, max_iters=2, dtype="float16", optimizer="muon", save_interval=1)
+    before = load(tmp_path)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    run(tmp_path, max_iters=3, dtype="float16", optimizer="muon", init_from="resume")
+    after = load(tmp_path)
+    assert after["iter_num"] == 3
+    assert_same(after["model"], before["model"])
+    assert_same(after["optimizer"], before["optimizer"])
+
+
 def in_this_process(argv, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *argv])
     with pytest.raises(SystemExit) as stop:
@@ -961,6 +998,7 @@ def in_this_process(argv, monkeypatch, capsys):
     pytest.param(dict(device="cuda"), ["cuda", "--device=cpu"], marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is CUDA")),
     (dict(device="gpu"), ["device=gpu", "cpu"]),
+    (dict(backend="carrier"), ["backend=carrier", "nccl | gloo"]),
 ], ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "")
 def test_a_mistake_is_one_line(words, tmp_path, monkeypatch, capsys, options, said):
     code, lines = in_this_process(words(tmp_path, **options), monkeypatch, capsys)
