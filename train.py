@@ -418,25 +418,30 @@ def tensorboard_sink(config: TrainConfig):
     return lambda values, step: [writer.add_scalar(n, v, step) for n, v in values.items()]
 
 
-def plot_losses(out_dir: str) -> None:
-    """Draw log.jsonl's losses to loss.png, where matplotlib is installed."""
+def plot_losses(out_dirs: list[str], path: str) -> None:
+    """Draw the losses of one run or several to a PNG, where matplotlib is installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return
-    with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="cross-entropy (nats per token)")
-    for kind, name, style in (("train", "loss", dict(lw=0.8, alpha=0.6)),
-                              ("eval", "val_loss", dict(marker="o", ms=3.5))):
-        points = [(r["iter"], r[name]) for r in records if r["type"] == kind]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=f"{kind} ({points[-1][1]:.4f})", **style)
+    top = 0.0  # of the picture: the second evaluation, since the first is that of no training
+    for i, out_dir in enumerate(out_dirs):
+        with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as file:
+            records = [json.loads(line) for line in file]
+        for kind, name, style in (("train", "loss", dict(lw=0.7, alpha=0.4)),
+                                  ("eval", "val_loss", dict(marker="o", ms=3.5))):
+            points = [(r["iter"], r[name]) for r in records if r["type"] == kind and r[name]]
+            if points:
+                label = f"{os.path.basename(out_dir)}, {kind}: {points[-1][1]:.4f}"
+                axes.plot(*zip(*points, strict=True), label=label, color=f"C{i}", **style)
+                top = max(top, *(loss for _, loss in points[1:2])) if kind == "eval" else top
+    axes.set_ylim(top=1.05 * top or None)
     axes.legend()
     axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(os.path.join(out_dir, "loss.png"))
+    FigureCanvasAgg(figure).print_png(path)
 
 
 PEAK_FLOPS = {  # dense bf16 (fp16 on V100 and T4) FLOP/s by card, the makers' data sheets
@@ -822,7 +827,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             step += 1
 
         if master:
-            plot_losses(c.out_dir)
+            plot_losses([c.out_dir], os.path.join(c.out_dir, "loss.png"))
             show(f"stopped by a signal at step {step}; go on with --init_from=resume" if stopping
                  else f"done: {step} steps, best val loss {best_val_loss:.4f}", True)
 

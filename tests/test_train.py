@@ -921,6 +921,18 @@ def test_the_loss_curve(run, tmp_path):
     assert coloured.sum() > 200  # the curves, not only axes and letters
 
 
+def test_several_runs_in_one_picture(run, tmp_path):
+    """Each in its own colour, the second curve in matplotlib's second, #ff7f0e."""
+    image = pytest.importorskip("matplotlib.image")
+    orange = []
+    for name in ("a", "b"):
+        run(tmp_path / name)
+        train.plot_losses([tmp_path / n for n in ("a", "b")[:len(orange) + 1]], tmp_path / "x.png")
+        pixels = image.imread(tmp_path / "x.png")[..., :3]
+        orange.append((abs(pixels - np.array([255, 127, 14]) / 255).max(axis=-1) < 0.05).sum())
+    assert orange[0] == 0 and orange[1] > 100
+
+
 def test_no_curve_without_matplotlib(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
