@@ -85,16 +85,15 @@ class GPTConfig:
         rules += [(self.scalar_map == "sigmoid" and value >= 1, f"{name}={value}",
                    "a sigmoid stays below 1", f"use {name} < 1 or scalar_map=softplus")
                   for name, value in (("mu_init", self.mu_init), ("beta_init", self.beta_init))]
-        no_head_dim = self.head_dim is None and self.n_head > 0
         return rules + [
             (not 0 <= self.dropout < 1, f"dropout={self.dropout}", "is a probability below 1",
              "use 0 <= dropout < 1"),
-            (no_head_dim and self.n_embd % self.n_head != 0,
+            (self.head_dim is None and self.n_embd % max(1, self.n_head) != 0,
              f"n_embd={self.n_embd}, n_head={self.n_head}", "n_embd must be a multiple of n_head",
              "change one, or give head_dim"),
-            (self.position == "rope" and self.n_head > 0 and self.d_head % 2 == 1,
+            (self.position == "rope" and self.d_head % 2 == 1,
              f"head_dim={self.d_head}", "position=rope rotates pairs", "use an even head_dim"),
-            (self.vocab_used is not None and self.vocab_used > self.vocab_size,
+            (bool(self.vocab_used and self.vocab_size) and self.vocab_used > self.vocab_size,
              f"vocab_used={self.vocab_used}", f"vocab_size={self.vocab_size} has fewer rows",
              "raise vocab_size"),
             (s != "lie_trotter" and t not in SPLITTABLE, f"splitting={s}",
@@ -115,7 +114,7 @@ class GPTConfig:
     @property
     def d_head(self) -> int:
         """Width of one head."""
-        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
+        return self.n_embd // max(1, self.n_head) if self.head_dim is None else self.head_dim
 
     @property
     def d_attn(self) -> int:
@@ -245,6 +244,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C)."""
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
 
 
@@ -259,6 +259,7 @@ class SwiGLU(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C)."""
         return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_up(x)))
 
 
@@ -275,6 +276,7 @@ class HourglassFFN(nn.ModuleList):
             for _ in range(config.ffn_depth))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """z_0 (B, T, C) -> z_K - z_0 (B, T, C)."""
         total = torch.zeros_like(z)
         for sub_mlp in self:
             total = total + sub_mlp(z + total)
@@ -292,6 +294,9 @@ FFNS = {"mlp": MLP, "swiglu": SwiGLU, "hourglass": HourglassFFN}
 
 class Template(nn.Module):
     """One substep with its learned scalars, each a parameter of shape (1,), and its norm.
+
+    forward(oracle, state, h) returns the new state: x and as many streams, all (B, T, C); h is the
+    step, 1 but for Strang's attention halves. imex and symplectic get (attention, FFN) as oracle.
 
     streams: how each tensor that travels beside x starts: "embed" (own tables, or zeros with
              velocity_init=zero) or "ones".
@@ -667,8 +672,8 @@ class GPT(nn.Module):
         return 3 * (c.n_layer * layer + 2 * c.vocab_size * c.n_embd)
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak: float = 312e12) -> float:
-        """Model FLOPs utilisation: fwdbwd_per_iter sequences in dt seconds, as a share of `peak`
-        FLOP/s (default: an A100 in bf16)."""
+        """Model FLOPs utilisation: fwdbwd_per_iter sequences per device in dt seconds, as a share
+        of the device's `peak` FLOP/s (default: an A100 in bf16)."""
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
     def parameter_roles(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -697,7 +702,7 @@ class GPT(nn.Module):
         """AdamW over the parameters of `roles`: matrices and tables decay, norms, biases and
         scalars do not; scalars at scalar_lr (default: learning_rate)."""
         groups = [dict(params=list(params.items()), role=role,
-                       lr=scalar_lr if role == "scalar" and scalar_lr else learning_rate,
+                       lr=learning_rate if role != "scalar" or scalar_lr is None else scalar_lr,
                        weight_decay=weight_decay if role in ("matrix", "embedding") else 0.0)
                   for role, params in self.parameter_roles().items() if role in roles and params]
         return torch.optim.AdamW(groups, betas=betas, fused=device_type in ("cuda", "cpu", "mps"))
@@ -705,7 +710,7 @@ class GPT(nn.Module):
     # --- weights from elsewhere ---
 
     def crop_block_size(self, block_size: int) -> None:
-        """Shorten the context; cuts the position tables."""
+        """Shorten the context; cuts the position tables. Raises ValueError if it would grow."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size={block_size}: must lie in 1..{self.config.block_size}, "
                              f"the model's own; choose a smaller one")
@@ -719,7 +724,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> "GPT":
         """OpenAI's GPT-2 through transformers: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder
-        that transformers saved. override_args: only dropout."""
+        that transformers saved. override_args: only dropout (else ValueError). UserError where it
+        cannot be loaded."""
         try:
             from transformers import GPT2LMHeadModel
         except ImportError:
@@ -816,22 +822,30 @@ def checkpoint_config(checkpoint: dict) -> GPTConfig:
     args = dict(checkpoint["model_args"])
     if unknown := sorted(set(args) - {f.name for f in fields(GPTConfig)}):
         fail(f"the checkpoint's model has options that this version does not know: {unknown}")
-    if args["vocab_size"] == 50304:
+    if args.get("vocab_size") == 50304:
         args.setdefault("vocab_used", 50257)  # nanoGPT's padded GPT-2 vocabulary
-    return GPTConfig(**args)
+    try:
+        return GPTConfig(**args)
+    except ValueError as error:
+        fail(*(f"the checkpoint's model has {line}" for line in str(error).splitlines()))
 
 
 def pick_device(device: str | None = None, index: int = 0) -> torch.device:
     """The named device, or the best there is: CUDA (card `index`), MPS, CPU."""
+    there = torch.accelerator.current_accelerator(check_available=True)
     try:
-        chosen = torch.device(device) if device else torch.accelerator.current_accelerator(True)
+        chosen = torch.device(device) if device else there or torch.device("cpu")
     except RuntimeError:
         fail(f"device={device}: no such device; use cpu, cuda, cuda:0 or mps")
-    chosen = chosen or torch.device("cpu")
+    if chosen.type == "cpu":
+        return chosen
+    if there is None or there.type != chosen.type:
+        fail(f"device={device}: there is no {chosen.type} here; use --device=cpu")
     if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            fail(f"device={device}: CUDA is not available here; use --device=cpu")
-        return torch.device("cuda", index if chosen.index is None else chosen.index)
+        chosen = torch.device("cuda", index if chosen.index is None else chosen.index)
+        if chosen.index >= torch.cuda.device_count():
+            fail(f"{chosen}: there are {torch.cuda.device_count()} cards here, counted from 0; use "
+                 f"one of them, or as many processes as there are cards")
     return chosen
 
 
@@ -841,6 +855,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     """The named precision, or bf16 where the device computes in it (else fp16 on CUDA, fp32)."""
+    if dtype == "float64" and device.type == "mps":
+        fail("dtype=float64: mps has none; use --device=cpu")
     if dtype:
         return DTYPES[dtype]
     if device.type == "cuda":

@@ -38,7 +38,7 @@ class SampleConfig:
     data_dir: str = "data"  # where a nanoGPT checkpoint's meta.pkl is
     device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None  # auto: bf16 if fast
-    compile: bool = False  # torch.compile the model
+    compile: bool = False  # nanoGPT's option: accepted, but decoding with a cache stays eager
 
     def __post_init__(self) -> None:
         problems = [f"{name}={value}: {rule}" for bad, name, value, rule in (
@@ -172,8 +172,6 @@ def main(argv: list[str]) -> None:
     model, tokenizer = load_model(config)
     dtype = pick_dtype(config.dtype, device)
     model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    if config.compile:
-        model.compile()
     with autocast(device, dtype):
         for piece in draw_samples(model, tokenizer, config, prompt):
             print(piece, end="", flush=True)

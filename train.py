@@ -15,9 +15,10 @@ import os
 import queue
 import signal
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Literal
@@ -32,7 +33,6 @@ from model import (
     GPT,
     GPTConfig,
     autocast,
-    checkpoint_config,
     pick_device,
     pick_dtype,
     read_checkpoint,
@@ -99,6 +99,7 @@ class TrainConfig(GPTConfig):
         self.convert_eval_iters()
 
     def convert_eval_iters(self) -> None:
+        """nanoGPT counts evaluations in batches, we in tokens."""
         if self.eval_iters is not None:
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
 
@@ -112,7 +113,7 @@ class TrainConfig(GPTConfig):
         counts = ("batch_size", "gradient_accumulation_steps", "max_iters", "lr_decay_iters",
                   "eval_interval", "eval_iters", "eval_tokens", "save_interval", "log_interval")
         amounts = ("learning_rate", "muon_lr", "scalar_lr", "weight_decay", "muon_weight_decay",
-                   "grad_clip", "min_lr", "warmup_iters")
+                   "grad_clip", "min_lr", "warmup_iters", "seed")
         one = [(f"{n}={v}", v) for n in counts if (v := getattr(self, n)) is not None]
         zero = [(f"{n}={v}", v) for n in amounts if (v := getattr(self, n)) is not None]
         custom_tokens = self.eval_tokens != TrainConfig.eval_tokens
@@ -123,6 +124,8 @@ class TrainConfig(GPTConfig):
               for text, value in zero),
             *((not 0 <= beta < 1, f"{name}={beta}", "must lie in [0, 1)", "the default is usual")
               for name, beta in (("beta1", self.beta1), ("beta2", self.beta2))),
+            (self.vocab_used is not None, f"vocab_used={self.vocab_used}", "comes from the data",
+             "drop it"),
             (not 0 < self.decay_fraction <= 1, f"decay_fraction={self.decay_fraction}",
              "is a share of lr_decay_iters", "use 0 < decay_fraction <= 1"),
             (self.eval_iters is not None and custom_tokens, "eval_iters and eval_tokens",
@@ -162,7 +165,7 @@ class Tokens:
 def to_device(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Raw rows (B, T + 1) -> inputs and targets (B, T) int64 on the device."""
     mask = (1 << 8 * rows.element_size()) - 1  # the bins are unsigned
-    ids = rows.to(device, non_blocking=True).long() & mask
+    ids = rows.to(device, non_blocking=device.type == "cuda").long() & mask
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
@@ -359,6 +362,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """The inverse of rng_state."""
     torch.set_rng_state(states["cpu"])
     if device.type != "cpu" and "device" in states:
         getattr(torch, device.type).set_rng_state(states["device"])
@@ -391,7 +395,7 @@ class Log:
         values = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
         self.write({"type": kind, "iter": step, **values})
         for sink in self.sinks:
-            sink({f"{kind}/{name}": value for name, value in values.items()}, step)
+            sink({f"{kind}/{k}": v for k, v in values.items() if v is not None}, step)
 
     def length(self) -> int:
         """Bytes so far, on the disk."""
@@ -399,7 +403,8 @@ class Log:
         return self.file.tell()
 
 
-def wandb_sink(config: TrainConfig):
+def wandb_sink(config: TrainConfig) -> Callable[[dict[str, float], int], None]:
+    """A function of ({name: value}, step) that logs to Weights & Biases."""
     try:
         import wandb
     except ImportError:
@@ -409,13 +414,20 @@ def wandb_sink(config: TrainConfig):
     return lambda values, step: run.log(values, step=step)
 
 
-def tensorboard_sink(config: TrainConfig):
+def tensorboard_sink(config: TrainConfig) -> Callable[[dict[str, float], int], None]:
+    """A function of ({name: value}, step) that logs to out_dir/tensorboard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         fail("tensorboard=True needs tensorboard: pip install tensorboard")
     writer = SummaryWriter(os.path.join(config.out_dir, "tensorboard"))
-    return lambda values, step: [writer.add_scalar(n, v, step) for n, v in values.items()]
+
+    def log(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log
 
 
 def plot_losses(out_dirs: list[str], path: str) -> None:
@@ -437,7 +449,7 @@ def plot_losses(out_dirs: list[str], path: str) -> None:
             if points:
                 label = f"{os.path.basename(out_dir)}, {kind}: {points[-1][1]:.4f}"
                 axes.plot(*zip(*points, strict=True), label=label, color=f"C{i}", **style)
-                top = max(top, *(loss for _, loss in points[1:2])) if kind == "eval" else top
+                top = max([top, *(loss for _, loss in points[1:2] if kind == "eval")])
     axes.set_ylim(top=1.05 * top or None)
     axes.legend()
     axes.grid(alpha=0.3)
@@ -452,8 +464,10 @@ PEAK_FLOPS = {  # dense bf16 (fp16 on V100 and T4) FLOP/s by card, the makers' d
 
 def peak_flops(device: torch.device) -> float | None:
     """Of a known card; None for another, and for a CPU."""
-    words = torch.cuda.get_device_name(device).replace("-", " ").split() \
-        if device.type == "cuda" else []
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    words = name.replace("-", " ").split()
+    if {"PCIe", "PCIE", "NVL", "Laptop"} & set(words):  # slower namesakes
+        return None
     return next((PEAK_FLOPS[word] for word in words if word in PEAK_FLOPS), None)
 
 
@@ -483,14 +497,17 @@ class Ranks:
             dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum over the processes, in place; returns its argument."""
         if self.parallel:
             dist.all_reduce(value)
         return value
 
     def any(self, flag: bool) -> bool:
+        """Does one process say so?"""
         return self.sum(torch.tensor(float(flag))).item() > 0  # over gloo: the GPU need not wait
 
     def gather(self, value) -> list:
+        """Every process's value, in the order of the ranks."""
         if not self.parallel:
             return [value]
         gathered = [None] * self.world
@@ -537,23 +554,23 @@ def model_args(config: TrainConfig) -> dict:
 
 def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dict | None) -> GPT:
     """A new model, GPT-2's, or the checkpoint's; its vocabulary is the data's."""
+    ours = model_args(config)
     if checkpoint is not None:
-        ours, stored = model_args(config), asdict(checkpoint_config(checkpoint))
-        free = {"dropout", "vocab_used"}
-        if ours["block_size"] <= stored["block_size"]:
-            free.add("block_size")  # the context can be cropped
-        problems = [f"{n}={ours[n]}, but the checkpoint's model has {n}={stored[n]}; drop the "
-                    f"option, or train from scratch"
-                    for n in stored if n in given - free and ours[n] != stored[n]]
-        if problems:
-            fail(*problems)
         model = GPT.from_checkpoint(checkpoint, dropout=config.dropout)
     elif config.init_from.startswith("gpt2"):
         model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
     else:
         size = config.vocab_size or meta["padded_vocab_size"]
-        model = GPT(GPTConfig(**model_args(config) | {"vocab_size": size,
-                                                     "vocab_used": meta["vocab_size"]}))
+        model = GPT(GPTConfig(**ours | {"vocab_size": size, "vocab_used": meta["vocab_size"]}))
+    theirs = asdict(model.config)
+    free = {"vocab_used"}  # an option that was given must be what the model has, or can become
+    if config.block_size <= model.config.block_size:
+        free.add("block_size")  # the context can be cropped
+    problems = [f"{n}={ours[n]}, but the checkpoint's model has {n}={theirs[n]}; drop the "
+                f"option, or train from scratch"
+                for n in theirs if n in given - free and ours[n] != theirs[n]]
+    if problems:
+        fail(*problems)
     if meta["vocab_size"] > model.config.vocab_size:
         fail(f"the data has {meta['vocab_size']} token ids, the model only "
              f"{model.config.vocab_size}; prepare the data with the model's tokenizer")
@@ -563,8 +580,10 @@ def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dic
     return model
 
 
-def try_compile(model: GPT, wanted: bool | None, device: torch.device) -> bool:
-    """Compile the model in place if it is wanted and works here: a small function goes first."""
+def try_compile(model: GPT, wanted: bool | None, device: torch.device,
+                say: Callable = print) -> bool:
+    """Compile the model in place if it is wanted and works here: a small function goes first. Where
+    it is not asked for outright, what fails to compile later runs eagerly, with torch's warning."""
     if wanted is False or (wanted is None and device.type != "cuda"):
         return False
     try:
@@ -574,8 +593,9 @@ def try_compile(model: GPT, wanted: bool | None, device: torch.device) -> bool:
         if wanted:
             fail(f"compile=True, but torch.compile does not work here: {reason(error)}; "
                  f"use --compile=False")
-        print(f"not compiled, so slower: torch.compile does not work here: {reason(error)}")
+        say(f"not compiled, so slower: torch.compile does not work here: {reason(error)}")
         return False
+    torch._dynamo.config.suppress_errors = not wanted
     model.compile(dynamic=False)
     return True
 
@@ -609,6 +629,7 @@ def report(model: GPT, config: TrainConfig, meta: dict, train: Tokens, val: Toke
     embedding = sum(p.numel() for p in roles["embedding"].values())
     velocity = sum(p.numel() for n, p in roles["embedding"].items() if ".vte." in n or ".vpe." in n)
     sequences = config.batch_size * config.gradient_accumulation_steps
+    windows = len(evaluation_starts(len(val), config.block_size, config.eval_tokens))
     precision = str(dtype).removeprefix("torch.") + (", compiled" if compiled else ", eager")
     print(f"""\
 model:  {total:,} parameters: {total - embedding:,} non-embedding, {embedding:,} embedding, of these
@@ -617,7 +638,7 @@ step:   {sequences * config.block_size:,} tokens = {config.gradient_accumulation
 batches of {config.batch_size} x {config.block_size}, over {ranks.world} process(es)
 data:   {config.dataset}: {len(train):,} training and {len(val):,} validation tokens, \
 {meta["vocab_size"]:,} ids
-eval:   {min(config.eval_tokens, len(val)):,} tokens every {config.eval_interval} steps
+eval:   {windows * config.block_size:,} tokens every {config.eval_interval} steps
 device: {ranks.device}, {precision}""")
 
 
@@ -632,10 +653,6 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
 
     # --- where to start: nothing, a checkpoint of this run, or other weights ---
-    try:
-        os.makedirs(c.out_dir, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot make the folder out_dir={c.out_dir}: {reason(error)}")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun's doing
     resume = c.init_from in ("resume", "auto") or restarted
     checkpoint = read_latest(c.out_dir) if resume else None
@@ -685,6 +702,11 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
         if checkpoint.get("data", source) != source:
             fail(f"{folder} is not the data that {c.out_dir} was trained on; to train on new data "
                  f"use --init_from={c.out_dir}/ckpt.pt and another --out_dir")
+        before, now = checkpoint.get("config", {}), asdict(c)
+        changed = [f"{k} = {now[k]!r} (was {before[k]!r})" for k in before.keys() & now.keys()
+                   if before[k] != now[k] and k not in ("init_from", "overwrite", "out_dir")]
+        if changed:
+            say("resuming with other options: " + ", ".join(sorted(changed)))
         states = checkpoint.get("optimizer") or {}
         if "param_groups" in states and c.optimizer == "adamw":
             states = nanogpt_states(raw_model, states)
@@ -701,11 +723,13 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                 "dropout restarts from the seed")
     del checkpoint
 
-    compiled = try_compile(raw_model, c.compile, device)
+    compiled = try_compile(raw_model, c.compile, device, say)
     ids = [device.index] if device.type == "cuda" else None
-    model = DistributedDataParallel(raw_model, device_ids=ids) if ranks.parallel else raw_model
+    model = DistributedDataParallel(raw_model, device_ids=ids, gradient_as_bucket_view=True) \
+        if ranks.parallel else raw_model
     if master:
-        print("\n".join(f"{k} = {v!r}" for k, v in asdict(c).items() if k in given))
+        options = ", ".join(f"{k}\0=\0{v!r}" for k, v in asdict(c).items())
+        print(textwrap.fill(options, 100, break_long_words=False).replace("\0", " "))
         if c.eval_iters is not None:
             print(f"eval_iters = {c.eval_iters} means eval_tokens = {c.eval_tokens:,}")
         report(raw_model, c, meta, train_tokens, val_tokens, ranks, dtype, compiled)
@@ -725,9 +749,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             yield rows.pin_memory() if device.type == "cuda" else rows
             first += ranks.world * c.batch_size
 
-    lock = locked(c.out_dir, f"another run is writing to {c.out_dir}; stop it or choose another "
-                             f"--out_dir") if master else contextlib.nullcontext()
-    with lock, stop_signals() as signals, contextlib.closing(prefetch(micro_batches())) as batches:
+    with stop_signals() as signals, contextlib.closing(prefetch(micro_batches())) as batches:
         log = Log(c, log_length) if master else None
         if master:
             for path in () if resumed else old:
@@ -748,7 +770,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
         peak = peak_flops(device)
         while True:
             # --- evaluate, save, leave ---
-            stopping = ranks.any(bool(signals))
+            stopping, paused = ranks.any(bool(signals)), time.time()
             last = step >= c.max_iters
             evaluating = step % c.eval_interval == 0 or last
             is_best = False
@@ -781,6 +803,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                     del state
             if last or stopping:
                 break
+            logged += time.time() - paused  # the rate is that of training alone
 
             # --- one step: accumulate, clip, update ---
             multiplier = lr_multiplier(step, c)
@@ -813,8 +836,8 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                     now = time.time()
                     seconds = (now - logged) / (step + 1 - logged_step)
                     rate = windows_per_step * T / seconds
-                    flops = rate * raw_model.flops_per_token() / ranks.world
-                    mfu = flops / peak if peak else None
+                    mfu = peak and raw_model.estimate_mfu(windows_per_step / ranks.world, seconds,
+                                                          peak)
                     log.record("train", step, tokens=position * T, loss=loss,
                                lr=multiplier * c.learning_rate, grad_norm=norm.item(),
                                tokens_per_s=rate, mfu=mfu, seconds=now - began)
@@ -841,9 +864,18 @@ def show(line: str, keep: bool = False) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Read the options, take the output folder, train."""
     config, given = read_config(TrainConfig, argv, usage=__doc__)
-    ranks = Ranks(config)
-    train(config, given, ranks)
+    ranks, lock = Ranks(config), contextlib.nullcontext()
+    if ranks.rank == 0 and not config.eval_only:
+        try:
+            os.makedirs(config.out_dir, exist_ok=True)
+        except OSError as error:
+            fail(f"cannot make the folder out_dir={config.out_dir}: {reason(error)}")
+        lock = locked(config.out_dir, f"another run is writing to {config.out_dir}; stop it or "
+                                      f"choose another --out_dir")
+    with lock:
+        train(config, given, ranks)
     ranks.close()
 
 

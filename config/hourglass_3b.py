@@ -2,6 +2,7 @@
 residual stream, fewer layers, narrow attention and 4 sub-MLPs a layer.
 
 Cost:     60.0 G tokens, 1.4e+21 FLOP; about 40 days of one H100 at 40 % MFU (computed).
+Memory:   as swiglu_3b.
 Expected: on a par with swiglu_3b, the paper says without a loss table; not measured here.
 """
 

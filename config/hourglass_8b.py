@@ -2,6 +2,7 @@
 residual stream, fewer layers, narrow attention and 4 sub-MLPs a layer.
 
 Cost:     100.0 G tokens, 5.2e+21 FLOP; about 152 days of one H100 at 40 % MFU (computed).
+Memory:   as swiglu_8b.
 Expected: on a par with swiglu_8b, the paper says without a loss table; not measured here.
 """
 

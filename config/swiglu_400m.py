@@ -8,29 +8,13 @@ Cost:     8.1 G tokens, 2.3e+19 FLOP; about 16 h of one H100 at 40 % MFU (comput
 Expected: not measured; the paper gives no loss table.
 """
 
-dataset = "fineweb_edu_gpt2"
-out_dir = "out-swiglu-400m"
+from config.swiglu_113m import *
 
+out_dir = "out-swiglu-400m"
 n_layer = 24
 n_embd = 1024
 n_head = 16
-ffn = "swiglu"
 ffn_hidden = 4096
-norm = "rmsnorm"
-position = "rope"
-rope_theta = 500_000.0
-qk_norm = True
-residual_init_scale = False  # every matrix N(0, 0.02)
-
-# 512 x 1024 = 524,288 tokens per step
-block_size = 1024
-batch_size = 16
-gradient_accumulation_steps = 32
-
 max_iters = 15_400
-warmup_iters = 100
 learning_rate = 3e-4
 min_lr = 3e-5
-
-eval_interval = 200
-log_interval = 10

@@ -1,7 +1,7 @@
-"""TMMFormer (triple momentum) on OpenWebText: gpt_owt with another template.
+"""TMMFormer (triple momentum, arXiv 2605.24425) on OpenWebText: gpt_owt with another template.
 
 Cost:     about gpt_owt's (the velocity adds no matrix).
-Expected: best validation loss 2.908 in a reproduction (arXiv 2605.24425).
+Expected: best validation loss 2.908 in a reproduction.
 """
 
 from config.gpt_owt import *

@@ -99,7 +99,8 @@ def load(name, *argv):
 
 def architecture(c) -> GPTConfig:
     """With the vocabulary that the preset's data has."""
-    sizes = {"shakespeare_char": 65, "fineweb_edu_cl100k": 100_352, "pydoc": 257}
+    sizes = {"shakespeare_char": 65, "fineweb_edu_cl100k": 100_352, "pydoc": 257,
+             "tinystories_bytes": 257}
     return GPTConfig(**train.model_args(c) | {
         "vocab_size": c.vocab_size or sizes.get(c.dataset, 50_304)})
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -343,12 +344,13 @@ def test_every_parameter_is_in_one_group_with_its_rates(variant, optimizer):
         assert (group["momentum"], group["nesterov"], group["ns_steps"]) == (0.95, True, 5)
 
 
-def test_scalar_lr_can_be_set():
+@pytest.mark.parametrize("rate", [0.125, 0.0])
+def test_scalar_lr_can_be_set(rate):
     config = train.TrainConfig(n_layer=1, n_head=1, n_embd=4, vocab_size=4, block_size=4,
-                               template="nesterov", scalar_lr=0.125)
+                               template="nesterov", scalar_lr=rate)
     (adamw,) = train.make_optimizers(GPT(GPTConfig(**train.model_args(config))), config,
                                      torch.device("cpu")).values()
-    assert {g["role"]: g["lr"] for g in adamw.param_groups}["scalar"] == 0.125
+    assert {g["role"]: g["lr"] for g in adamw.param_groups}["scalar"] == rate
 
 
 def test_muon_is_newton_schulz_of_nesterov_momentum():
@@ -966,6 +968,39 @@ def test_a_checkpoint_that_lacks_something_is_refused(run, tmp_path, spoil, said
     refused(lambda: run(tmp_path, init_from="resume"), said)
 
 
+@pytest.mark.parametrize("card, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12),
+    ("NVIDIA H100 PCIe", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("Unknown", None)])
+def test_only_known_cards_have_a_peak(monkeypatch, card, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert train.peak_flops(torch.device("cuda", 0)) == peak
+
+
+@pytest.mark.parametrize("kind", ["wandb", "tensorboard"])
+def test_other_logs_get_the_same_numbers(run, tmp_path, monkeypatch, kind):
+    """Only numbers: a CPU has no mfu, and tensorboard cannot take None."""
+    seen = []
+    take = SimpleNamespace(log=lambda values, step: seen.extend(
+        (name, float(value), step) for name, value in values.items()),
+        add_scalar=lambda name, value, step: seen.append((name, float(value), step)),
+        flush=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: take))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        SimpleNamespace(SummaryWriter=lambda folder: take))
+    options = {"wandb": dict(wandb_log=True), "tensorboard": dict(tensorboard=True)}[kind]
+    records = run(tmp_path, **options)
+    losses = [(f"{r['type']}/{k}", r[k], r["iter"]) for r in records
+              for k in ("loss", "val_loss") if k in r]
+    assert losses == [row for row in seen if row[0] in ("train/loss", "eval/val_loss")]
+    assert not [row for row in seen if row[0] == "train/mfu"]
+
+
+def test_resuming_with_other_options_says_so(run, tmp_path, capsys):
+    run(tmp_path, max_iters=3)
+    run(tmp_path, init_from="resume", learning_rate=2e-3)
+    assert "learning_rate = 0.002 (was 0.001)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("option", [dict(vocab_size=512), dict(block_size=32)])
 def test_a_shape_that_the_checkpoint_cannot_take_is_refused(run, tmp_path, option):
     run(tmp_path, max_iters=3)
@@ -1011,6 +1046,9 @@ def in_this_process(argv, monkeypatch, capsys):
         torch.cuda.is_available(), reason="there is CUDA")),
     (dict(device="gpu"), ["device=gpu", "cpu"]),
     (dict(backend="carrier"), ["backend=carrier", "nccl | gloo"]),
+    (dict(n_head=0), ["n_head=0", "at least 1"]),
+    (dict(vocab_used=100), ["vocab_used=100", "data"]),
+    (dict(seed=-1), ["seed=-1", "negative"]),
 ], ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "")
 def test_a_mistake_is_one_line(words, tmp_path, monkeypatch, capsys, options, said):
     code, lines = in_this_process(words(tmp_path, **options), monkeypatch, capsys)
