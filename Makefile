@@ -13,7 +13,7 @@ demo: .venv/demo
 	@echo "The loss curve: out-pydoc-demo/loss.png"
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
