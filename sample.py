@@ -1,7 +1,7 @@
 """Generate text from a checkpoint, ours or nanoGPT's, or from OpenAI's GPT-2.
 
     python sample.py --out_dir=out-yurii-tinystories --start="Once upon a time"
-    echo "Once upon a time" | python sample.py --out_dir=out-yurii-tinystories --start=- --top_p=0.9
+    printf "Once upon a" | python sample.py --out_dir=out-yurii-tinystories --start=- --top_p=0.9
 
 The samples are drawn together, as one batch; the first is printed while it is made. Past the
 model's context the older half is forgotten and the rest read again (a sliding window).

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import queue
+import shutil
 import signal
 import sys
 import textwrap
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from config import cli, fail, locked, read_config, reason, replace
+from config import UserError, cli, fail, locked, read_config, reason, replace
 from model import (
     GPT,
     GPTConfig,
@@ -841,7 +842,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                     log.record("train", step, tokens=position * T, loss=loss,
                                lr=multiplier * c.learning_rate, grad_norm=norm.item(),
                                tokens_per_s=rate, mfu=mfu, seconds=now - began)
-                    eta = (now - began) / (step + 1 - first_step) * (c.max_iters - step - 1)
+                    eta = seconds * (c.max_iters - step - 1)
                     share = f"{mfu:.1%}" if mfu else "n/a"
                     show(f"step {step}/{c.max_iters}: loss {loss:.4f}, lr "
                          f"{multiplier * c.learning_rate:.2e}, {rate:,.0f} tokens/s, mfu {share}, "
@@ -851,8 +852,9 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
 
         if master:
             plot_losses([c.out_dir], os.path.join(c.out_dir, "loss.png"))
-            show(f"stopped by a signal at step {step}; go on with --init_from=resume" if stopping
-                 else f"done: {step} steps, best val loss {best_val_loss:.4f}", True)
+            show(f"stopped by a signal at step {step}; go on with the same command and "
+                 f"--init_from=resume" if stopping else
+                 f"done: {step} steps, best val loss {best_val_loss:.4f}", True)
 
 
 def show(line: str, keep: bool = False) -> None:
@@ -866,7 +868,7 @@ def show(line: str, keep: bool = False) -> None:
 def main(argv: list[str]) -> None:
     """Read the options, take the output folder, train."""
     config, given = read_config(TrainConfig, argv, usage=__doc__)
-    ranks, lock = Ranks(config), contextlib.nullcontext()
+    ranks, lock, new = Ranks(config), contextlib.nullcontext(), not os.path.exists(config.out_dir)
     if ranks.rank == 0 and not config.eval_only:
         try:
             os.makedirs(config.out_dir, exist_ok=True)
@@ -874,8 +876,13 @@ def main(argv: list[str]) -> None:
             fail(f"cannot make the folder out_dir={config.out_dir}: {reason(error)}")
         lock = locked(config.out_dir, f"another run is writing to {config.out_dir}; stop it or "
                                       f"choose another --out_dir")
-    with lock:
-        train(config, given, ranks)
+    try:
+        with lock:
+            train(config, given, ranks)
+    except UserError:
+        if ranks.rank == 0 and new and os.listdir(config.out_dir) == [".lock"]:
+            shutil.rmtree(config.out_dir)  # a run that could not start leaves nothing
+        raise
     ranks.close()
 
 

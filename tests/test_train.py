@@ -1066,6 +1066,12 @@ def test_all_mistakes_come_together(words, tmp_path, monkeypatch, capsys):
     assert code == 2 and len(lines) == 3
 
 
+def test_a_run_that_cannot_start_leaves_no_folder(run, tmp_path):
+    refused(lambda: run(tmp_path / "new", dataset="nowhere"), "nowhere")
+    refused(lambda: run(tmp_path / "new", init_from="resume"), "nothing to resume")
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_out_dir_that_cannot_be_made_is_one_line(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
     (line,) = refused(lambda: run(tmp_path / "file"), str(tmp_path / "file"))
