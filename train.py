@@ -516,6 +516,7 @@ class Ranks:
         return gathered
 
     def close(self) -> None:
+        """Leave the process group."""
         if self.parallel:
             dist.destroy_process_group()
 
@@ -575,8 +576,8 @@ def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dic
     if meta["vocab_size"] > model.config.vocab_size:
         fail(f"the data has {meta['vocab_size']} token ids, the model only "
              f"{model.config.vocab_size}; prepare the data with the model's tokenizer")
-    if config.block_size < model.config.block_size and (checkpoint is None or "block_size" in given
-                                                        or config.init_from.startswith("gpt2")):
+    wanted = checkpoint is None or "block_size" in given  # a checkpoint keeps its context if not
+    if wanted and config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     return model
 
@@ -880,7 +881,8 @@ def main(argv: list[str]) -> None:
         with lock:
             train(config, given, ranks)
     except UserError:
-        if ranks.rank == 0 and new and os.listdir(config.out_dir) == [".lock"]:
+        made = ranks.rank == 0 and new and os.path.isdir(config.out_dir)
+        if made and os.listdir(config.out_dir) == [".lock"]:
             shutil.rmtree(config.out_dir)  # a run that could not start leaves nothing
         raise
     ranks.close()

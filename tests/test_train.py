@@ -1069,6 +1069,7 @@ def test_all_mistakes_come_together(words, tmp_path, monkeypatch, capsys):
 def test_a_run_that_cannot_start_leaves_no_folder(run, tmp_path):
     refused(lambda: run(tmp_path / "new", dataset="nowhere"), "nowhere")
     refused(lambda: run(tmp_path / "new", init_from="resume"), "nothing to resume")
+    refused(lambda: run(tmp_path / "new", "--eval_only", dataset="nowhere"), "nowhere")
     assert not (tmp_path / "new").exists()
 
 
