@@ -1,10 +1,11 @@
 # make demo   prepare a text that every Python ships, train a small YuriiFormer, sample, draw
 # make test   the whole test suite
-# Both make .venv with the pinned requirements first. PYTHON=python3.12 make demo picks the Python.
+# make torture   the tests that take minutes: runs killed at random moments, and the like
+# All make .venv with the pinned requirements first. PYTHON=python3.12 make demo picks the Python.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test torture clean
 
 demo: .venv/demo
 	$(BIN)/python prepare.py pydoc
@@ -14,6 +15,9 @@ demo: .venv/demo
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2
+
+torture: .venv/test
+	$(BIN)/python -m pytest -m torture -s
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

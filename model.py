@@ -14,7 +14,9 @@ Sources: YuriiFormer, arXiv 2601.23236; Momentum Streams, arXiv 2605.24425; Hour
 import contextlib
 import math
 import os
+import pickle
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -24,6 +26,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 
 from config import UserError, check_fields, fail, reason
 
@@ -542,6 +545,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict({k: m for k, m in parts.items() if m is not None})
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
+        self.activation_checkpointing = False  # True: the backward pass computes each block again
         self.init_weights()
 
     @torch.no_grad()
@@ -598,7 +602,10 @@ class GPT(nn.Module):
             wide = torch.promote_types(self.lm_head.weight.dtype, torch.float32)  # angles need it
             rope = rope_table(pos, c.d_head, c.rope_theta, wide)
         for block in self.transformer.h:
-            state = block(state, rope, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                state = recompute(block, state, rope, use_reentrant=False)
+            else:
+                state = block(state, rope, cache)
         if cache is not None:
             cache.advance(idx.size(1))
         x = self.transformer.ln_f(state[0])
@@ -756,6 +763,7 @@ class GPT(nn.Module):
         weights = {k.removeprefix("_orig_mod."): w for k, w in checkpoint["model"].items()}
         masks = [k for k in weights if k.endswith(".attn.bias")]  # older nanoGPT's causal masks
         try:
+            weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])  # tied
             model.to(weights["lm_head.weight"].dtype)
             model.load_state_dict({k: w for k, w in weights.items() if k not in masks})
         except (KeyError, RuntimeError) as error:  # torch lists all that is missing or misshapen
@@ -786,8 +794,62 @@ def draw(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = Non
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 
-def read_checkpoint(path: str) -> dict:
-    """A checkpoint file, on the CPU; tensors and plain Python only. UserError if it cannot be."""
+# All that torch.distributed.checkpoint names in its metadata, beside the dtypes. (Not
+# BytesStorageMetadata: objects, which it would unpickle.)
+SHARD_CLASSES = {
+    "torch": {"Size"}, "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath", "WindowsPath"}, "pathlib._local": {"PosixPath", "WindowsPath"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata"}}
+
+
+class ShardMetadata(pickle.Unpickler):
+    """The metadata of shards is a pickle, which could run code: this one names nothing else."""
+
+    def find_class(self, module: str, name: str):
+        a_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if a_dtype or name in SHARD_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def shard_reader(folder: str):
+    """torch.distributed.checkpoint's reader of a folder that `parallel=fsdp` wrote. Raises OSError
+    or ValueError where a file is missing or too short."""
+    from torch.distributed.checkpoint import FileSystemReader  # which takes long to import
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *_, **__):
+            with open(os.path.join(folder, ".metadata"), "rb") as file:
+                metadata = ShardMetadata(file).load()
+            for part in metadata.storage_data.values():
+                path = os.path.join(folder, part.relative_path)
+                if os.path.getsize(path) < part.offset + part.length:
+                    raise ValueError(f"{path} is too short")
+            return metadata
+
+    return Reader(folder)
+
+
+def read_shards(folder: str, kind: str) -> dict[str, torch.Tensor]:
+    """The whole tensors of shards whose names begin with kind/, on the CPU."""
+    import torch.distributed.checkpoint as dcp
+
+    reader = shard_reader(folder)
+    there = reader.read_metadata().state_dict_metadata.items()
+    tensors = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in there
+               if name.startswith(f"{kind}/")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is a single process: so it should be
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items()}
+
+
+def read_checkpoint(path: str, weights: bool = True) -> dict:
+    """A checkpoint file, on the CPU; tensors and plain Python only. UserError if it cannot be.
+    Where its tensors are in shards, its weights are read from there, unless weights=False."""
     if not os.path.isfile(path):
         fail(f"no checkpoint {path}; train one, or name the right folder")
     try:
@@ -796,17 +858,27 @@ def read_checkpoint(path: str) -> dict:
         fail(f"{path} is damaged or no checkpoint: {reason(error)}")
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         fail(f"{path} holds no model; expected nanoGPT's keys model and model_args")
+    if "shards" in checkpoint:
+        from torch.distributed.checkpoint import CheckpointException  # no kind of Exception
+
+        folder = os.path.join(os.path.dirname(path), checkpoint["shards"])
+        try:
+            shard_reader(folder).read_metadata()
+            if weights:
+                checkpoint["model"] = read_shards(folder, "model")
+        except (Exception, CheckpointException) as error:
+            fail(f"{path} is damaged: its {folder}: {reason(error)}")
     return checkpoint
 
 
-def read_latest(out_dir: str) -> dict | None:
+def read_latest(out_dir: str, weights: bool = True) -> dict | None:
     """The newest whole checkpoint of a run; None if there is none. A damaged one is named."""
     problems = []
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         path = os.path.join(out_dir, name)
         if os.path.exists(path):
             try:
-                checkpoint = read_checkpoint(path)
+                checkpoint = read_checkpoint(path, weights)
                 if problems:
                     print(f"warning: {problems[0]}; using {path}", file=sys.stderr)
                 return checkpoint

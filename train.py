@@ -9,6 +9,8 @@ config.json, loss.png. To go on after an interruption, add --init_from=resume.
 """
 
 import contextlib
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -21,23 +23,27 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError, cli, fail, locked, read_config, reason, replace
+from config import UserError, cli, fail, locked, read_config, reason, replace, sync_folder
 from model import (
     GPT,
     GPTConfig,
     autocast,
+    checkpoint_config,
     pick_device,
     pick_dtype,
     read_checkpoint,
     read_latest,
+    shard_reader,
 )
 from prepare import load_meta
 
@@ -52,6 +58,7 @@ class TrainConfig(GPTConfig):
     # data and output
     dataset: str = "openwebtext"  # folder in data_dir that prepare.py made
     data_dir: str = "data"  # where the data folders are
+    check_data: bool = False  # first compare the bins with the sha256 that meta.json has of them
     out_dir: str = "out"  # checkpoints and logs
     init_from: str = "scratch"  # scratch, resume, auto (resume if possible), gpt2*, or a .pt file
     overwrite: bool = False  # start from scratch although out_dir holds a checkpoint
@@ -68,6 +75,7 @@ class TrainConfig(GPTConfig):
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95  # AdamW's
     grad_clip: float = 1.0  # global gradient norm; 0 turns clipping off
+    nan: Literal["stop", "skip"] = "stop"  # what a step does whose loss or gradient is not finite
     # schedule: one multiplier for every rate
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warm-up, stable, decay
     decay_lr: bool = True  # False: the peak from the first step to the last (nanoGPT's)
@@ -93,6 +101,8 @@ class TrainConfig(GPTConfig):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None  # auto: bf16 if fast
     compile: bool | None = None  # torch.compile; auto: on CUDA, where it works
     backend: Literal["nccl", "gloo"] | None = None  # of torchrun's processes; auto: nccl on CUDA
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole model, or its share of it
+    activation_checkpointing: bool = False  # compute blocks again going back: less memory, slower
     seed: int = 1337  # of the initial weights, the data order and dropout
 
     def __post_init__(self) -> None:
@@ -118,6 +128,7 @@ class TrainConfig(GPTConfig):
         one = [(f"{n}={v}", v) for n in counts if (v := getattr(self, n)) is not None]
         zero = [(f"{n}={v}", v) for n in amounts if (v := getattr(self, n)) is not None]
         custom_tokens = self.eval_tokens != TrainConfig.eval_tokens
+        end = min(self.max_iters, self.lr_decay_iters or self.max_iters)
         return super()._rules() + [
             *((value < 1, text, "must be at least 1", "choose a positive count")
               for text, value in one),
@@ -125,6 +136,8 @@ class TrainConfig(GPTConfig):
               for text, value in zero),
             *((not 0 <= beta < 1, f"{name}={beta}", "must lie in [0, 1)", "the default is usual")
               for name, beta in (("beta1", self.beta1), ("beta2", self.beta2))),
+            (self.decay_lr and self.warmup_iters > end, f"warmup_iters={self.warmup_iters}",
+             f"must not exceed max_iters or lr_decay_iters, {end}", "warm up for fewer steps"),
             (self.vocab_used is not None, f"vocab_used={self.vocab_used}", "comes from the data",
              "drop it"),
             (not 0 < self.decay_fraction <= 1, f"decay_fraction={self.decay_fraction}",
@@ -143,16 +156,16 @@ class TrainConfig(GPTConfig):
 
 
 class Tokens:
-    """One split of a data folder. read(starts) gives rows of T + 1 raw ids."""
+    """One split of a data folder with this meta. read(starts) gives rows of T + 1 raw ids."""
 
-    def __init__(self, folder: str, split: str, dtype: str, block_size: int):
-        path, kind = os.path.join(folder, f"{split}.bin"), np.dtype(dtype).newbyteorder("<")
-        empty = os.path.getsize(path) < kind.itemsize  # which memmap refuses
-        self.data = np.zeros(0) if empty else np.memmap(path, kind, mode="r")
-        self.block_size = block_size
+    def __init__(self, folder: str, split: str, meta: dict, block_size: int):
+        self.path, kind = os.path.join(folder, f"{split}.bin"), np.dtype(meta["dtype"])
+        empty = os.path.getsize(self.path) < kind.itemsize  # which memmap refuses
+        self.data = np.zeros(0) if empty else np.memmap(self.path, kind.newbyteorder("<"), mode="r")
+        self.block_size, self.vocab_size = block_size, meta["vocab_size"]
         if len(self) <= block_size:
-            fail(f"{folder}/{split}.bin has {len(self)} tokens, and a window of block_size="
-                 f"{block_size} needs {block_size + 1}; lower --block_size or prepare more text")
+            fail(f"{self.path} has {len(self)} tokens, and a window of block_size={block_size} "
+                 f"needs {block_size + 1}; lower --block_size or prepare more text")
 
     def __len__(self) -> int:
         return len(self.data)
@@ -160,7 +173,25 @@ class Tokens:
     def read(self, starts: Iterable[int]) -> torch.Tensor:
         """(len(starts), T + 1), in the signed type as wide as the bin's: two bytes a token."""
         rows = np.stack([self.data[s:s + self.block_size + 1] for s in starts])
+        if rows.max() >= self.vocab_size:
+            fail(f"{self.path} has the token id {rows.max()}, and its vocabulary only "
+                 f"{self.vocab_size}; prepare the data again")
         return torch.from_numpy(rows.view(f"<i{rows.itemsize}"))
+
+
+def check_bins(folder: str, meta: dict) -> None:
+    """Compare the bins with what meta.json says of them. Raises UserError if they differ."""
+    for split in ("train", "val"):
+        path, digest = os.path.join(folder, f"{split}.bin"), hashlib.sha256()
+        if "sha256" not in meta[split]:
+            fail(f"check_data=True: {folder} has no meta.json with the sha256 of its bins; drop "
+                 f"the option, or make the data with prepare.py")
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != meta[split]["sha256"]:
+            fail(f"{path} is not what prepare.py wrote: its sha256 differs from meta.json's; "
+                 f"prepare the data again, with --overwrite")
 
 
 def to_device(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,7 +254,8 @@ def prefetch(batches: Iterator, depth: int = 4) -> Iterator:
         except Exception as error:
             put((None, error))
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
         while True:
             batch, error = ready.get()
@@ -232,6 +264,7 @@ def prefetch(batches: Iterator, depth: int = 4) -> Iterator:
             yield batch
     finally:
         closed.set()
+        thread.join()  # a thread inside torch would abort the exit of the interpreter
 
 
 # -----------------------------------------------------------------------------
@@ -287,7 +320,16 @@ def named_states(optimizers: dict[str, torch.optim.Optimizer]) -> dict:
 
 
 def load_states(optimizers: dict[str, torch.optim.Optimizer], states: dict) -> None:
-    """The inverse of named_states; cuts the state of a position table that was cropped."""
+    """The inverse of named_states; cuts the state of a position table that was cropped, and keeps
+    of a sharded parameter's this process's part."""
+    def fit(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        if not value.dim() or isinstance(value, DTensor):
+            return value
+        value = value[:len(p)]
+        if isinstance(p, DTensor) and value.shape == p.shape:
+            value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+        return value
+
     for kind, o in optimizers.items():
         plan = o.state_dict()  # numbers the parameters in the order of the groups
         named = {n: p for g in o.param_groups
@@ -295,11 +337,11 @@ def load_states(optimizers: dict[str, torch.optim.Optimizer], states: dict) -> N
         numbers = [i for g in plan["param_groups"] for i in g["params"]]
         for i, (n, p) in zip(numbers, named.items(), strict=True):
             if n in states[kind]:
-                cut = {k: v[:len(p)] if v.dim() else v for k, v in states[kind][n].items()}
-                if any(v.dim() and v.shape != p.shape for v in cut.values()):
+                fitted = {k: fit(v, p) for k, v in states[kind][n].items()}
+                if any(v.dim() and v.shape != p.shape for v in fitted.values()):
                     fail(f"the checkpoint's {kind} state of {n} does not fit its parameter; start "
                          f"from the weights alone: --init_from=FILE.pt and another --out_dir")
-                plan["state"][i] = cut
+                plan["state"][i] = fitted
         o.load_state_dict(plan)
 
 
@@ -338,12 +380,17 @@ def link(source: str, target: str) -> None:
         os.link(source, f"{target}.partial")
         replace(f"{target}.partial", target)
     except OSError:  # a file system without hard links
-        write_file(read_checkpoint(source), target)
+        write_file(read_checkpoint(source, weights=False), target)
+
+
+CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
 
 
 def save_checkpoint(state: dict, out_dir: str, latest: bool, best: bool) -> None:
     """ckpt.pt, keeping the one before as ckpt_prev.pt, and best.pt, which may be the same file."""
     path, best_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "best.pt")
+    deleted = not os.path.isdir(out_dir)
+    os.makedirs(out_dir, exist_ok=True)
     if latest:
         if os.path.exists(path):
             link(path, os.path.join(out_dir, "ckpt_prev.pt"))
@@ -352,6 +399,70 @@ def save_checkpoint(state: dict, out_dir: str, latest: bool, best: bool) -> None
             link(path, best_path)
     elif best:
         write_file(state, best_path)
+    if deleted:
+        fail(f"the folder {out_dir} was deleted while this run wrote to it; step "
+             f"{state['iter_num']} is saved there again, the log is lost; go on with "
+             f"--init_from=resume")
+
+
+def tensors_by_name(model: GPT, optimizers: dict[str, torch.optim.Optimizer]) -> dict:
+    """model/parameter and optimiser/parameter/state -> tensor, or this process's part of it."""
+    weights = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
+    return weights | {f"{kind}/{name}/{key}": value for kind, of in named_states(optimizers).items()
+                      for name, state in of.items() for key, value in state.items()}
+
+
+def save_shards(tensors: dict[str, torch.Tensor], out_dir: str, step: int, ranks: "Ranks") -> str:
+    """Every process writes its parts to a new folder of out_dir, whose name is returned: it counts
+    once a checkpoint has that name."""
+    import torch.distributed.checkpoint as dcp
+
+    names = (f"shards-{step}" + (f"-{i}" if i else "") for i in itertools.count())
+    name = ranks.gather(next(n for n in names if not os.path.exists(os.path.join(out_dir, n))))[0]
+    folder = os.path.join(out_dir, name)
+    try:
+        dcp.save(tensors, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        fail(f"cannot write {folder}: {reason(error)}; what was there before is intact")
+    sync_folder(folder)
+    return name
+
+
+def load_shards(folder: str, model: GPT) -> dict:
+    """Fill the model, however many processes wrote the shards and whether it is sharded now or not;
+    return the optimisers' states, as named_states has them, in tensors like the parameters."""
+    import torch.distributed.checkpoint as dcp
+
+    reader = shard_reader(folder)
+    there = reader.read_metadata().state_dict_metadata
+    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
+    if sorted(tensors) != sorted(name for name in there if name.startswith("model/")) or any(
+            there[name].size != p.shape for name, p in tensors.items()):
+        fail(f"{folder} has another model's weights; drop the options that change the model")
+    states: dict = {}
+    for full_name in sorted(there.keys() - tensors.keys()):
+        kind, name, key = full_name.split("/")
+        p, shape = tensors[f"model/{name}"], there[full_name].size
+        value = torch.zeros_like(p) if shape == p.shape else torch.zeros(shape)
+        tensors[full_name] = value
+        states.setdefault(kind, {}).setdefault(name, {})[key] = value
+    try:
+        dcp.load(tensors, storage_reader=reader)
+    except dcp.CheckpointException as error:
+        fail(f"{folder} is damaged: {reason(error)}; remove the checkpoint that needs it")
+    return states
+
+
+def remove_old_shards(out_dir: str) -> None:
+    """The folders of shards that no checkpoint names."""
+    named = set()
+    for name in CHECKPOINTS:
+        with contextlib.suppress(UserError):
+            named.add(read_checkpoint(os.path.join(out_dir, name), weights=False).get("shards"))
+    for name in os.listdir(out_dir):
+        if name.startswith("shards-") and name not in named:
+            shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -481,6 +592,9 @@ def clock(seconds: float) -> str:
 # Processes and signals
 
 
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # longer than writing the largest checkpoint
+
+
 class Ranks:
     """This process among those of torchrun; alone, every collective is a no-op."""
 
@@ -491,11 +605,15 @@ class Ranks:
         if config.gradient_accumulation_steps % self.world:
             fail(f"gradient_accumulation_steps={config.gradient_accumulation_steps}: must be a "
                  f"multiple of the {self.world} processes; it is the total over all of them")
+        if config.parallel == "fsdp" and not self.parallel:
+            fail("parallel=fsdp divides the model over processes, and here is only one; start "
+                 "them with torchrun --nproc_per_node=N")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.parallel:
             backend = config.backend or ("nccl" if self.device.type == "cuda" else "gloo")
-            dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
+                                    timeout=COLLECTIVE_TIMEOUT)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum over the processes, in place; returns its argument."""
@@ -557,7 +675,10 @@ def model_args(config: TrainConfig) -> dict:
 def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dict | None) -> GPT:
     """A new model, GPT-2's, or the checkpoint's; its vocabulary is the data's."""
     ours = model_args(config)
-    if checkpoint is not None:
+    if checkpoint is not None and not checkpoint["model"]:  # load_shards will fill it
+        theirs = asdict(checkpoint_config(checkpoint))
+        model = GPT(GPTConfig(**theirs | {"dropout": config.dropout}))
+    elif checkpoint is not None:
         model = GPT.from_checkpoint(checkpoint, dropout=config.dropout)
     elif config.init_from.startswith("gpt2"):
         model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
@@ -582,10 +703,40 @@ def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dic
     return model
 
 
-def try_compile(model: GPT, wanted: bool | None, device: torch.device,
-                say: Callable = print) -> bool:
-    """Compile the model in place if it is wanted and works here: a small function goes first. Where
-    it is not asked for outright, what fails to compile later runs eagerly, with torch's warning."""
+def parallelise(model: GPT, config: TrainConfig, ranks: Ranks) -> torch.nn.Module:
+    """The model on this process's device: alone, a copy for each process (DDP), or divided over
+    them block by block (FSDP2), in place."""
+    if config.parallel == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        for part in (*model.transformer.h, model):
+            fully_shard(part, mesh=mesh)
+        return model
+    model.to(ranks.device)
+    if not ranks.parallel:
+        return model
+    ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def synchronised(model: torch.nn.Module, now: bool) -> Iterator[None]:
+    """A backward pass that averages the gradients over the processes, or leaves that to a later one
+    of the same step."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's
+        model.set_requires_gradient_sync(now)
+    quiet = isinstance(model, DistributedDataParallel) and not now
+    with model.no_sync() if quiet else contextlib.nullcontext():
+        yield
+
+
+def try_compile(model: GPT, wanted: bool | None, device: torch.device, say: Callable = print,
+                blocks: bool = False) -> bool:
+    """Compile the model (or each of its blocks) in place if it is wanted and works here: a small
+    function goes first. Where it is not asked for outright, what fails to compile later runs
+    eagerly, with torch's warning."""
     if wanted is False or (wanted is None and device.type != "cuda"):
         return False
     try:
@@ -598,29 +749,34 @@ def try_compile(model: GPT, wanted: bool | None, device: torch.device,
         say(f"not compiled, so slower: torch.compile does not work here: {reason(error)}")
         return False
     torch._dynamo.config.suppress_errors = not wanted
-    model.compile(dynamic=False)
+    for part in model.transformer.h if blocks else (model,):
+        part.compile(dynamic=False)
     return True
 
 
 @torch.no_grad()
 def evaluate(model: GPT, tokens: Tokens, eval_tokens: int, ranks: Ranks, dtype: torch.dtype,
              ) -> float:
-    """Mean cross-entropy (nats per token) over a fixed set of windows. Batches are cut the same way
-    whatever the micro-batch and the number of ranks, and summed in float64."""
+    """Mean cross-entropy (nats per token) over a fixed set of windows. They are cut into batches,
+    and summed in float64, the same way whatever the micro-batch and the number of processes; all
+    processes make equally many forward passes, as sharding needs."""
     model.eval()
     starts = evaluation_starts(len(tokens), tokens.block_size, eval_tokens)
     rows = max(1, 4096 // tokens.block_size)
+    batches = [starts[i:i + rows] for i in range(0, len(starts), rows)]
     home = "cpu" if ranks.device.type == "mps" else ranks.device  # MPS has no float64
-    total = torch.zeros((), dtype=torch.float64, device=home)
-    for i in range(ranks.rank * rows, len(starts), ranks.world * rows):
-        batch = starts[i:i + rows]
-        x, y = to_device(tokens.read(batch + batch[:1] * (rows - len(batch))), ranks.device)
+    sums = torch.zeros(len(batches) + ranks.world, dtype=torch.float64, device=home)
+    for i in range(ranks.rank, len(batches) + ranks.rank, ranks.world):
+        batch = batches[i] if i < len(batches) else []
+        x, y = to_device(tokens.read(batch + starts[:1] * (rows - len(batch))), ranks.device)
         y[len(batch):] = -1  # the last batch is filled up to the shape of the others
         with autocast(ranks.device, dtype):
             losses = model(x, y, reduction="none")[1]
-        total += losses.to(home).double().sum()
+        sums[i] = losses.to(home).double().sum()
+    if hasattr(model, "reshard"):  # FSDP2 leaves the tables whole for a backward pass
+        model.reshard()
     model.train()
-    return ranks.sum(total).item() / (len(starts) * tokens.block_size)
+    return ranks.sum(sums)[:len(batches)].sum().item() / (len(starts) * tokens.block_size)
 
 
 def report(model: GPT, config: TrainConfig, meta: dict, train: Tokens, val: Tokens, ranks: Ranks,
@@ -650,6 +806,8 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
     say = print if master else (lambda *_, **__: None)
     folder = os.path.join(c.data_dir, c.dataset)
     meta = load_meta(folder)
+    if c.check_data and master:
+        check_bins(folder, meta)
     dtype = pick_dtype(c.dtype, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
@@ -657,11 +815,11 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
     # --- where to start: nothing, a checkpoint of this run, or other weights ---
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun's doing
     resume = c.init_from in ("resume", "auto") or restarted
-    checkpoint = read_latest(c.out_dir) if resume else None
+    checkpoint = read_latest(c.out_dir, weights=False) if resume else None
     resumed = checkpoint is not None
     if c.init_from == "resume" and not resumed:
         fail(f"nothing to resume in {c.out_dir}; drop --init_from=resume, or mend --out_dir")
-    old = [path for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt")
+    old = [path for name in CHECKPOINTS
            if os.path.exists(path := os.path.join(c.out_dir, name))]
     if old and not (resumed or c.overwrite or c.eval_only):
         fail(f"{c.out_dir} holds a run; go on with --init_from=resume, begin anew with "
@@ -680,12 +838,17 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
         raw_model = make_model(c, given, meta, checkpoint)
     except ValueError as error:
         fail(*str(error).splitlines())
+    except (RuntimeError, MemoryError) as error:
+        fail(f"cannot make so large a model here: {reason(error)}; choose smaller sizes")
     c.adopt(raw_model.config)
-    raw_model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     T = raw_model.config.block_size
-    train_tokens = Tokens(folder, "train", meta["dtype"], T)
-    val_tokens = Tokens(folder, "val", meta["dtype"], T)
+    train_tokens, val_tokens = (Tokens(folder, split, meta, T) for split in ("train", "val"))
     order = WindowOrder(len(train_tokens), T, c.seed)
+    raw_model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    raw_model.activation_checkpointing = c.activation_checkpointing
+    sharded = c.parallel == "fsdp"
+    compiled = try_compile(raw_model, c.compile, device, say, blocks=sharded)
+    model = parallelise(raw_model, c, ranks)
     optimizers = make_optimizers(raw_model, c, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     source = {"dataset": c.dataset, "tokens": len(train_tokens),
@@ -693,6 +856,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
 
     # --- what a resumed run carries over ---
     step, position, best_val_loss, log_length, evaluated = 0, 0, 1e9, None, None
+    skipped = 0  # steps whose loss or gradient was not finite
     torch.manual_seed(c.seed + 1 + ranks.rank)  # dropout differs between ranks
     if resumed:
         if not {"iter_num", "best_val_loss"} <= checkpoint.keys():
@@ -701,6 +865,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
         step, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
         position = checkpoint.get("tokens_seen", 0) // T
         log_length, evaluated = checkpoint.get("log_length"), checkpoint.get("evaluated", step)
+        skipped = checkpoint.get("skipped", 0)
         if checkpoint.get("data", source) != source:
             fail(f"{folder} is not the data that {c.out_dir} was trained on; to train on new data "
                  f"use --init_from={c.out_dir}/ckpt.pt and another --out_dir")
@@ -709,7 +874,10 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                    if before[k] != now[k] and k not in ("init_from", "overwrite", "out_dir")]
         if changed:
             say("resuming with other options: " + ", ".join(sorted(changed)))
-        states = checkpoint.get("optimizer") or {}
+        if "shards" in checkpoint:
+            states = load_shards(os.path.join(c.out_dir, checkpoint["shards"]), raw_model)
+        else:
+            states = checkpoint.get("optimizer") or {}
         if "param_groups" in states and c.optimizer == "adamw":
             states = nanogpt_states(raw_model, states)
         if states.keys() == optimizers.keys():
@@ -725,10 +893,6 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                 "dropout restarts from the seed")
     del checkpoint
 
-    compiled = try_compile(raw_model, c.compile, device, say)
-    ids = [device.index] if device.type == "cuda" else None
-    model = DistributedDataParallel(raw_model, device_ids=ids, gradient_as_bucket_view=True) \
-        if ranks.parallel else raw_model
     if master:
         options = ", ".join(f"{k}\0=\0{v!r}" for k, v in asdict(c).items())
         print(textwrap.fill(options, 100, break_long_words=False).replace("\0", " "))
@@ -756,18 +920,11 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
         if master:
             for path in () if resumed else old:
                 os.remove(path)
+            remove_old_shards(c.out_dir)
             with open(os.path.join(c.out_dir, "config.json"), "w", encoding="utf-8") as file:
                 json.dump(asdict(c), file, indent=1)
-        total = torch.zeros((), device=device)
-
-        def train_loss(of_step: int) -> float:
-            """Of the last step, the mean over micro-batches and ranks, which must be finite."""
-            loss = ranks.sum(total.clone()).item() / ranks.world
-            if not math.isfinite(loss):
-                fail(f"the loss is {loss} at step {of_step}; the checkpoints in {c.out_dir} are "
-                     f"from before; lower the learning rate, or use --dtype=bfloat16")
-            return loss
-
+        total = torch.zeros((), device=device, dtype=raw_model.lm_head.weight.dtype)
+        saved = step if resumed else None  # the step of the last checkpoint
         began, logged, first_step, logged_step = time.time(), time.time(), step, step
         peak = peak_flops(device)
         while True:
@@ -787,22 +944,30 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                     show(f"step {step}: val loss {val_loss:.4f}, best {best_val_loss:.4f}", True)
             due = step % (c.save_interval or c.eval_interval) == 0 or last or stopping
             if step > 0 and new and (due or is_best):
-                train_loss(step - 1)
                 rng = ranks.gather(rng_state(device))
-                if not all(p.isfinite().all() for p in raw_model.parameters()):
+                parts = (p.to_local() if sharded else p for p in raw_model.parameters())
+                if ranks.any(not all(p.isfinite().all() for p in parts)):
                     fail(f"the loss is nan from step {step} on: the last update broke the weights; "
-                         f"the checkpoints in {c.out_dir} are from before; lower the learning rate")
+                         f"{last_good(c.out_dir, saved)}; lower the learning rate")
+                if sharded:
+                    tensors = tensors_by_name(raw_model, optimizers)
+                    where = {"model": {}, "shards": save_shards(tensors, c.out_dir, step, ranks)}
+                else:
+                    where = {"model": raw_model.state_dict(), "optimizer": named_states(optimizers)}
                 if master:
-                    state = {"model": raw_model.state_dict(), "optimizer": named_states(optimizers),
-                             "model_args": asdict(raw_model.config), "iter_num": step,
+                    state = {**where, "model_args": asdict(raw_model.config), "iter_num": step,
                              "best_val_loss": best_val_loss, "config": asdict(c),
                              "tokenizer": tokenizer, "data": source, "rng": rng,
                              "tokens_seen": position * T, "scaler": scaler.state_dict(),
                              "log_length": log.length(), "evaluated": evaluated,
+                             "skipped": skipped,
                              "versions": {"torch": str(torch.__version__),
                                           "python": sys.version.split()[0]}}
                     save_checkpoint(state, c.out_dir, latest=due, best=is_best)
+                    remove_old_shards(c.out_dir)
                     del state
+                del where
+                saved = step
             if last or stopping:
                 break
             logged += time.time() - paused  # the rate is that of training alone
@@ -814,8 +979,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             total.zero_()
             for micro_step in range(micro_steps):
                 x, y = to_device(next(batches), device)
-                quiet = ranks.parallel and micro_step < micro_steps - 1  # synchronise once a step
-                with model.no_sync() if quiet else contextlib.nullcontext():
+                with synchronised(model, now=micro_step == micro_steps - 1):  # once a step
                     with autocast(device, dtype):
                         loss = model(x, y)[1] / micro_steps
                     scaler.scale(loss).backward()
@@ -823,39 +987,64 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), c.grad_clip or math.inf)
-            if not scaler.is_enabled() or norm.isfinite():  # fp16 overflowed: all or none step
-                for optimizer in optimizers.values():
-                    scaler.step(optimizer)
+            norm = norm.full_tensor() if sharded else norm
+            # means over micro-batches and processes, so that all decide alike; read once a step
+            loss, norm = (ranks.sum(torch.stack((total, norm))) / ranks.world).tolist()
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            # fp16: too large a scale, which the scaler lowers; at 1 the fault is elsewhere
+            overflow = (not finite and math.isfinite(loss) and scaler.is_enabled()
+                        and scaler.get_scale() > 1)
+            if not finite and not overflow and c.nan == "stop":
+                fail(f"step {step}: the loss is {loss}, the gradient norm {norm}; no update made; "
+                     f"{last_good(c.out_dir, saved)}; lower the learning rate, use "
+                     f"--dtype=bfloat16, or leave such steps out with --nan=skip")
+            for optimizer in optimizers.values() if finite else ():  # all of them, or none
+                scaler.step(optimizer)
             scaler.update()
             for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
             position += windows_per_step
-
-            # --- log: the loss of this step, its mean over micro-batches and ranks ---
-            if step % c.log_interval == 0:
-                loss = train_loss(step)
+            if not finite and not overflow:
+                skipped += 1
                 if master:
-                    now = time.time()
-                    seconds = (now - logged) / (step + 1 - logged_step)
-                    rate = windows_per_step * T / seconds
-                    mfu = peak and raw_model.estimate_mfu(windows_per_step / ranks.world, seconds,
-                                                          peak)
-                    log.record("train", step, tokens=position * T, loss=loss,
-                               lr=multiplier * c.learning_rate, grad_norm=norm.item(),
-                               tokens_per_s=rate, mfu=mfu, seconds=now - began)
-                    eta = seconds * (c.max_iters - step - 1)
-                    share = f"{mfu:.1%}" if mfu else "n/a"
-                    show(f"step {step}/{c.max_iters}: loss {loss:.4f}, lr "
-                         f"{multiplier * c.learning_rate:.2e}, {rate:,.0f} tokens/s, mfu {share}, "
-                         f"eta {clock(eta)}")
-                    logged, logged_step = now, step + 1
+                    log.record("skip", step, loss=loss, grad_norm=norm, skipped=skipped)
+                    show(f"step {step} left out ({skipped} so far): loss {loss}, gradient norm "
+                         f"{norm}", True)
+
+            # --- log ---
+            if step % c.log_interval == 0 and master:
+                now = time.time()
+                seconds = (now - logged) / (step + 1 - logged_step)
+                rate = windows_per_step * T / seconds
+                mfu = peak and raw_model.estimate_mfu(windows_per_step / ranks.world, seconds, peak)
+                log.record("train", step, tokens=position * T, loss=loss,
+                           lr=multiplier * c.learning_rate, grad_norm=norm, tokens_per_s=rate,
+                           mfu=mfu, seconds=now - began)
+                eta = seconds * (c.max_iters - step - 1)
+                share = f"{mfu:.1%}" if mfu else "n/a"
+                show(f"step {step}/{c.max_iters}: loss {loss:.4f}, lr "
+                     f"{multiplier * c.learning_rate:.2e}, {rate:,.0f} tokens/s, mfu {share}, "
+                     f"eta {clock(eta)}")
+                logged, logged_step = now, step + 1
             step += 1
 
+        if master and last and sharded:  # the weights in one file
+            whole = read_checkpoint(os.path.join(c.out_dir, "ckpt.pt"))
+            names = ("model", "model_args", "config", "tokenizer")
+            write_file({name: whole[name] for name in names}, os.path.join(c.out_dir, "model.pt"))
         if master:
             plot_losses([c.out_dir], os.path.join(c.out_dir, "loss.png"))
+            left_out = f", {skipped} left out" if skipped else ""
             show(f"stopped by a signal at step {step}; go on with the same command and "
                  f"--init_from=resume" if stopping else
-                 f"done: {step} steps, best val loss {best_val_loss:.4f}", True)
+                 f"done: {step} steps{left_out}, best val loss {best_val_loss:.4f}", True)
+
+
+def last_good(out_dir: str, saved: int | None) -> str:
+    """Where a run that broke can go on."""
+    if saved is None:
+        return "there is no checkpoint yet"
+    return f"the last good checkpoint, of step {saved}, is {out_dir}/ckpt.pt"
 
 
 def show(line: str, keep: bool = False) -> None:
@@ -870,20 +1059,28 @@ def main(argv: list[str]) -> None:
     """Read the options, take the output folder, train."""
     config, given = read_config(TrainConfig, argv, usage=__doc__)
     ranks, lock, new = Ranks(config), contextlib.nullcontext(), not os.path.exists(config.out_dir)
-    if ranks.rank == 0 and not config.eval_only:
-        try:
-            os.makedirs(config.out_dir, exist_ok=True)
-        except OSError as error:
-            fail(f"cannot make the folder out_dir={config.out_dir}: {reason(error)}")
-        lock = locked(config.out_dir, f"another run is writing to {config.out_dir}; stop it or "
-                                      f"choose another --out_dir")
     try:
+        if ranks.rank == 0 and not config.eval_only:
+            os.makedirs(config.out_dir, exist_ok=True)
+            lock = locked(config.out_dir, f"another run is writing to {config.out_dir}; stop it or "
+                                          f"choose another --out_dir")
         with lock:
             train(config, given, ranks)
     except UserError:
         made = ranks.rank == 0 and new and os.path.isdir(config.out_dir)
         if made and os.listdir(config.out_dir) == [".lock"]:
             shutil.rmtree(config.out_dir)  # a run that could not start leaves nothing
+        raise
+    except OSError as error:  # a full disk, a folder that may not be written to
+        fail(f"{error.filename or config.out_dir}: {error.strerror or error}; the checkpoints that "
+             f"were there are intact; mend that or choose another --out_dir")
+    except torch.OutOfMemoryError:
+        fail("out of memory: halve --batch_size and double --gradient_accumulation_steps (the step "
+             "stays the same), or add --activation_checkpointing")
+    except RuntimeError as error:
+        if ranks.parallel and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            fail(f"another process of this run has ended or does not answer; its own message, or "
+                 f"torchrun's, says why ({reason(error)})")
         raise
     ranks.close()
 

@@ -44,7 +44,9 @@ def fail(*problems: str) -> NoReturn:
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line: its kind and the first line that says something."""
+    """An exception in one line: its kind and the first line that says something. Of torch's
+    CheckpointException, which has those of several processes: one of them."""
+    error = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ": ".join([type(error).__name__, *lines[:1]])
 
@@ -57,6 +59,9 @@ def cli(main) -> None:
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         sys.stdout.flush()
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
@@ -79,10 +84,15 @@ def locked(folder: str | os.PathLike, message: str) -> Iterator[None]:
 def replace(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """Rename a file over another so that it survives a power failure, where the system can."""
     os.replace(source, target)
+    sync_folder(os.path.dirname(target) or ".")
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Bring the names in a folder to the disk, where the system can."""
     with contextlib.suppress(OSError):
-        folder = os.open(os.path.dirname(target) or ".", os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        opened = os.open(folder, os.O_RDONLY)
+        os.fsync(opened)
+        os.close(opened)
 
 
 # -----------------------------------------------------------------------------

@@ -49,8 +49,12 @@ def data_dir(tmp_path_factory) -> Path:
 @pytest.fixture
 def words(data_dir):
     """words(out_dir, **options): the command line of a tiny run."""
-    return lambda out, **options: option_words(
-        **{"data_dir": data_dir, "dataset": "tiny", "out_dir": out, **TINY, **options})
+    def command_line(out, **options) -> list[str]:
+        options = {"data_dir": data_dir, "dataset": "tiny", "out_dir": out, **TINY, **options}
+        warmup = min(options["warmup_iters"], options["max_iters"])
+        return option_words(**options | {"warmup_iters": warmup})
+
+    return command_line
 
 
 @pytest.fixture

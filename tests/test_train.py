@@ -146,7 +146,8 @@ def test_a_step_reads_the_same_windows_however_it_is_cut(windows_read, batch, ac
 ])
 def test_ids_and_shifted_targets(tmp_path, dtype, ids):
     stream = np.tile(ids, 9)
-    tokens = train.Tokens(str(write_data(tmp_path / "d", stream, dtype=dtype)), "train", dtype, 8)
+    folder = write_data(tmp_path / "d", stream, dtype=dtype)
+    tokens = train.Tokens(str(folder), "train", {"dtype": dtype, "vocab_size": 2**32}, 8)
     starts = [0, 5, len(stream) - 9]
     x, y = train.to_device(tokens.read(starts), torch.device("cpu"))
     assert len(tokens) == len(stream) and x.dtype == y.dtype == torch.int64
