@@ -6,8 +6,9 @@ Data:
     python prepare.py hf --dataset=HuggingFaceFW/fineweb-edu --subset=sample-100BT \
         --tokenizer=cl100k_base --name=fineweb_edu_cl100k
 Cost:     60.0 G tokens, 1.4e+21 FLOP; about 40 days of one H100 at 40 % MFU (computed).
-Memory:   57 GB of parameters, gradients and AdamW state, before activations, on every device:
-          train.py does not shard yet.
+Memory:   57 GB of parameters, gradients and AdamW state, divided over the processes (computed; not
+          run here), before activations; 14 GB of host memory for each process while it starts.
+          torchrun --standalone --nproc_per_node=8 train.py config/swiglu_3b.py
 Expected: not measured; the paper gives no loss table.
 """
 
@@ -21,6 +22,9 @@ ffn_hidden = 8192
 max_iters = 14_305
 warmup_iters = 100
 learning_rate = 1.6e-4
+
+parallel = "fsdp"
+activation_checkpointing = True
 
 # 1024 x 4096 tokens per step
 batch_size = 1

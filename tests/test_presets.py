@@ -2,12 +2,14 @@
 what it costs, and a small copy of it trains."""
 
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 
 import train
 from config import read_config
@@ -203,16 +205,22 @@ def test_every_run_has_its_own_folder(name):
 
 
 @every_preset
-def test_a_small_copy_trains(name, run, tmp_path):
+def test_a_small_copy_trains(name, words, run, tmp_path):
     c = load(name)
     small = dict(n_layer=2, n_head=2, n_embd=24, block_size=32, batch_size=2, max_iters=2,
-                 gradient_accumulation_steps=1, warmup_iters=1, log_interval=1, eval_interval=2)
+                 gradient_accumulation_steps=2, warmup_iters=1, log_interval=1, eval_interval=2)
     if c.head_dim:
         small["head_dim"] = 8  # hourglass attention stays narrower than the residual stream
     if c.ffn_hidden:
         small["ffn_hidden"] = 20 if c.ffn == "hourglass" else 48
-    records = run(tmp_path, str(PRESETS[name]), *[f"--{k}={v}" for k, v in small.items()],
-                  f"--out_dir={tmp_path}", "--dataset=easy", "--device=cpu", "--dtype=float32")
+    argv = [str(PRESETS[name]), *[f"--{k}={v}" for k, v in small.items()],
+            f"--out_dir={tmp_path}", "--dataset=easy", "--device=cpu", "--dtype=float32"]
+    if c.parallel == "fsdp":
+        run_ranks([*words(tmp_path), *argv])
+        log = (tmp_path / "log.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in log]
+    else:
+        records = run(tmp_path, *argv)
     assert [r["type"] for r in records] == ["config", "eval", "train", "train", "eval"]
     assert records[-1]["val_loss"] < records[1]["val_loss"]
     assert {k: records[0][k] for k in ("template", "ffn", "norm", "optimizer", "schedule")} == {
