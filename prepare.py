@@ -218,6 +218,9 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
              f" python prepare.py {'' if named else 'text --input=FILES --name='}{folder.name}")
     sizes = {split: os.path.getsize(folder / f"{split}.bin") for split in SPLITS}
     if not (folder / "meta.json").exists():
+        if odd := [split for split in SPLITS if sizes[split] % 2]:
+            fail(f"{folder}/{odd[0]}.bin has {sizes[odd[0]]} bytes, and without a meta.json an id "
+                 f"is two bytes, as nanoGPT's are: it is damaged; make it again")
         return _nanogpt_meta(folder) | {s: {"tokens": size // 2} for s, size in sizes.items()}
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))

@@ -456,13 +456,12 @@ def load_shards(folder: str, model: GPT) -> dict:
 
 def remove_old_shards(out_dir: str) -> None:
     """The folders of shards that no checkpoint names."""
-    named = set()
-    for name in CHECKPOINTS:
+    old = {name for name in os.listdir(out_dir) if name.startswith("shards-")}
+    for name in CHECKPOINTS if old else ():
         with contextlib.suppress(UserError):
-            named.add(read_checkpoint(os.path.join(out_dir, name), weights=False).get("shards"))
-    for name in os.listdir(out_dir):
-        if name.startswith("shards-") and name not in named:
-            shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
+            old.discard(read_checkpoint(os.path.join(out_dir, name), weights=False).get("shards"))
+    for name in old:
+        shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -924,7 +923,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             with open(os.path.join(c.out_dir, "config.json"), "w", encoding="utf-8") as file:
                 json.dump(asdict(c), file, indent=1)
         total = torch.zeros((), device=device, dtype=raw_model.lm_head.weight.dtype)
-        saved = step if resumed else None  # the step of the last checkpoint
+        saved = step if resumed else None  # the step of ckpt.pt
         began, logged, first_step, logged_step = time.time(), time.time(), step, step
         peak = peak_flops(device)
         while True:
@@ -967,7 +966,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                     remove_old_shards(c.out_dir)
                     del state
                 del where
-                saved = step
+                saved = step if due else saved
             if last or stopping:
                 break
             logged += time.time() - paused  # the rate is that of training alone
@@ -1070,6 +1069,8 @@ def main(argv: list[str]) -> None:
         made = ranks.rank == 0 and new and os.path.isdir(config.out_dir)
         if made and os.listdir(config.out_dir) == [".lock"]:
             shutil.rmtree(config.out_dir)  # a run that could not start leaves nothing
+        raise
+    except BrokenPipeError:  # cli's
         raise
     except OSError as error:  # a full disk, a folder that may not be written to
         fail(f"{error.filename or config.out_dir}: {error.strerror or error}; the checkpoints that "
