@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -201,6 +200,30 @@ def to_device(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, t
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
+def mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
+    """A hash of uint64 (splitmix64's)."""
+    x = x + key
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permuted(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """A keyed permutation of range(n), entry by entry, so that none need be stored: a Feistel
+    network on the cells of a rectangle; who lands on a cell beyond n goes through it again."""
+    columns = np.uint64(math.isqrt(n - 1) + 1)
+    rows = np.uint64(-(-n // int(columns)))
+    row, column = np.divmod(x.astype(np.uint64), columns)
+    for key in keys.reshape(-1, 2):
+        row = (row + mix(column, key[0])) % rows
+        column = (column + mix(row, key[1])) % columns
+    x = row * columns + column
+    beyond = x >= n
+    if beyond.any():
+        x[beyond] = permuted(x[beyond], n, keys)
+    return x
+
+
 class WindowOrder:
     """The order in which training visits the windows, as arithmetic on one integer.
 
@@ -210,21 +233,22 @@ class WindowOrder:
     """
 
     def __init__(self, n_tokens: int, block_size: int, seed: int):
-        self.block_size = block_size
+        self.n_tokens, self.block_size, self.seed = n_tokens, block_size, seed
         self.per_epoch = max(1, (n_tokens - block_size) // block_size)
-
-        @lru_cache(maxsize=2)
-        def epoch_starts(epoch: int) -> np.ndarray:
-            rng = np.random.default_rng([seed, epoch])
-            offset = rng.integers(min(block_size, n_tokens - block_size)) if epoch else 0
-            return offset + block_size * rng.permutation(self.per_epoch)
-
-        self.epoch_starts = epoch_starts
 
     def starts(self, position: int, count: int) -> list[int]:
         """First tokens of the windows position .. position + count - 1."""
-        places = (divmod(p, self.per_epoch) for p in range(position, position + count))
-        return [int(self.epoch_starts(epoch)[index]) for epoch, index in places]
+        found: list[int] = []
+        while count > 0:
+            epoch, index = divmod(position, self.per_epoch)
+            here = min(count, self.per_epoch - index)
+            keys = np.random.SeedSequence([self.seed, epoch]).generate_state(9, np.uint64)
+            room = min(self.block_size, self.n_tokens - self.block_size)
+            offset = int(keys[8]) % room if epoch else 0
+            windows = permuted(np.arange(index, index + here), self.per_epoch, keys[:8])
+            found += (offset + self.block_size * windows.astype(np.int64)).tolist()
+            position, count = position + here, count - here
+        return found
 
 
 def evaluation_starts(n_tokens: int, block_size: int, eval_tokens: int) -> list[int]:

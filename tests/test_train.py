@@ -103,6 +103,17 @@ def test_the_order_is_arithmetic_on_the_position_and_the_seed():
     assert train.WindowOrder(343, 16, seed=2).starts(0, W) != whole[:W]
 
 
+@pytest.mark.parametrize("n", [*range(1, 40), 1000, 4097, 100_003])
+def test_the_order_of_an_epoch_is_a_permutation_that_is_not_stored(n):
+    keys = np.random.SeedSequence([n, 7]).generate_state(8, np.uint64)
+    whole = train.permuted(np.arange(n), n, keys)
+    assert sorted(whole.tolist()) == list(range(n))
+    assert train.permuted(np.array([n // 2]), n, keys) == whole[n // 2]  # one entry alone
+    if n > 500:  # as far from its place, and from its neighbour, as chance has it
+        assert abs(np.corrcoef(np.arange(n), whole)[0, 1]) < 4 / n ** 0.5
+        assert abs(np.corrcoef(whole[:-1], whole[1:])[0, 1]) < 4 / n ** 0.5
+
+
 @pytest.fixture
 def windows_read(run, tmp_path, monkeypatch):
     """windows_read(batch, accumulation, rank, world): per step the starts of the windows that
