@@ -744,15 +744,24 @@ def parallelise(model: GPT, config: TrainConfig, ranks: Ranks) -> torch.nn.Modul
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
-@contextlib.contextmanager
-def synchronised(model: torch.nn.Module, now: bool) -> Iterator[None]:
-    """A backward pass that averages the gradients over the processes, or leaves that to a later one
-    of the same step."""
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's
-        model.set_requires_gradient_sync(now)
-    quiet = isinstance(model, DistributedDataParallel) and not now
-    with model.no_sync() if quiet else contextlib.nullcontext():
-        yield
+def accumulate(model: torch.nn.Module, batches: Iterator[torch.Tensor], micro_steps: int,
+               device: torch.device, dtype: torch.dtype, scaler: torch.amp.GradScaler,
+               ) -> torch.Tensor:
+    """The gradients of one step, averaged over the processes after the last of its micro-batches.
+    Returns the mean loss () of this process's micro-batches."""
+    total = 0.0
+    for micro_step in range(micro_steps):
+        last = micro_step == micro_steps - 1
+        quiet = isinstance(model, DistributedDataParallel) and not last
+        if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's
+            model.set_requires_gradient_sync(last)
+        x, y = to_device(next(batches), device)
+        with model.no_sync() if quiet else contextlib.nullcontext():
+            with autocast(device, dtype):
+                loss = model(x, y)[1] / micro_steps
+            scaler.scale(loss).backward()
+        total = total + loss.detach()
+    return total
 
 
 def try_compile(model: GPT, wanted: bool | None, device: torch.device, say: Callable = print,
@@ -946,7 +955,6 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             remove_old_shards(c.out_dir)
             with open(os.path.join(c.out_dir, "config.json"), "w", encoding="utf-8") as file:
                 json.dump(asdict(c), file, indent=1)
-        total = torch.zeros((), device=device, dtype=raw_model.lm_head.weight.dtype)
         saved = step if resumed else None  # the step of ckpt.pt
         began, logged, first_step, logged_step = time.time(), time.time(), step, step
         peak = peak_flops(device)
@@ -999,20 +1007,13 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             multiplier = lr_multiplier(step, c)
             for group in (g for o in optimizers.values() for g in o.param_groups):
                 group["lr"] = multiplier * group["peak_lr"]
-            total.zero_()
-            for micro_step in range(micro_steps):
-                x, y = to_device(next(batches), device)
-                with synchronised(model, now=micro_step == micro_steps - 1):  # once a step
-                    with autocast(device, dtype):
-                        loss = model(x, y)[1] / micro_steps
-                    scaler.scale(loss).backward()
-                total += loss.detach()
+            loss = accumulate(model, batches, micro_steps, device, dtype, scaler)
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), c.grad_clip or math.inf)
             norm = norm.full_tensor() if sharded else norm
             # means over micro-batches and processes, so that all decide alike; read once a step
-            loss, norm = (ranks.sum(torch.stack((total, norm))) / ranks.world).tolist()
+            loss, norm = (ranks.sum(torch.stack((loss, norm))) / ranks.world).tolist()
             finite = math.isfinite(loss) and math.isfinite(norm)
             # fp16: too large a scale, which the scaler lowers; at 1 the fault is elsewhere
             overflow = (not finite and math.isfinite(loss) and scaler.is_enabled()
