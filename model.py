@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import sys
+import textwrap
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from config import UserError, check_fields, fail, reason
+from config import UserError, check_fields, fail, printable, reason
 
 Oracle = Callable[[torch.Tensor], torch.Tensor]  # z (B, T, C) -> g(z) (B, T, C)
 State = tuple[torch.Tensor, ...]  # x (B, T, C), then whatever streams the template carries
@@ -80,18 +81,22 @@ class GPTConfig:
         t, s, v = self.template, self.splitting, self.velocity_norm
         sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "head_dim",
                  "ffn_hidden", "ffn_depth", "imex_steps", "vocab_used")
-        rules = [((size := getattr(self, name)) is not None and size < 1, f"{name}={size}",
-                  "must be at least 1", "choose a positive size") for name in sizes]
-        positive = ("rope_theta", "gamma_init", "mu_init", "beta_init")
-        rules += [(getattr(self, name) <= 0, f"{name}={getattr(self, name)}", "must be positive",
-                   f"the default is {getattr(GPTConfig, name):.4g}") for name in positive]
+        most = dict(n_layer=10_000, ffn_depth=10_000, imex_steps=10_000)  # each is a loop
+        rules = [((size := getattr(self, name)) is not None and not 1 <= size <= limit,
+                  f"{name}={size}", f"must be at least 1, at most {limit}", "choose another")
+                 for name in sizes for limit in [most.get(name, 2**31 - 1)]]
+        positive = dict(rope_theta=1e30, gamma_init=100, mu_init=100, beta_init=100)
+        rules += [(not 0 < getattr(self, name) <= limit, f"{name}={getattr(self, name)}",
+                   f"must be positive, and at most {limit:g}",
+                   f"the default is {getattr(GPTConfig, name):.4g}")
+                  for name, limit in positive.items()]
         rules += [(self.scalar_map == "sigmoid" and value >= 1, f"{name}={value}",
                    "a sigmoid stays below 1", f"use {name} < 1 or scalar_map=softplus")
                   for name, value in (("mu_init", self.mu_init), ("beta_init", self.beta_init))]
         return rules + [
             (not 0 <= self.dropout < 1, f"dropout={self.dropout}", "is a probability below 1",
              "use 0 <= dropout < 1"),
-            (self.head_dim is None and self.n_embd % max(1, self.n_head) != 0,
+            (self.head_dim is None and self.n_embd > 0 and self.n_embd % max(1, self.n_head) != 0,
              f"n_embd={self.n_embd}, n_head={self.n_head}", "n_embd must be a multiple of n_head",
              "change one, or give head_dim"),
             (self.position == "rope" and self.d_head % 2 == 1,
@@ -627,9 +632,9 @@ class GPT(nn.Module):
         """Continue idx (B, T >= 1): yield the next token of every row, (B,), up to max_new_tokens
         times, ending early when every row has met a stop token (such a row repeats it).
 
-        temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the fewest whose
-        probability reaches p. Rows beyond vocab_used are never drawn. When the context is full the
-        older half is dropped and the rest read again (a sliding window of T/2 to T tokens).
+        temperature 0 (or below 1e-6) is greedy; top_k keeps the k likeliest tokens, top_p the
+        fewest whose probability reaches p. Rows beyond vocab_used are never drawn. When the context
+        is full the older half is dropped and the rest read again (a sliding window of T/2 to T).
         """
         c = self.config
         stops = torch.tensor(stop_tokens, dtype=idx.dtype, device=idx.device)
@@ -767,7 +772,7 @@ class GPT(nn.Module):
             model.to(weights["lm_head.weight"].dtype)
             model.load_state_dict({k: w for k, w in weights.items() if k not in masks})
         except (KeyError, RuntimeError) as error:  # torch lists all that is missing or misshapen
-            what = " ".join(str(error).split())
+            what = textwrap.shorten(str(error), 300)
             fail(f"the checkpoint's weights do not fit its model_args: {what}")
         return model
 
@@ -779,7 +784,7 @@ class GPT(nn.Module):
 def draw(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
          top_p: float | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
     """One token id per row of logits (B, V) -> (B,). See GPT.stream."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k is not None:
@@ -789,7 +794,7 @@ def draw(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = Non
     if top_p is not None:
         ranked, order = probs.sort(dim=-1, descending=True)
         before = ranked.cumsum(dim=-1) - ranked  # the probability of the likelier tokens
-        ranked = ranked.masked_fill(before >= top_p, 0.0)
+        ranked = ranked.masked_fill((before >= top_p) & (before > 0), 0.0)
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
@@ -825,7 +830,7 @@ def shard_reader(folder: str):
             with open(os.path.join(folder, ".metadata"), "rb") as file:
                 metadata = ShardMetadata(file).load()
             for part in metadata.storage_data.values():
-                path = os.path.join(folder, part.relative_path)
+                path = os.path.join(folder, os.path.basename(part.relative_path))
                 if os.path.getsize(path) < part.offset + part.length:
                     raise ValueError(f"{path} is too short")
             return metadata
@@ -847,6 +852,13 @@ def read_shards(folder: str, kind: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items()}
 
 
+CHECKPOINT_TYPES = {  # of what a checkpoint may have; nanoGPT's best_val_loss is a tensor
+    "model_args": dict, "config": dict, "optimizer": dict,
+    "scaler": dict, "shards": str, "rng": list, "iter_num": int, "tokens_seen": int, "skipped": int,
+    "best_val_loss": (int, float, torch.Tensor), "log_length": (int, type(None)),
+    "evaluated": (int, type(None)), "tokenizer": (dict, type(None))}
+
+
 def read_checkpoint(path: str, weights: bool = True) -> dict:
     """A checkpoint file, on the CPU; tensors and plain Python only. UserError if it cannot be.
     Where its tensors are in shards, its weights are read from there, unless weights=False."""
@@ -854,14 +866,27 @@ def read_checkpoint(path: str, weights: bool = True) -> dict:
         fail(f"no checkpoint {path}; train one, or name the right folder")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        fail(f"{path} is damaged or no checkpoint, or it holds more than tensors and plain Python, "
+             f"which could run code: it was not loaded")
     except Exception as error:  # a damaged file raises nearly anything
         fail(f"{path} is damaged or no checkpoint: {reason(error)}")
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         fail(f"{path} holds no model; expected nanoGPT's keys model and model_args")
+    for name, kinds in CHECKPOINT_TYPES.items():
+        value = checkpoint.get(name)
+        if (name in checkpoint and not isinstance(value, kinds)) or (
+                isinstance(value, int) and not 0 <= value < 2**63):
+            fail(f"{path} is damaged: it has {name}={printable(value)[:60]}")
+    table = checkpoint["model"]
+    if not (isinstance(table, dict) and (table or "shards" in checkpoint) and all(
+            isinstance(name, str) and isinstance(w, torch.Tensor) and w.is_floating_point()
+            for name, w in table.items())):
+        fail(f"{path} is damaged: its model is no table of weights")
     if "shards" in checkpoint:
         from torch.distributed.checkpoint import CheckpointException  # no kind of Exception
 
-        folder = os.path.join(os.path.dirname(path), checkpoint["shards"])
+        folder = os.path.join(os.path.dirname(path), os.path.basename(checkpoint["shards"]))
         try:
             shard_reader(folder).read_metadata()
             if weights:
@@ -891,8 +916,8 @@ def read_latest(out_dir: str, weights: bool = True) -> dict | None:
 
 def checkpoint_config(checkpoint: dict) -> GPTConfig:
     """The architecture of a checkpoint, ours or nanoGPT's."""
-    args = dict(checkpoint["model_args"])
-    if unknown := sorted(set(args) - {f.name for f in fields(GPTConfig)}):
+    args = checkpoint["model_args"].copy()
+    if unknown := sorted(map(str, set(args) - {f.name for f in fields(GPTConfig)})):
         fail(f"the checkpoint's model has options that this version does not know: {unknown}")
     if args.get("vocab_size") == 50304:
         args.setdefault("vocab_used", 50257)  # nanoGPT's padded GPT-2 vocabulary

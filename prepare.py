@@ -172,7 +172,19 @@ class Tokenizer:
 
     @classmethod
     def from_meta(cls, meta: dict[str, Any]) -> "Tokenizer":
+        try:
+            check_alphabet(meta)
+        except (ValueError, KeyError, TypeError):
+            fail(f"there is no such tokenizer: {str(meta)[:60]}")
         return cls(meta["tokenizer"], meta.get("alphabet", ""))
+
+
+def check_alphabet(meta: dict[str, Any]) -> None:
+    """Raises ValueError, KeyError or TypeError where these are not what `to_meta` says."""
+    name, alphabet = meta["tokenizer"], meta.get("alphabet", "")
+    if not isinstance(name, str) or not isinstance(alphabet, str) or (
+            name == "char" and not 0 < len(set(alphabet)) == len(alphabet) == meta["vocab_size"]):
+        raise ValueError(name)
 
 
 def _tiktoken(name: str):
@@ -225,10 +237,12 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         width = {"uint16": 2, "uint32": 4}[meta["dtype"]]
-        wrong = [s for s in SPLITS if sizes[s] != meta[s]["tokens"] * width]
-        characters = len(meta["alphabet"]) if meta["tokenizer"] == "char" else meta["vocab_size"]
-        if not 0 < characters == meta["vocab_size"] <= meta["padded_vocab_size"]:
-            raise ValueError(characters)
+        wrong = [f"{s}.bin" for s in SPLITS if sizes[s] != meta[s]["tokens"] * width]
+        rows, padded = meta["vocab_size"], meta["padded_vocab_size"]
+        counts = rows, padded, *(meta[split]["tokens"] for split in SPLITS)
+        if not all(type(n) is int for n in counts) or not 0 < rows <= padded < 2**31:
+            raise ValueError(counts)
+        check_alphabet(meta)
     except (ValueError, KeyError, TypeError, RecursionError):
         wrong = ["meta.json"]
     if wrong:
@@ -244,7 +258,7 @@ def _nanogpt_meta(folder: Path) -> dict[str, Any]:
             with open(folder / "meta.pkl", "rb") as file:
                 itos = _NoClasses(file).load()["itos"]
             alphabet = "".join(itos[i] for i in range(len(itos)))
-            if not len(alphabet) == len(set(alphabet)) == len(itos):
+            if not 0 < len(alphabet) == len(set(alphabet)) == len(itos):
                 raise ValueError("an entry is not a character")
         except Exception as error:  # a damaged pickle may raise anything
             fail(f"{folder}/meta.pkl is not a table of characters such as nanoGPT's: {error}")
@@ -547,7 +561,8 @@ def _find_complete(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | N
     if not any((folder / f"{split}.bin").exists() for split in SPLITS):
         return None
     meta = load_meta(folder)
-    old = meta.get("settings", {})
+    old = meta.get("settings")
+    old = old if isinstance(old, dict) else {}
     if other := [key for key in settings | old if settings.get(key) != old.get(key)]:
         what = "; ".join(f"{key}: {old.get(key)!r:.60}, now {settings.get(key)!r:.60}"
                          for key in other) if old else "by nanoGPT"
@@ -638,6 +653,7 @@ def resolve(c: PrepareConfig) -> PrepareConfig:
         f"val_fraction={c.val_fraction}: expected more than 0 and less than 1":
             c.val_fraction is not None and not 0 < c.val_fraction < 1,
         f"num_proc={c.num_proc}: expected at least 1": c.num_proc < 1,
+        f"seed={c.seed}: expected 0 to 2**63 - 1": not 0 <= c.seed < 2**63,
         f"name={c.name}: expected a folder name without slashes":
             Path(c.name).name != c.name or c.name == "..",
     }

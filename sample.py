@@ -42,7 +42,8 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         problems = [f"{name}={value}: {rule}" for bad, name, value, rule in (
-            (self.num_samples < 1, "num_samples", self.num_samples, "must be at least 1"),
+            (not 1 <= self.num_samples <= 100_000, "num_samples", self.num_samples,
+             "must be at least 1, at most 100000"),
             (self.max_new_tokens < 1, "max_new_tokens", self.max_new_tokens, "must be at least 1"),
             (self.temperature < 0, "temperature", self.temperature, "must not be negative"),
             (self.top_k is not None and self.top_k < 1, "top_k", self.top_k,
@@ -62,6 +63,8 @@ def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     else:
         checkpoint = load_checkpoint(config)
         model = GPT.from_checkpoint(checkpoint, dropout=0.0)
+        if not all(p.isfinite().all() for p in model.parameters()):
+            fail("the checkpoint's weights are nan or infinite: its run broke; use another one")
         meta = checkpoint.get("tokenizer") or nanogpt_tokenizer(checkpoint, config.data_dir)
     tokenizer = Tokenizer.from_meta(meta)
     if tokenizer.n_vocab > model.config.vocab_size:

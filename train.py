@@ -32,7 +32,16 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError, cli, fail, locked, read_config, reason, replace, sync_folder
+from config import (
+    UserError,
+    cli,
+    fail,
+    locked,
+    read_config,
+    reason,
+    replace,
+    sync_folder,
+)
 from model import (
     GPT,
     GPTConfig,
@@ -124,18 +133,20 @@ class TrainConfig(GPTConfig):
                   "eval_interval", "eval_iters", "eval_tokens", "save_interval", "log_interval")
         amounts = ("learning_rate", "muon_lr", "scalar_lr", "weight_decay", "muon_weight_decay",
                    "grad_clip", "min_lr", "warmup_iters", "seed")
-        one = [(f"{n}={v}", v) for n in counts if (v := getattr(self, n)) is not None]
-        zero = [(f"{n}={v}", v) for n in amounts if (v := getattr(self, n)) is not None]
+        one = [(n, v) for n in counts if (v := getattr(self, n)) is not None]
+        zero = [(n, v) for n in amounts if (v := getattr(self, n)) is not None]
+        most = dict(batch_size=1_000_000)
         custom_tokens = self.eval_tokens != TrainConfig.eval_tokens
         end = min(self.max_iters, self.lr_decay_iters or self.max_iters)
         return super()._rules() + [
-            *((value < 1, text, "must be at least 1", "choose a positive count")
-              for text, value in one),
-            *((value < 0, text, "must not be negative", "choose 0 or more")
-              for text, value in zero),
+            *((not 1 <= value <= most.get(name, 2**53), f"{name}={value}",
+               f"must be at least 1, at most {most.get(name, 2**53)}", "choose another count")
+              for name, value in one),
+            *((value < 0, f"{name}={value}", "must not be negative", "choose 0 or more")
+              for name, value in zero),
             *((not 0 <= beta < 1, f"{name}={beta}", "must lie in [0, 1)", "the default is usual")
               for name, beta in (("beta1", self.beta1), ("beta2", self.beta2))),
-            (self.decay_lr and self.warmup_iters > end, f"warmup_iters={self.warmup_iters}",
+            (self.decay_lr and self.warmup_iters > end > 0, f"warmup_iters={self.warmup_iters}",
              f"must not exceed max_iters or lr_decay_iters, {end}", "warm up for fewer steps"),
             (self.vocab_used is not None, f"vocab_used={self.vocab_used}", "comes from the data",
              "drop it"),
@@ -347,7 +358,7 @@ def load_states(optimizers: dict[str, torch.optim.Optimizer], states: dict) -> N
     """The inverse of named_states; cuts the state of a position table that was cropped, and keeps
     of a sharded parameter's this process's part."""
     def fit(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        if not value.dim() or isinstance(value, DTensor):
+        if not isinstance(value, torch.Tensor) or not value.dim() or isinstance(value, DTensor):
             return value
         value = value[:len(p)]
         if isinstance(p, DTensor) and value.shape == p.shape:
@@ -362,9 +373,11 @@ def load_states(optimizers: dict[str, torch.optim.Optimizer], states: dict) -> N
         for i, (n, p) in zip(numbers, named.items(), strict=True):
             if n in states[kind]:
                 fitted = {k: fit(v, p) for k, v in states[kind][n].items()}
-                if any(v.dim() and v.shape != p.shape for v in fitted.values()):
-                    fail(f"the checkpoint's {kind} state of {n} does not fit its parameter; start "
-                         f"from the weights alone: --init_from=FILE.pt and another --out_dir")
+                if bad := [k for k, v in fitted.items() if not isinstance(v, torch.Tensor)
+                           or (v.dim() and v.shape != p.shape)]:
+                    fail(f"the checkpoint's {kind} state {bad[0]} of {n} does not fit its "
+                         f"parameter; start from the weights alone: --init_from=FILE.pt and "
+                         f"another --out_dir")
                 plan["state"][i] = fitted
         o.load_state_dict(plan)
 
@@ -622,9 +635,16 @@ class Ranks:
     """This process among those of torchrun; alone, every collective is a no-op."""
 
     def __init__(self, config: TrainConfig):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
         self.parallel = "RANK" in os.environ
+        numbers = {name: os.environ.get(name, default) for name, default in
+                   (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
+        complete = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or not self.parallel
+        if not (complete and all(n.isdecimal() for n in numbers.values())
+                and int(numbers["RANK"]) < int(numbers["WORLD_SIZE"])):
+            words = ", ".join(f"{name}={number}" for name, number in numbers.items())
+            fail(f"{words} is not what torchrun sets; start with torchrun, or unset them")
+        self.rank, local_rank, self.world = map(int, numbers.values())
+        self.device = pick_device(config.device, local_rank)
         if config.gradient_accumulation_steps % self.world:
             fail(f"gradient_accumulation_steps={config.gradient_accumulation_steps}: must be a "
                  f"multiple of the {self.world} processes; it is the total over all of them")
@@ -698,7 +718,7 @@ def model_args(config: TrainConfig) -> dict:
 def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dict | None) -> GPT:
     """A new model, GPT-2's, or the checkpoint's; its vocabulary is the data's."""
     ours = model_args(config)
-    if checkpoint is not None and not checkpoint["model"]:  # load_shards will fill it
+    if checkpoint is not None and not checkpoint["model"]:  # in shards: load_shards will fill it
         theirs = asdict(checkpoint_config(checkpoint))
         model = GPT(GPTConfig(**theirs | {"dropout": config.dropout}))
     elif checkpoint is not None:
@@ -862,7 +882,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
     theirs = (checkpoint or {}).get("tokenizer", tokenizer)
     if theirs != tokenizer:
         fail(f"{folder} was made with another tokenizer than the checkpoint's, "
-             f"{theirs['tokenizer']}; prepare the data with that one")
+             f"{theirs.get('tokenizer')}; prepare the data with that one")
 
     # --- model, optimisers, data ---
     torch.manual_seed(c.seed)
@@ -870,8 +890,9 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
         raw_model = make_model(c, given, meta, checkpoint)
     except ValueError as error:
         fail(*str(error).splitlines())
-    except (RuntimeError, MemoryError) as error:
-        fail(f"cannot make so large a model here: {reason(error)}; choose smaller sizes")
+    except (RuntimeError, MemoryError):
+        sizes = ", ".join(f"{n}={getattr(c, n)}" for n in ("n_layer", "n_embd", "block_size"))
+        fail(f"not enough memory here for a model of {sizes}; choose smaller sizes")
     c.adopt(raw_model.config)
     T = raw_model.config.block_size
     train_tokens, val_tokens = (Tokens(folder, split, meta, T) for split in ("train", "val"))
@@ -890,39 +911,43 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
     step, position, best_val_loss, log_length, evaluated = 0, 0, 1e9, None, None
     skipped = 0  # steps whose loss or gradient was not finite
     torch.manual_seed(c.seed + 1 + ranks.rank)  # dropout differs between ranks
-    if resumed:
-        if not {"iter_num", "best_val_loss"} <= checkpoint.keys():
-            fail(f"{c.out_dir} holds weights, but no run to resume; start one from them: "
-                 f"--init_from={c.out_dir}/ckpt.pt and another --out_dir")
-        step, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
-        position = checkpoint.get("tokens_seen", 0) // T
-        log_length, evaluated = checkpoint.get("log_length"), checkpoint.get("evaluated", step)
-        skipped = checkpoint.get("skipped", 0)
-        if checkpoint.get("data", source) != source:
-            fail(f"{folder} is not the data that {c.out_dir} was trained on; to train on new data "
-                 f"use --init_from={c.out_dir}/ckpt.pt and another --out_dir")
-        before, now = checkpoint.get("config", {}), asdict(c)
-        changed = [f"{k} = {now[k]!r} (was {before[k]!r})" for k in before.keys() & now.keys()
-                   if before[k] != now[k] and k not in ("init_from", "overwrite", "out_dir")]
-        if changed:
-            say("resuming with other options: " + ", ".join(sorted(changed)))
-        if "shards" in checkpoint:
-            states = load_shards(os.path.join(c.out_dir, checkpoint["shards"]), raw_model)
-        else:
-            states = checkpoint.get("optimizer") or {}
-        if "param_groups" in states and c.optimizer == "adamw":
-            states = nanogpt_states(raw_model, states)
-        if states.keys() == optimizers.keys():
-            load_states(optimizers, states)
-        else:
-            say("warning: the checkpoint's optimiser is another one; its state starts anew")
-        if scaler.is_enabled() and checkpoint.get("scaler"):
-            scaler.load_state_dict(checkpoint["scaler"])
-        if len(checkpoint.get("rng", ())) == ranks.world:
-            set_rng_state(checkpoint["rng"][ranks.rank], device)
-        else:
-            say("warning: the checkpoint has no generator states for this number of processes; "
-                "dropout restarts from the seed")
+    try:
+        if resumed:
+            if not {"iter_num", "best_val_loss"} <= checkpoint.keys():
+                fail(f"{c.out_dir} holds weights, but no run to resume; start one from them: "
+                     f"--init_from={c.out_dir}/ckpt.pt and another --out_dir")
+            step, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
+            position = checkpoint.get("tokens_seen", 0) // T
+            log_length, evaluated = checkpoint.get("log_length"), checkpoint.get("evaluated", step)
+            skipped = checkpoint.get("skipped", 0)
+            if checkpoint.get("data", source) != source:
+                fail(f"{folder} is not the data that {c.out_dir} was trained on; to train on new "
+                     f"data use --init_from={c.out_dir}/ckpt.pt and another --out_dir")
+            before, now = checkpoint.get("config", {}), asdict(c)
+            changed = [f"{k} = {now[k]!r} (was {before[k]!r})" for k in before.keys() & now.keys()
+                       if before[k] != now[k] and k not in ("init_from", "overwrite", "out_dir")]
+            if changed:
+                say("resuming with other options: " + ", ".join(sorted(changed)))
+            if "shards" in checkpoint:
+                states = load_shards(os.path.join(c.out_dir, checkpoint["shards"]), raw_model)
+            else:
+                states = checkpoint.get("optimizer") or {}
+            if "param_groups" in states and c.optimizer == "adamw":
+                states = nanogpt_states(raw_model, states)
+            if states.keys() == optimizers.keys():
+                load_states(optimizers, states)
+            else:
+                say("warning: the checkpoint's optimiser is another one; its state starts anew")
+            if scaler.is_enabled() and checkpoint.get("scaler"):
+                scaler.load_state_dict(checkpoint["scaler"])
+            if len(checkpoint.get("rng", ())) == ranks.world:
+                set_rng_state(checkpoint["rng"][ranks.rank], device)
+            else:
+                say("warning: the checkpoint has no generator states for this number of processes; "
+                    "dropout restarts from the seed")
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        fail(f"the optimizer, scaler or rng of the checkpoint in {c.out_dir} is damaged: "
+             f"{reason(error)}; remove it to use the one before")
     del checkpoint
 
     if master:
@@ -1090,11 +1115,6 @@ def main(argv: list[str]) -> None:
                                           f"choose another --out_dir")
         with lock:
             train(config, given, ranks)
-    except UserError:
-        made = ranks.rank == 0 and new and os.path.isdir(config.out_dir)
-        if made and os.listdir(config.out_dir) == [".lock"]:
-            shutil.rmtree(config.out_dir)  # a run that could not start leaves nothing
-        raise
     except BrokenPipeError:  # cli's
         raise
     except OSError as error:  # a full disk, a folder that may not be written to
@@ -1108,6 +1128,10 @@ def main(argv: list[str]) -> None:
             fail(f"another process of this run has ended or does not answer; its own message, or "
                  f"torchrun's, says why ({reason(error)})")
         raise
+    finally:
+        made = ranks.rank == 0 and new and os.path.isdir(config.out_dir)
+        if made and os.listdir(config.out_dir) == [".lock"]:
+            shutil.rmtree(config.out_dir)  # a run that could not start leaves nothing
     ranks.close()
 
 

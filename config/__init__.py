@@ -40,7 +40,15 @@ class UserError(Exception):
 
 def fail(*problems: str) -> NoReturn:
     """Raise one UserError that names all the problems."""
-    raise UserError("\n".join(problems))
+    raise UserError("\n".join(map(printable, problems)))
+
+
+def printable(value: Any) -> str:
+    """str(value) in one line that cannot steer a terminal, whatever file it comes from."""
+    try:
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
+    except ValueError:  # Python prints no int of more than 4300 digits
+        return "an enormous number"
 
 
 def reason(error: BaseException) -> str:
@@ -121,13 +129,13 @@ def describe(kind) -> str:
 
 def coerce(name: str, value: Any, kind) -> Any:
     """`value` (a word or a Python object) as `kind`. Raises ValueError naming value and rule."""
-    wrong = ValueError(f"{name}={value}: expected {describe(kind)}")
+    wrong = ValueError(f"{name}={printable(value)}: expected {describe(kind)}")
     if _is_optional(kind):
         if value is None or (isinstance(value, str) and value.lower() in AUTO):
             return None
         kind = _plain(kind)
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
+        if not isinstance(value, str) or value not in get_args(kind):
             near = difflib.get_close_matches(str(value), get_args(kind), 1)
             raise ValueError(f"{wrong}" + (f"; did you mean {near[0]}?" if near else ""))
         return value
@@ -147,32 +155,43 @@ def coerce(name: str, value: Any, kind) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise wrong
-    if kind is int:
-        try:
-            return int(value) if isinstance(value, (int, str)) else _whole(value)
-        except (ValueError, OverflowError):
-            pass
     try:
+        if kind is int:
+            return _whole(value)
         number = float(value)
-        if not math.isfinite(number):
-            raise wrong
-        return _whole(number) if kind is int else number
     except ValueError:
         raise wrong from None
+    except OverflowError:
+        raise ValueError(f"{name}={printable(value):.60}: expected {describe(kind)}, less large") \
+            from None
+    if not math.isfinite(number):
+        raise wrong
+    return number
 
 
-def _whole(number: float) -> int:
-    if number != int(number):
-        raise ValueError(number)
-    return int(number)
+def _whole(value: int | float | str) -> int:
+    """7, 7.0, "7" or "7e3" as an int of at most 63 bits. Raises ValueError or OverflowError."""
+    try:
+        number = int(value) if isinstance(value, (int, str)) else None
+    except ValueError:
+        number = None
+    if number is None:
+        number = int(float(value))
+        if number != float(value):
+            raise ValueError(value)
+    if not -2**63 <= number < 2**63:
+        raise OverflowError(value)
+    return number
 
 
 def check_fields(config) -> list[str]:
     """The problems of a dataclass instance's values against its own type hints, one line each."""
     problems = []
     for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
         try:
-            coerce(name, getattr(config, name), kind)
+            if coerce(name, value, kind) != value:  # "2", which is no 2 yet
+                problems.append(f"{name}={value!r}: expected {describe(kind)}")
         except ValueError as error:
             problems.append(str(error))
     return problems
