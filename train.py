@@ -831,6 +831,29 @@ def evaluate(model: GPT, tokens: Tokens, eval_tokens: int, ranks: Ranks, dtype: 
     return ranks.sum(sums)[:len(batches)].sum().item() / (len(starts) * tokens.block_size)
 
 
+def restore(checkpoint: dict, config: TrainConfig, model: GPT,
+            optimizers: dict[str, torch.optim.Optimizer], scaler: torch.amp.GradScaler,
+            ranks: Ranks, say: Callable) -> None:
+    """Put a checkpoint's optimisers, loss scale and generators back, and sharded weights too."""
+    if "shards" in checkpoint:
+        states = load_shards(os.path.join(config.out_dir, checkpoint["shards"]), model)
+    else:
+        states = checkpoint.get("optimizer") or {}
+    if "param_groups" in states and config.optimizer == "adamw":
+        states = nanogpt_states(model, states)
+    if states.keys() == optimizers.keys():
+        load_states(optimizers, states)
+    else:
+        say("warning: the checkpoint's optimiser is another one; its state starts anew")
+    if scaler.is_enabled() and checkpoint.get("scaler"):
+        scaler.load_state_dict(checkpoint["scaler"])
+    if len(checkpoint.get("rng", ())) == ranks.world:
+        set_rng_state(checkpoint["rng"][ranks.rank], ranks.device)
+    else:
+        say("warning: the checkpoint has no generator states for this number of processes; "
+            "dropout restarts from the seed")
+
+
 def report(model: GPT, config: TrainConfig, meta: dict, train: Tokens, val: Tokens, ranks: Ranks,
            dtype: torch.dtype, compiled: bool) -> None:
     """What is about to run."""
@@ -911,43 +934,26 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
     step, position, best_val_loss, log_length, evaluated = 0, 0, 1e9, None, None
     skipped = 0  # steps whose loss or gradient was not finite
     torch.manual_seed(c.seed + 1 + ranks.rank)  # dropout differs between ranks
-    try:
-        if resumed:
-            if not {"iter_num", "best_val_loss"} <= checkpoint.keys():
-                fail(f"{c.out_dir} holds weights, but no run to resume; start one from them: "
-                     f"--init_from={c.out_dir}/ckpt.pt and another --out_dir")
-            step, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
-            position = checkpoint.get("tokens_seen", 0) // T
-            log_length, evaluated = checkpoint.get("log_length"), checkpoint.get("evaluated", step)
-            skipped = checkpoint.get("skipped", 0)
-            if checkpoint.get("data", source) != source:
-                fail(f"{folder} is not the data that {c.out_dir} was trained on; to train on new "
-                     f"data use --init_from={c.out_dir}/ckpt.pt and another --out_dir")
-            before, now = checkpoint.get("config", {}), asdict(c)
-            changed = [f"{k} = {now[k]!r} (was {before[k]!r})" for k in before.keys() & now.keys()
-                       if before[k] != now[k] and k not in ("init_from", "overwrite", "out_dir")]
-            if changed:
-                say("resuming with other options: " + ", ".join(sorted(changed)))
-            if "shards" in checkpoint:
-                states = load_shards(os.path.join(c.out_dir, checkpoint["shards"]), raw_model)
-            else:
-                states = checkpoint.get("optimizer") or {}
-            if "param_groups" in states and c.optimizer == "adamw":
-                states = nanogpt_states(raw_model, states)
-            if states.keys() == optimizers.keys():
-                load_states(optimizers, states)
-            else:
-                say("warning: the checkpoint's optimiser is another one; its state starts anew")
-            if scaler.is_enabled() and checkpoint.get("scaler"):
-                scaler.load_state_dict(checkpoint["scaler"])
-            if len(checkpoint.get("rng", ())) == ranks.world:
-                set_rng_state(checkpoint["rng"][ranks.rank], device)
-            else:
-                say("warning: the checkpoint has no generator states for this number of processes; "
-                    "dropout restarts from the seed")
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        fail(f"the optimizer, scaler or rng of the checkpoint in {c.out_dir} is damaged: "
-             f"{reason(error)}; remove it to use the one before")
+    if resumed:
+        if not {"iter_num", "best_val_loss"} <= checkpoint.keys():
+            fail(f"{c.out_dir} holds weights, but no run to resume; start one from them: "
+                 f"--init_from={c.out_dir}/ckpt.pt and another --out_dir")
+        if checkpoint.get("data", source) != source:
+            fail(f"{folder} is not the data that {c.out_dir} was trained on; to train on new data "
+                 f"use --init_from={c.out_dir}/ckpt.pt and another --out_dir")
+        step, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
+        position, skipped = checkpoint.get("tokens_seen", 0) // T, checkpoint.get("skipped", 0)
+        log_length, evaluated = checkpoint.get("log_length"), checkpoint.get("evaluated", step)
+        before, now = checkpoint.get("config", {}), asdict(c)
+        changed = [f"{k} = {now[k]!r} (was {before[k]!r})" for k in before.keys() & now.keys()
+                   if before[k] != now[k] and k not in ("init_from", "overwrite", "out_dir")]
+        if changed:
+            say("resuming with other options: " + ", ".join(sorted(changed)))
+        try:
+            restore(checkpoint, c, raw_model, optimizers, scaler, ranks, say)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            fail(f"the optimizer, scaler or rng of the checkpoint in {c.out_dir} is damaged: "
+                 f"{reason(error)}; remove it to use the one before")
     del checkpoint
 
     if master:

@@ -204,7 +204,8 @@ def check_fields(config) -> list[str]:
 def read_config(cls, argv: list[str], positional: str | None = None, usage: str = ""):
     """Build the dataclass `cls` from its defaults, preset files and `--name=value` options.
 
-    positional: None: words without `--` are preset files. A field's name: the first is its value.
+    positional: None: words without `--` are preset files. A field's name: the first is its value,
+                and later ones that end in .py are presets.
     usage:      the text that `--help` prints above the options.
     Returns (config, given): the instance, and the names that a preset or an option has set.
     Raises UserError with every problem found. `--help` prints the options and exits.
@@ -233,7 +234,7 @@ def read_config(cls, argv: list[str], positional: str | None = None, usage: str 
             print(help_text(cls, usage))
             sys.exit(0)
         if not word.startswith("--"):
-            if positional is None:
+            if positional is None or (positional in given and word.endswith(".py")):
                 for name, value in _run_preset(word, values, problems).items():
                     assign(name, value, f"{word}: ")
             elif positional in given:
