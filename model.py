@@ -768,7 +768,6 @@ class GPT(nn.Module):
         weights = {k.removeprefix("_orig_mod."): w for k, w in checkpoint["model"].items()}
         masks = [k for k in weights if k.endswith(".attn.bias")]  # older nanoGPT's causal masks
         try:
-            weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])  # tied
             model.to(weights["lm_head.weight"].dtype)
             model.load_state_dict({k: w for k, w in weights.items() if k not in masks})
         except (KeyError, RuntimeError) as error:  # torch lists all that is missing or misshapen
@@ -890,7 +889,8 @@ def read_checkpoint(path: str, weights: bool = True) -> dict:
         try:
             shard_reader(folder).read_metadata()
             if weights:
-                checkpoint["model"] = read_shards(folder, "model")
+                table = checkpoint["model"] = read_shards(folder, "model")
+                table["lm_head.weight"] = table["transformer.wte.weight"]  # tied
         except (Exception, CheckpointException) as error:
             fail(f"{path} is damaged: its {folder}: {reason(error)}")
     return checkpoint
@@ -911,7 +911,8 @@ def read_latest(out_dir: str, weights: bool = True) -> dict | None:
                 problems.append(str(error))
     if problems:
         fail(*problems)
-    return None
+    best = os.path.join(out_dir, "best.pt")  # alone until the first save that is due
+    return read_checkpoint(best, weights) if os.path.exists(best) else None
 
 
 def checkpoint_config(checkpoint: dict) -> GPTConfig:

@@ -40,7 +40,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from config import cli, fail, locked, read_config, replace
+from config import UserError, cli, fail, locked, read_config, replace
 
 SPLITS = ("train", "val")
 END_OF_TEXT = "<|endoftext|>"
@@ -550,6 +550,7 @@ def _sha256(path: Path) -> str:
 
 
 def _move_into_place(partial: Path) -> None:
+    (partial / "progress.json").unlink(missing_ok=True)
     for name in ("train.bin", "val.bin", "meta.json"):
         if (partial / name).exists():
             replace(partial / name, partial.parent / name)
@@ -696,6 +697,9 @@ def prepare(c: PrepareConfig) -> dict[str, Any]:
         _move_into_place(partial)
     if not c.overwrite and (meta := _find_complete(folder, settings)):
         print(f"{folder} is complete already")
+        if partial.exists() and not (partial / "progress.json").exists():  # killed while it went
+            with contextlib.suppress(UserError), locked(partial, "in use"):
+                shutil.rmtree(partial)
         return meta
 
     sources = _open_sources(c)

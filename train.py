@@ -17,6 +17,7 @@ import os
 import queue
 import shutil
 import signal
+import socket
 import sys
 import textwrap
 import threading
@@ -411,6 +412,8 @@ def write_file(state: dict, path: str) -> None:
 
 def link(source: str, target: str) -> None:
     """Give the file `source` a second name in one step, replacing what `target` named before."""
+    if os.path.exists(target) and os.path.samefile(source, target):
+        return  # for which POSIX renames nothing, and leaves the partial name
     with contextlib.suppress(OSError):
         os.remove(f"{target}.partial")
     try:
@@ -426,8 +429,6 @@ CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
 def save_checkpoint(state: dict, out_dir: str, latest: bool, best: bool) -> None:
     """ckpt.pt, keeping the one before as ckpt_prev.pt, and best.pt, which may be the same file."""
     path, best_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "best.pt")
-    deleted = not os.path.isdir(out_dir)
-    os.makedirs(out_dir, exist_ok=True)
     if latest:
         if os.path.exists(path):
             link(path, os.path.join(out_dir, "ckpt_prev.pt"))
@@ -436,10 +437,6 @@ def save_checkpoint(state: dict, out_dir: str, latest: bool, best: bool) -> None
             link(path, best_path)
     elif best:
         write_file(state, best_path)
-    if deleted:
-        fail(f"the folder {out_dir} was deleted while this run wrote to it; step "
-             f"{state['iter_num']} is saved there again, the log is lost; go on with "
-             f"--init_from=resume")
 
 
 def tensors_by_name(model: GPT, optimizers: dict[str, torch.optim.Optimizer]) -> dict:
@@ -685,22 +682,34 @@ class Ranks:
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT in a list, for the loop to see. A second signal, a second or more
-    after the first (Ctrl-C under torchrun arrives twice), ends the process at once."""
+    after the first (Ctrl-C under torchrun arrives twice), ends the process at once: a thread sees
+    to that, because Python's handlers wait for a collective or a write to return."""
     caught: list[int] = []
-    first = [0.0]
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
 
-    def handler(number: int, frame) -> None:
-        if caught and time.monotonic() - first[0] > 1:
-            os._exit(128 + number)
-        caught.append(number)
-        first[0] = first[0] or time.monotonic()
+    def watch() -> None:
+        first = None
+        while number := reader.recv(1):
+            now = time.monotonic()
+            if first is not None and now - first > 1:
+                os._exit(128 + number[0])
+            first = now if first is None else first
 
-    before = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT)}
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    before = {n: signal.signal(n, lambda number, _: caught.append(number))
+              for n in (signal.SIGTERM, signal.SIGINT)}
+    signal.set_wakeup_fd(writer.fileno())
     try:
         yield caught
     finally:
+        signal.set_wakeup_fd(-1)
         for number, old in before.items():
             signal.signal(number, old)
+        writer.close()
+        thread.join()
+        reader.close()
 
 
 # -----------------------------------------------------------------------------
@@ -894,7 +903,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
     resumed = checkpoint is not None
     if c.init_from == "resume" and not resumed:
         fail(f"nothing to resume in {c.out_dir}; drop --init_from=resume, or mend --out_dir")
-    old = [path for name in CHECKPOINTS
+    old = [path for name in (*CHECKPOINTS, "model.pt")
            if os.path.exists(path := os.path.join(c.out_dir, name))]
     if old and not (resumed or c.overwrite or c.eval_only):
         fail(f"{c.out_dir} holds a run; go on with --init_from=resume, begin anew with "
@@ -951,6 +960,8 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             say("resuming with other options: " + ", ".join(sorted(changed)))
         try:
             restore(checkpoint, c, raw_model, optimizers, scaler, ranks, say)
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"the optimizer, scaler or rng of the checkpoint in {c.out_dir} is damaged: "
                  f"{reason(error)}; remove it to use the one before")
@@ -1011,6 +1022,8 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                 if ranks.any(not all(p.isfinite().all() for p in parts)):
                     fail(f"the loss is nan from step {step} on: the last update broke the weights; "
                          f"{last_good(c.out_dir, saved)}; lower the learning rate")
+                deleted = ranks.any(master and not os.path.isdir(c.out_dir))
+                os.makedirs(c.out_dir, exist_ok=True)
                 if sharded:
                     tensors = tensors_by_name(raw_model, optimizers)
                     where = {"model": {}, "shards": save_shards(tensors, c.out_dir, step, ranks)}
@@ -1027,9 +1040,15 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                                           "python": sys.version.split()[0]}}
                     save_checkpoint(state, c.out_dir, latest=due, best=is_best)
                     remove_old_shards(c.out_dir)
+                    with contextlib.suppress(FileNotFoundError):  # of an earlier end
+                        os.remove(os.path.join(c.out_dir, "model.pt"))
                     del state
                 del where
                 saved = step if due else saved
+                if deleted:
+                    fail(f"the folder {c.out_dir} was deleted while this run wrote to it; step "
+                         f"{step} is saved there again, the log is lost; go on with "
+                         f"--init_from=resume")
             if last or stopping:
                 break
             logged += time.time() - paused  # the rate is that of training alone
@@ -1055,7 +1074,8 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                      f"--dtype=bfloat16, or leave such steps out with --nan=skip")
             for optimizer in optimizers.values() if finite else ():  # all of them, or none
                 scaler.step(optimizer)
-            scaler.update()
+            # only what is fp16's fault changes the scale
+            scaler.update(None if finite or overflow else scaler.get_scale())
             for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
             position += windows_per_step
@@ -1113,14 +1133,17 @@ def show(line: str, keep: bool = False) -> None:
 def main(argv: list[str]) -> None:
     """Read the options, take the output folder, train."""
     config, given = read_config(TrainConfig, argv, usage=__doc__)
-    ranks, lock, new = Ranks(config), contextlib.nullcontext(), not os.path.exists(config.out_dir)
+    lock, new, master = contextlib.nullcontext(), not os.path.exists(config.out_dir), False
     try:
-        if ranks.rank == 0 and not config.eval_only:
+        ranks = Ranks(config)
+        master = ranks.rank == 0
+        if master and not config.eval_only:
             os.makedirs(config.out_dir, exist_ok=True)
             lock = locked(config.out_dir, f"another run is writing to {config.out_dir}; stop it or "
                                           f"choose another --out_dir")
         with lock:
             train(config, given, ranks)
+        ranks.close()
     except BrokenPipeError:  # cli's
         raise
     except OSError as error:  # a full disk, a folder that may not be written to
@@ -1130,15 +1153,15 @@ def main(argv: list[str]) -> None:
         fail("out of memory: halve --batch_size and double --gradient_accumulation_steps (the step "
              "stays the same), or add --activation_checkpointing")
     except RuntimeError as error:
-        if ranks.parallel and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        if lost and "RANK" in os.environ:
             fail(f"another process of this run has ended or does not answer; its own message, or "
                  f"torchrun's, says why ({reason(error)})")
         raise
     finally:
-        made = ranks.rank == 0 and new and os.path.isdir(config.out_dir)
+        made = master and new and os.path.isdir(config.out_dir)
         if made and os.listdir(config.out_dir) == [".lock"]:
             shutil.rmtree(config.out_dir)  # a run that could not start leaves nothing
-    ranks.close()
 
 
 if __name__ == "__main__":

@@ -265,43 +265,6 @@ def test_accumulation_equals_one_big_batch(run, tmp_path, variant):
         assert theirs[2]["grad_norm"] == pytest.approx(record["grad_norm"], rel=1e-9)
 
 
-TWO_PROCESSES = {
-    "gpt": dict(bias=True, gradient_accumulation_steps=4, batch_size=2),
-    "hourglass-tmm": dict(HOURGLASS, template="tmm"),
-    "muon": dict(template="nesterov", optimizer="muon"),  # which rounds to bf16
-}
-
-
-def test_two_processes_equal_one(run, words, tmp_path):
-    """In float64, under torchrun; the three at once, because they take so long to start."""
-    def options(variant):
-        return dict(TWO_PROCESSES[variant], max_iters=10, dtype="float64", eval_interval=5)
-
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc_per_node=2", "train.py"]
-    processes = {v: subprocess.Popen([*torchrun, *words(tmp_path / v / "two", **options(v))],
-                                     cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                     text=True) for v in TWO_PROCESSES}
-    for variant, process in processes.items():
-        one = run(tmp_path / variant / "one", **options(variant))
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0 and out.count("done: 10 steps") == 1, err
-        log = (tmp_path / variant / "two" / "log.jsonl").read_text()
-        two = [json.loads(line) for line in log.splitlines()]
-        ours, theirs = ([(r["type"], r.get("iter")) for r in records] for records in (one, two))
-        assert ours == theirs
-        within = 1e-3 if variant == "muon" else 1e-6
-        for ours, theirs in zip(one[1:], two[1:], strict=True):
-            for name in ours.keys() - TIMES - {"type"}:
-                assert theirs[name] == pytest.approx(ours[name], abs=within), (variant, name)
-        a, b = load(tmp_path / variant / "one"), load(tmp_path / variant / "two")
-        assert b["tokens_seen"] == a["tokens_seen"] == 10 * 8 * 16
-        first, second = b["rng"]  # dropout differs between ranks
-        assert not torch.equal(first["cpu"], second["cpu"])
-        if variant != "muon":
-            assert largest_difference(a["model"], b["model"]) < 1e-12, variant
-
-
 def test_fp16_gradients_are_clipped_and_logged_unscaled(run, tmp_path):
     """The loss is scaled by 65,536 on the way back."""
     options = dict(grad_clip=0.1, optimizer="muon", max_iters=3)
