@@ -30,7 +30,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config import (
@@ -359,10 +358,12 @@ def load_states(optimizers: dict[str, torch.optim.Optimizer], states: dict) -> N
     """The inverse of named_states; cuts the state of a position table that was cropped, and keeps
     of a sharded parameter's this process's part."""
     def fit(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        if not isinstance(value, torch.Tensor) or not value.dim() or isinstance(value, DTensor):
+        if not isinstance(value, torch.Tensor) or not value.dim() or hasattr(value, "to_local"):
             return value
         value = value[:len(p)]
-        if isinstance(p, DTensor) and value.shape == p.shape:
+        if hasattr(p, "to_local") and value.shape == p.shape:  # a DTensor
+            from torch.distributed.tensor import distribute_tensor
+
             value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
         return value
 
