@@ -408,7 +408,7 @@ def write_file(state: dict, path: str) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(partial)
-        fail(f"cannot write {path}: {reason(error)}; what was there before is intact")
+        fail(f"cannot write {path}: {reason(error)}; ckpt.pt and the others of before are intact")
 
 
 def link(source: str, target: str) -> None:
@@ -430,14 +430,15 @@ CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
 def save_checkpoint(state: dict, out_dir: str, latest: bool, best: bool) -> None:
     """ckpt.pt, keeping the one before as ckpt_prev.pt, and best.pt, which may be the same file."""
     path, best_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "best.pt")
+    if best:  # first: a run killed in between comes here again
+        write_file(state, best_path)
     if latest:
         if os.path.exists(path):
             link(path, os.path.join(out_dir, "ckpt_prev.pt"))
-        write_file(state, path)
         if best:
-            link(path, best_path)
-    elif best:
-        write_file(state, best_path)
+            link(best_path, path)
+        else:
+            write_file(state, path)
 
 
 def tensors_by_name(model: GPT, optimizers: dict[str, torch.optim.Optimizer]) -> dict:
@@ -489,8 +490,11 @@ def load_shards(folder: str, model: GPT) -> dict:
     return states
 
 
-def remove_old_shards(out_dir: str) -> None:
-    """The folders of shards that no checkpoint names."""
+def remove_remains(out_dir: str) -> None:
+    """What killed saves have left: partial files, and shards that no checkpoint names."""
+    for name in os.listdir(out_dir):
+        if name.endswith(".pt.partial"):
+            os.remove(os.path.join(out_dir, name))
     old = {name for name in os.listdir(out_dir) if name.startswith("shards-")}
     for name in CHECKPOINTS if old else ():
         with contextlib.suppress(UserError):
@@ -653,8 +657,12 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.parallel:
             backend = config.backend or ("nccl" if self.device.type == "cuda" else "gloo")
-            dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
-                                    timeout=COLLECTIVE_TIMEOUT)
+            store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            dist.init_process_group(  # torchrun's restarts leave addresses of the dead in its store
+                "cpu:gloo,cuda:nccl" if backend == "nccl" else backend, rank=self.rank,
+                world_size=self.world, store=dist.PrefixStore(f"attempt-{attempt}", store),
+                timeout=COLLECTIVE_TIMEOUT)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum over the processes, in place; returns its argument."""
@@ -995,7 +1003,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
         if master:
             for path in () if resumed else old:
                 os.remove(path)
-            remove_old_shards(c.out_dir)
+            remove_remains(c.out_dir)
             with open(os.path.join(c.out_dir, "config.json"), "w", encoding="utf-8") as file:
                 json.dump(asdict(c), file, indent=1)
         saved = step if resumed else None  # the step of ckpt.pt
@@ -1040,7 +1048,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                              "versions": {"torch": str(torch.__version__),
                                           "python": sys.version.split()[0]}}
                     save_checkpoint(state, c.out_dir, latest=due, best=is_best)
-                    remove_old_shards(c.out_dir)
+                    remove_remains(c.out_dir)
                     with contextlib.suppress(FileNotFoundError):  # of an earlier end
                         os.remove(os.path.join(c.out_dir, "model.pt"))
                     del state

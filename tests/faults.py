@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 
-SAVE = ("save_shards", "save_checkpoint", "remove_old_shards")  # train.py's
+SAVE = ("save_shards", "save_checkpoint", "remove_remains")  # train.py's
 WRITE = ("_write_bins", "_write_json", "_move_into_place")  # prepare.py's
 OPERATIONS = ("fsync", "replace", "rename", "link", "remove", "unlink", "mkdir", "rmdir")
 
