@@ -91,20 +91,23 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
 
 
 def alternate(variants: list[Variant], repeats: int) -> list[dict]:
-    """Rows of figures. Each variant warms up twice, which compiles it, then all take turns."""
+    """Rows of figures. Each variant warms up twice, which compiles it, then all take turns. The
+    ratio is the median of those of neighbours in time."""
     warm_up = [seconds(v.run, v.device) for v in variants]
     for v in variants:
         v.run()
         v.waits.clear()
-    times: list[list[float]] = [[] for _ in variants]
-    for _ in range(repeats):
-        for v, own in zip(variants, times, strict=True):
-            own.append(seconds(v.run, v.device))
-    return [{"variant": v.name, "parameters": v.parameters, "warm_up_s": first,
-             "tokens_per_s": v.tokens / statistics.median(own), "low": v.tokens / max(own),
-             "high": v.tokens / min(own),
-             "ratio": statistics.median(a / b for a, b in zip(times[0], own, strict=True))}
-            for v, own, first in zip(variants, times, warm_up, strict=True)]
+    turns = [[seconds(v.run, v.device) for v in variants] for _ in range(repeats)]
+    rows = []
+    for v, first, own in zip(variants, warm_up, zip(*turns, strict=True), strict=True):
+        rates = [v.tokens / time for time in own]
+        ratios = [rate * turn[0] / variants[0].tokens
+                  for rate, turn in zip(rates, turns, strict=True)]
+        row = {"variant": v.name, "parameters": v.parameters, "warm_up_s": first,
+               "tokens_per_s": statistics.median(rates), "low": min(rates), "high": max(rates),
+               "ratio": statistics.median(ratios)}
+        rows.append(row | ({"waiting_share": sum(v.waits) / sum(own)} if v.waits else {}))
+    return rows
 
 
 def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -283,8 +286,8 @@ def speed(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
         rows = alternate(variants, c.repeats)
     flops, _ = peaks(variants[0].device, pick_dtype(c.dtype, variants[0].device))
     for row, v in zip(rows, variants, strict=True):
-        row["mflop_per_token"] = v.flops / 1e6
-        row["share_of_peak"] = row["tokens_per_s"] * v.flops / flops
+        share = row["tokens_per_s"] * v.flops / flops
+        row.update(mflop_per_token=v.flops / 1e6, share_of_peak=share)
     print(f"limit: {flops / 1e9:,.0f} GFLOP/s, a large matrix product in the first one's precision")
     return rows
 
@@ -353,14 +356,15 @@ COLUMNS = {  # figure -> heading and format
     "mflop_per_token": ("MFLOP/token", ",.1f"), "mb_per_token": ("MB/token", ",.1f"),
     "share_of_peak": ("of the limit", ".1%"), "peak_mb": ("peak MB", ",.0f"),
     "reading_us": ("us to read a micro-batch", ",.0f"), "step_ms": ("ms a step", ",.1f"),
-    "waiting_share": ("of it waiting", ".2%"), "warm_up_s": ("s warm-up", ".1f")}
+    "waiting_share": ("waiting for data", ".2%"), "warm_up_s": ("s warm-up", ".1f")}
 
 
 def table(rows: list[dict]) -> str:
     """The figures in columns."""
     columns = [k for k in COLUMNS if k in rows[0]]
     cells = [[COLUMNS[k][0] for k in columns],
-             *([format(row[k], COLUMNS[k][1]) for k in columns] for row in rows)]
+             *([format(row[k], COLUMNS[k][1]) if k in row else "" for k in columns]
+               for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width)
                                in enumerate(zip(line, widths, strict=True))) for line in cells)

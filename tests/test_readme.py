@@ -11,13 +11,15 @@ import pytest
 import torch
 
 import model
+from bench import BenchConfig
 from prepare import PrepareConfig
 from sample import SampleConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-CONFIGS = {"train.py": TrainConfig, "sample.py": SampleConfig, "prepare.py": PrepareConfig}
+CONFIGS = {"train.py": TrainConfig, "sample.py": SampleConfig, "prepare.py": PrepareConfig,
+           "bench.py": BenchConfig}
 
 
 def test_ruff():
