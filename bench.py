@@ -312,8 +312,9 @@ def memory(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for name, own in configs.items():
             peak, parameters = pool.apply(peak_memory, (own,))
+            first = rows[0]["peak_mb"] if rows else peak / 1e6
             rows.append({"variant": name, "parameters": parameters, "peak_mb": peak / 1e6,
-                         "ratio": peak / 1e6 / (rows[0]["peak_mb"] if rows else peak / 1e6)})
+                         "ratio": peak / 1e6 / (first or 1.0)})
     return rows
 
 
