@@ -6,10 +6,11 @@
     python bench.py memory config/gpt2_124m.py --variants "template=gd" "template=tmm"
     python bench.py data config/gpt2_124m.py
 
-The options are train.py's and a few more. A variant is a word of further options; all are
-measured in turn (A B A B ...), so that a machine that slows down slows all of them. The figures
-are medians with the lowest and the highest; warm-up and compilation are stated apart. nanoGPT's
-own model, from a folder that you name, runs in the same process. The data are random ids.
+The options are train.py's and a few more. A variant is a word of further options ("template=tmm
+dropout=0.1"); all are measured in turn (A B A B ...): a machine that slows down slows all of
+them. The figures are medians with the lowest and the highest; warm-up and compilation are stated
+apart. nanoGPT's own model, from a folder that you name, runs in the same process. The data are
+random ids, whatever the dataset: give --vocab_size, or have GPT-2's.
 """
 
 import contextlib
@@ -56,6 +57,13 @@ class BenchConfig(TrainConfig):
     num_samples: int = 1  # decode: sequences at once
     max_new_tokens: int = 256  # decode: tokens for each
     json: str | None = None  # a file to write the figures to
+
+
+    def _rules(self) -> list[tuple[bool, str, str, str]]:
+        counts = ("repeats", "steps", "num_samples", "max_new_tokens")
+        return super()._rules() + [
+            (getattr(self, n) < 1, f"{n}={getattr(self, n)}", "must be at least 1", "choose more")
+            for n in counts]
 
 
 # -----------------------------------------------------------------------------

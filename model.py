@@ -909,9 +909,10 @@ def read_latest(out_dir: str, weights: bool = True) -> dict | None:
                 return checkpoint
             except UserError as error:
                 problems.append(str(error))
-    if problems:
-        fail(*problems)
     best = os.path.join(out_dir, "best.pt")  # alone until the first save that is due
+    if problems:
+        also = f"; perhaps {best} is whole: --init_from={best}" if os.path.exists(best) else ""
+        fail(*problems[:-1], problems[-1] + also)
     return read_checkpoint(best, weights) if os.path.exists(best) else None
 
 

@@ -408,7 +408,9 @@ def write_file(state: dict, path: str) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(partial)
-        fail(f"cannot write {path}: {reason(error)}; ckpt.pt and the others of before are intact")
+        full = "" if isinstance(error, OSError) else "the disk is full, it seems: "
+        fail(f"cannot write {path}: {full}{reason(error)}; ckpt.pt and the others of before are "
+             f"intact")
 
 
 def link(source: str, target: str) -> None:
@@ -484,7 +486,7 @@ def load_shards(folder: str, model: GPT) -> dict:
         tensors[full_name] = value
         states.setdefault(kind, {}).setdefault(name, {})[key] = value
     try:
-        dcp.load(tensors, storage_reader=reader)
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:
         fail(f"{folder} is damaged: {reason(error)}; remove the checkpoint that needs it")
     return states
@@ -649,7 +651,8 @@ class Ranks:
         self.device = pick_device(config.device, local_rank)
         if config.gradient_accumulation_steps % self.world:
             fail(f"gradient_accumulation_steps={config.gradient_accumulation_steps}: must be a "
-                 f"multiple of the {self.world} processes; it is the total over all of them")
+                 f"multiple of the {self.world} processes, over all of which it is the total; use "
+                 f"--gradient_accumulation_steps={self.world}, and a smaller --batch_size")
         if config.parallel == "fsdp" and not self.parallel:
             fail("parallel=fsdp divides the model over processes, and here is only one; start "
                  "them with torchrun --nproc_per_node=N")
@@ -657,6 +660,8 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.parallel:
             backend = config.backend or ("nccl" if self.device.type == "cuda" else "gloo")
+            if backend == "nccl" and self.device.type != "cuda":
+                fail(f"backend=nccl is for CUDA, and this device is {self.device}; use gloo")
             store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             dist.init_process_group(  # torchrun's restarts leave addresses of the dead in its store
@@ -703,7 +708,10 @@ def stop_signals() -> Iterator[list[int]]:
             now = time.monotonic()
             if first is not None and now - first > 1:
                 os._exit(128 + number[0])
-            first = now if first is None else first
+            if first is None:
+                first = now
+                print("\nstopping after this step; another signal ends it at once",
+                      file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -886,7 +894,8 @@ def report(model: GPT, config: TrainConfig, meta: dict, train: Tokens, val: Toke
 model:  {total:,} parameters: {total - embedding:,} non-embedding, {embedding:,} embedding, of these
         {velocity:,} in velocity tables; {model.flops_per_token() / 1e6:,.1f} MFLOP per token
 step:   {sequences * config.block_size:,} tokens = {config.gradient_accumulation_steps} micro-\
-batches of {config.batch_size} x {config.block_size}, over {ranks.world} process(es)
+batches of {config.batch_size} x {config.block_size}, {config.parallel} over {ranks.world} \
+process(es)
 data:   {config.dataset}: {len(train):,} training and {len(val):,} validation tokens, \
 {meta["vocab_size"]:,} ids
 eval:   {windows * config.block_size:,} tokens every {config.eval_interval} steps
@@ -950,7 +959,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
 
     # --- what a resumed run carries over ---
     step, position, best_val_loss, log_length, evaluated = 0, 0, 1e9, None, None
-    skipped = 0  # steps whose loss or gradient was not finite
+    skipped = streak = 0  # steps whose loss or gradient was not finite, in all and just now
     torch.manual_seed(c.seed + 1 + ranks.rank)  # dropout differs between ranks
     if resumed:
         if not {"iter_num", "best_val_loss"} <= checkpoint.keys():
@@ -967,6 +976,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                    if before[k] != now[k] and k not in ("init_from", "overwrite", "out_dir")]
         if changed:
             say("resuming with other options: " + ", ".join(sorted(changed)))
+        say(f"resuming {c.out_dir} at step {step}")
         try:
             restore(checkpoint, c, raw_model, optimizers, scaler, ranks, say)
         except torch.OutOfMemoryError:
@@ -1025,7 +1035,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                                best_val_loss=best_val_loss)
                     show(f"step {step}: val loss {val_loss:.4f}, best {best_val_loss:.4f}", True)
             due = step % (c.save_interval or c.eval_interval) == 0 or last or stopping
-            if step > 0 and new and (due or is_best):
+            if step > 0 and new and (due or is_best) and streak < 10:  # else: broken weights?
                 rng = ranks.gather(rng_state(device))
                 parts = (p.to_local() if sharded else p for p in raw_model.parameters())
                 if ranks.any(not all(p.isfinite().all() for p in parts)):
@@ -1088,7 +1098,11 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
             position += windows_per_step
-            if not finite and not overflow:
+            streak = 0 if finite or overflow else streak + 1
+            if streak == 1000:
+                fail(f"step {step}: the last {streak} steps were left out; "
+                     f"{last_good(c.out_dir, saved)}")
+            if streak:
                 skipped += 1
                 if master:
                     log.record("skip", step, loss=loss, grad_norm=norm, skipped=skipped)
@@ -1119,7 +1133,8 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
         if master:
             plot_losses([c.out_dir], os.path.join(c.out_dir, "loss.png"))
             left_out = f", {skipped} left out" if skipped else ""
-            show(f"stopped by a signal at step {step}; go on with the same command and "
+            left_out += f"; {last_good(c.out_dir, saved)}" if streak >= 10 else ""
+            show(f"stopped by a signal at step {step}{left_out}; go on with the same command and "
                  f"--init_from=resume" if stopping else
                  f"done: {step} steps{left_out}, best val loss {best_val_loss:.4f}", True)
 

@@ -56,7 +56,7 @@ def reason(error: BaseException) -> str:
     CheckpointException, which has those of several processes: one of them."""
     error = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ": ".join([type(error).__name__, *lines[:1]])
+    return textwrap.shorten(": ".join([type(error).__name__, *lines[:1]]), 160)
 
 
 def cli(main) -> None:

@@ -343,6 +343,19 @@ def test_the_count_of_steps_left_out_resumes(alone, tmp_path, capsys, optimizer)
     assert_same_end(half, tmp_path / "whole")
 
 
+def test_weights_that_are_broken_are_not_saved(alone, tmp_path, capsys):
+    """Steps 3 to 17 are left out: the saves of 6 and 9 are made, those of 15 and 18 are not."""
+    hook = partial(spoil, tuple(range(3, 18)), loss=math.nan)
+    options = dict(YURII, nan="skip", save_interval=3, eval_interval=100)
+    alone(tmp_path, hook, max_iters=18, **options)
+    assert "15 left out; the last good checkpoint, of step 12" in capsys.readouterr().out
+    assert load(tmp_path)["iter_num"] == 12
+    hook = partial(spoil, tuple(range(12, 9999)), loss=math.nan)
+    (line,) = refused(lambda: alone(tmp_path, hook, init_from="resume", max_iters=9999, **options),
+                      "the last 1000 steps", "step 21")
+    assert load(tmp_path)["iter_num"] == 21
+
+
 @pytest.mark.parametrize("worlds", [(0, 2), torture((1, 3))], ids=str)
 def test_resuming_with_another_number_of_processes(alone, job, tmp_path, capsys, worlds):
     """And another micro-batch, or sharded where it was not and the reverse: the same data in the
