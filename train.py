@@ -1126,7 +1126,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                 logged, logged_step = now, step + 1
             step += 1
 
-        if master and last and sharded:  # the weights in one file
+        if master and last and sharded and saved is not None:  # the weights in one file
             whole = read_checkpoint(os.path.join(c.out_dir, "ckpt.pt"))
             names = ("model", "model_args", "config", "tokenizer")
             write_file({name: whole[name] for name in names}, os.path.join(c.out_dir, "model.pt"))
