@@ -541,7 +541,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     replace(new, path)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: str | Path) -> str:
+    """Of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
@@ -725,7 +726,7 @@ def prepare(c: PrepareConfig) -> dict[str, Any]:
             shutil.rmtree(partial)
             fail(f"too little text to split in {settings['source']}")
         for split in SPLITS:
-            state[split]["sha256"] = _sha256(partial / f"{split}.bin")
+            state[split]["sha256"] = sha256(partial / f"{split}.bin")
             print(f"{split} has {state[split]['tokens']:,} tokens, "
                   f"{state[split]['documents']:,} documents")
         meta = tokenizer.to_meta() | {split: state[split] for split in SPLITS} | {

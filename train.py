@@ -9,7 +9,6 @@ config.json, loss.png. To go on after an interruption, add --init_from=resume.
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -53,7 +52,7 @@ from model import (
     read_latest,
     shard_reader,
 )
-from prepare import load_meta
+from prepare import load_meta, sha256
 
 
 @dataclass
@@ -192,14 +191,11 @@ class Tokens:
 def check_bins(folder: str, meta: dict) -> None:
     """Compare the bins with what meta.json says of them. Raises UserError if they differ."""
     for split in ("train", "val"):
-        path, digest = os.path.join(folder, f"{split}.bin"), hashlib.sha256()
+        path = os.path.join(folder, f"{split}.bin")
         if "sha256" not in meta[split]:
             fail(f"check_data=True: {folder} has no meta.json with the sha256 of its bins; drop "
                  f"the option, or make the data with prepare.py")
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != meta[split]["sha256"]:
+        if sha256(path) != meta[split]["sha256"]:
             fail(f"{path} is not what prepare.py wrote: its sha256 differs from meta.json's; "
                  f"prepare the data again, with --overwrite")
 

@@ -478,7 +478,7 @@ def test_complete_data_is_kept_unless_overwritten(tmp_path, stories, monkeypatch
     assert "complete already" in capsys.readouterr().out
     assert "(seed: 2357, now 1); --overwrite replaces it" in refused(tmp_path, *command, "--seed=1")
     with monkeypatch.context() as patch:  # the old data stays whole until the new is
-        patch.setattr(prepare, "_sha256", lambda path: 1 / 0)
+        patch.setattr(prepare, "sha256", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make(tmp_path, *command, "--seed=1", "--overwrite")
         assert load_meta(tmp_path / "data/text")["settings"]["seed"] == 2357
