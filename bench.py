@@ -174,7 +174,7 @@ def training(name: str, c: BenchConfig, folder: str) -> Variant:
     """Steps of train.py: data, forward, backward, clipping, optimiser, one read of the loss."""
     model, device, dtype = setting(c)
     try_compile(model, c.compile, device)
-    model.activation_checkpointing = c.activation_checkpointing
+    model.activation_checkpointing, model.loss_chunk = c.activation_checkpointing, c.loss_chunk
     optimizers = make_optimizers(model, c, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     waits: list[float] = []

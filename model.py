@@ -148,7 +148,21 @@ class GPTConfig:
 
 
 # -----------------------------------------------------------------------------
-# Parts: norm, rotary positions, key/value cache, attention
+# Parts: linear, norm, rotary positions, key/value cache, attention
+
+
+class Linear(nn.Linear):
+    """nn.Linear that computes in the precision of its weights (see GPT.store_matrices). On a CPU a
+    single row, as in decoding, is multiplied as a vector: torch.mv reads the weights up to twice
+    as fast as the matrix product does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        x = x.to(self.weight.dtype)
+        if x.numel() > self.in_features or not x.is_cpu or torch.is_grad_enabled():
+            return super().forward(x)
+        y = torch.matmul(self.weight, x.flatten())
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -159,9 +173,9 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 def rope_table(positions: torch.Tensor, dim: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
-    """cos and sin of positions (T,) times theta^(-2i/dim): (2, T, dim / 2)."""
+    """cos and sin of positions (B, T) times theta^(-2i/dim): (2, B, 1, T, dim / 2)."""
     frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim)
-    angles = torch.outer(positions.to(dtype), frequencies)  # (T, dim / 2)
+    angles = positions[:, None, :, None] * frequencies  # (B, 1, T, dim / 2)
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -172,33 +186,63 @@ def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of `length` tokens, for every attention call of a forward pass.
+    """Keys and values of up to max_length tokens a row, for every attention call of a forward pass.
 
     The calls come in the same order in every pass, so the n-th call owns the n-th slot, however
     often a template evaluates attention in a layer. The velocity needs no cache: it is carried
-    along depth, not along time.
+    along depth, not along time. No shape ever changes, so that all one-token steps are one
+    compiled graph; `lengths` (B,) counts the tokens of each row, which may differ.
     """
 
     def __init__(self, max_length: int):
-        self.max_length, self.length = max_length, 0
+        self.max_length = max_length
+        self.lengths: torch.Tensor | None = None
         self.slots: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.call = 0
 
-    def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k, v (B, H, T, d_head) behind the earlier tokens; return all (B, H, length+T, .)"""
-        if self.call == len(self.slots):
-            b, h, _, d = k.shape
-            self.slots.append((k.new_empty(b, h, self.max_length, d),
-                               v.new_empty(b, h, self.max_length, d)))
-        keys, values = self.slots[self.call]
-        self.call += 1
-        end = self.length + k.size(2)
-        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
-        return keys[:, :, :end], values[:, :, :end]
+    def begin(self, idx: torch.Tensor, block_size: int) -> torch.Tensor:
+        """A pass over the next tokens, idx (B, T): their positions (B, T). ValueError where there
+        is no room (not when compiled)."""
+        if self.lengths is None:
+            self.lengths = static(torch.zeros_like(idx[:, 0]))
+        self.positions = self.lengths[:, None] + torch.arange(idx.size(1), device=idx.device)
+        if not torch.compiler.is_compiling():
+            check_room(self.positions.max() + 1, min(block_size, self.max_length))
+        self.rows = torch.arange(idx.size(0), device=idx.device)[:, None]  # (B, 1)
+        keys = torch.arange(self.max_length, device=idx.device)
+        self.mask = (keys <= self.positions[:, :, None])[:, None]  # (B, 1, T, max_length)
+        return self.positions
 
-    def advance(self, n_tokens: int) -> None:
-        """The forward pass over n_tokens is complete."""
-        self.length, self.call = self.length + n_tokens, 0
+    def extend(self, k: torch.Tensor, v: torch.Tensor,
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Store k, v (B, H, T, d_head) of the pass; return all, and the mask of what is seen."""
+        if self.call == len(self.slots):
+            shape = (k.size(0), self.max_length, k.size(1), k.size(3))
+            self.slots.append((static(k.new_zeros(shape)), static(v.new_zeros(shape))))
+        keys, values = self.slots[self.call]  # (B, max_length, H, d_head)
+        self.call += 1
+        keys[self.rows, self.positions] = k.transpose(1, 2)
+        values[self.rows, self.positions] = v.transpose(1, 2)
+        return keys.transpose(1, 2), values.transpose(1, 2), self.mask
+
+    def end(self) -> None:
+        """The pass is complete."""
+        self.lengths += self.positions.size(1)
+        self.positions, self.rows, self.mask, self.call = None, None, None, 0
+
+
+def check_room(n_tokens: int, room: int) -> None:
+    """Raises ValueError where they do not fit."""
+    if n_tokens > room:
+        raise ValueError(f"{n_tokens} tokens: there is room for {room} (block_size, or the cache's "
+                         f"length); crop the input")
+
+
+def static(x: torch.Tensor) -> torch.Tensor:
+    """x, marked as a tensor whose address CUDA graphs may keep."""
+    if x.is_cuda:
+        torch._dynamo.mark_static_address(x)
+    return x
 
 
 class CausalSelfAttention(nn.Module):
@@ -208,8 +252,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.d_attn, bias=config.bias)  # q, k, v
-        self.c_proj = nn.Linear(config.d_attn, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.d_attn, bias=config.bias)  # q, k, v
+        self.c_proj = Linear(config.d_attn, config.n_embd, bias=config.bias)
         self.q_norm = nn.RMSNorm(config.d_attn, eps=1e-5) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.d_attn, eps=1e-5) if config.qk_norm else None
 
@@ -225,13 +269,10 @@ class CausalSelfAttention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        start = 0 if cache is None else cache.length
-        if cache is not None:
-            k, v = cache.extend(k, v)
         mask = None
-        if start > 0 and T > 1:  # a chunk behind cached tokens: row i sees start + i + 1 of them
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0,
+        if cache is not None:
+            k, v, mask = cache.extend(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
@@ -246,9 +287,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.d_ffn, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, config.d_ffn, bias=config.bias)
         self.gelu = nn.GELU("tanh" if config.activation == "gelu_tanh" else "none")
-        self.c_proj = nn.Linear(config.d_ffn, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.d_ffn, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -261,9 +302,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_gate = nn.Linear(config.n_embd, config.d_ffn, bias=config.bias)
-        self.c_up = nn.Linear(config.n_embd, config.d_ffn, bias=config.bias)
-        self.c_proj = nn.Linear(config.d_ffn, config.n_embd, bias=config.bias)
+        self.c_gate = Linear(config.n_embd, config.d_ffn, bias=config.bias)
+        self.c_up = Linear(config.n_embd, config.d_ffn, bias=config.bias)
+        self.c_proj = Linear(config.d_ffn, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -292,6 +333,37 @@ class HourglassFFN(nn.ModuleList):
 
 
 FFNS = {"mlp": MLP, "swiglu": SwiGLU, "hourglass": HourglassFFN}
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The head and its mean cross-entropy, `chunk` tokens at a time: of the (N, V) logits and their
+    gradient only a chunk exists. The gradients need the same logits, so forward computes them too:
+    for a token with probabilities p, d loss / d logits = p - onehot(target)."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                chunk: int) -> torch.Tensor:
+        """x (N, C), weight (V, C), targets (N,), -1 ignored -> ()."""
+        dx, dw, total = [], torch.zeros_like(weight), 0.0
+        for x_part, target in zip(x.split(chunk), targets[:, None].split(chunk), strict=True):
+            logits = F.linear(x_part, weight)  # (chunk, V)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            counts, target = target != -1, target.clamp(min=0)
+            log_p = logits.log_softmax(dim=-1)
+            total = total - (log_p.gather(1, target) * counts).sum()
+            if ctx.needs_input_grad[0]:
+                d = log_p.exp().scatter_add(1, target, -torch.ones_like(log_p[:, :1])) * counts
+                dx.append(torch.mm(d, weight))
+                dw += torch.mm(d.t(), x_part)
+        n = (targets != -1).sum()
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.cat(dx), dw, n)
+        return total / n
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        dx, dw, n = ctx.saved_tensors
+        return dx * (grad / n), dw * (grad / n), None, None
 
 
 # -----------------------------------------------------------------------------
@@ -548,9 +620,10 @@ class GPT(nn.Module):
                      vpe=nn.Embedding(c.block_size, c.n_embd) if tables and learned else None,
                      drop=nn.Dropout(c.dropout), h=h, ln_f=make_norm(c))
         self.transformer = nn.ModuleDict({k: m for k, m in parts.items() if m is not None})
-        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.lm_head = Linear(c.n_embd, c.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
         self.activation_checkpointing = False  # True: the backward pass computes each block again
+        self.loss_chunk: int | None = None  # head and loss for so many tokens at a time
         self.init_weights()
 
     @torch.no_grad()
@@ -569,14 +642,15 @@ class GPT(nn.Module):
             elif isinstance(module, Template):
                 module.init_scalars()
 
-    def embed(self, idx: torch.Tensor, start: int = 0) -> State:
-        """Tokens (B, T) at positions start.. -> x and the streams, each (B, T, C)."""
+    def embed(self, idx: torch.Tensor, positions: torch.Tensor | None = None) -> State:
+        """Tokens (B, T) at positions (B, T), or 0..T-1 -> x and the streams, each (B, T, C)."""
         t = self.transformer
-        pos = torch.arange(start, start + idx.size(1), device=idx.device)  # (T,)
+        if positions is None:
+            positions = torch.arange(idx.size(1), device=idx.device)[None]  # (1, T)
 
-        def look_up(tokens: str, positions: str) -> torch.Tensor:
+        def look_up(tokens: str, places: str) -> torch.Tensor:
             e = t[tokens](idx)
-            return t.drop(e + t[positions](pos) if positions in t else e)  # (B, T, C)
+            return t.drop(e + t[places](positions) if places in t else e)  # (B, T, C)
 
         x = look_up("wte", "wpe")
         if self.config.velocity_init == "add":
@@ -587,35 +661,41 @@ class GPT(nn.Module):
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
                 cache: KVCache | None = None, reduction: Literal["mean", "none"] = "mean",
-                ) -> tuple[torch.Tensor, torch.Tensor | None]:
+                last: torch.Tensor | None = None,
+                ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """idx (B, T) token ids -> (logits, loss).
 
         With targets (B, T), logits (B, T, vocab_size) and the cross-entropy in nats per token, at
         least fp32, target -1 ignored: its mean (), or (B, T) with reduction="none". Without,
-        logits (B, 1, vocab_size) of the last position and None. With a cache, idx continues the
-        cached tokens. Raises ValueError where all tokens exceed block_size or the cache.
+        logits (B, 1, vocab_size) of the last position, or of position last (B,) of each row, and
+        None. With a cache, idx continues the cached tokens. With loss_chunk, the mean comes
+        without logits. Raises ValueError where all tokens exceed block_size or the cache.
         """
-        c, start = self.config, 0 if cache is None else cache.length
-        room = c.block_size if cache is None else min(c.block_size, cache.max_length)
-        if start + idx.size(1) > room:
-            raise ValueError(f"{start + idx.size(1)} tokens: there is room for {room} (block_size, "
-                             f"or the cache's length); crop the input")
-        state = self.embed(idx, start)
+        c = self.config
+        if cache is None:
+            check_room(idx.size(1), c.block_size)
+            positions = torch.arange(idx.size(1), device=idx.device)[None]  # (1, T)
+        else:
+            positions = cache.begin(idx, c.block_size)  # (B, T)
+        state = self.embed(idx, positions)
         rope = None
         if c.position == "rope":
-            pos = torch.arange(start, start + idx.size(1), device=idx.device)
             wide = torch.promote_types(self.lm_head.weight.dtype, torch.float32)  # angles need it
-            rope = rope_table(pos, c.d_head, c.rope_theta, wide)
+            rope = rope_table(positions, c.d_head, c.rope_theta, wide)
         for block in self.transformer.h:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 state = recompute(block, state, rope, use_reentrant=False)
             else:
                 state = block(state, rope, cache)
         if cache is not None:
-            cache.advance(idx.size(1))
+            cache.end()
         x = self.transformer.ln_f(state[0])
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
+            x = x[:, -1:] if last is None else x[torch.arange(len(x), device=x.device), last, None]
+            return self.lm_head(x), None
+        if self.loss_chunk and reduction == "mean":
+            return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight,
+                                                   targets.flatten(), self.loss_chunk)
         logits = self.lm_head(x)  # (B, T, V)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-1,
@@ -628,41 +708,65 @@ class GPT(nn.Module):
     def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None,
                stop_tokens: tuple[int, ...] = (), generator: torch.Generator | None = None,
-               ) -> Iterator[torch.Tensor]:
-        """Continue idx (B, T >= 1): yield the next token of every row, (B,), up to max_new_tokens
-        times, ending early when every row has met a stop token (such a row repeats it).
+               lengths: torch.Tensor | None = None, cache: KVCache | None = None,
+               compile: bool = False) -> Iterator[torch.Tensor]:
+        """Continue idx (B, T >= 1), or of every row its first lengths (B,) >= 1 tokens: yield the
+        next token of every row, (B,), up to max_new_tokens times, ending early when every row has
+        met a stop token (such a row repeats it).
 
         temperature 0 (or below 1e-6) is greedy; top_k keeps the k likeliest tokens, top_p the
-        fewest whose probability reaches p. Rows beyond vocab_used are never drawn. When the context
-        is full the older half is dropped and the rest read again (a sliding window of T/2 to T).
+        fewest whose probability reaches p. Rows beyond vocab_used are never drawn. When a row's
+        context is full its older half is dropped and the rest read again (a sliding window of T/2
+        to T). compile: the one-token step, with CUDA graphs where there is CUDA. cache: one to use
+        anew, for which nothing need be compiled again.
         """
         c = self.config
         stops = torch.tensor(stop_tokens, dtype=idx.dtype, device=idx.device)
-        last = torch.zeros_like(idx[:, 0])
-        stopped = torch.zeros_like(last, dtype=torch.bool)
-        window, cache = idx[:, -c.block_size:], KVCache(c.block_size)
-        unread = window
+        token = torch.zeros_like(idx[:, 0])
+        stopped = torch.zeros_like(token, dtype=torch.bool)
+        room = min(c.block_size, idx.size(1) + max_new_tokens)
+        cache = cache or KVCache(room)
+        mode = "reduce-overhead" if idx.is_cuda else None
+        step = torch.compile(self, fullgraph=True, dynamic=False, mode=mode) if compile else self
+        # Each row's window of at most `room` tokens, left-aligned, `count` (B,) of them so far
+        window, count = idx, torch.full_like(token, idx.size(1)) if lengths is None else lengths
+        longest, keep = None, room  # of the counts
         for _ in range(max_new_tokens):
-            if cache.length + unread.size(1) > c.block_size:
-                window, cache = window[:, -max(1, c.block_size // 2):], KVCache(c.block_size)
-                unread = window
-            logits = self(unread, cache=cache)[0][:, -1].float()  # (B, V)
+            if longest is None or longest > room:  # read all
+                kept = count.where(count <= room, keep)
+                places = (count - kept)[:, None] + torch.arange(room + 1, device=idx.device)
+                window = window.gather(1, places.clamp(max=window.size(1) - 1))
+                count, longest, keep = kept, int(kept.max()), max(1, c.block_size // 2)
+                cache.lengths = None if cache.lengths is None else cache.lengths.zero_()
+                logits, _ = self(window[:, :longest], cache=cache, last=count - 1)
+                cache.lengths.copy_(count)
+            else:
+                torch.compiler.cudagraph_mark_step_begin()
+                logits, _ = step(token[:, None], cache=cache)
+            logits = logits[:, -1].float()  # (B, V)
             logits[:, c.vocab_used or c.vocab_size:] = -torch.inf
-            token = torch.where(stopped, last, draw(logits, temperature, top_k, top_p, generator))
-            stopped, last = stopped | torch.isin(token, stops), token
-            unread = token[:, None]
-            window = torch.cat((window, unread), dim=1)
+            drawn = draw(logits, temperature, top_k, top_p, generator)
+            token = torch.where(stopped, token, drawn)
+            stopped = stopped | torch.isin(token, stops)
+            window = window.scatter(1, count[:, None], token[:, None])
+            count, longest = count + 1, longest + 1
             yield token
             if stop_tokens and stopped.all():
                 return
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None, top_p: float | None = None,
-                 stop_tokens: tuple[int, ...] = (), generator: torch.Generator | None = None,
-                 ) -> torch.Tensor:
-        """idx (B, T) -> (B, T + new): the prompt and what `stream` yields."""
-        tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop_tokens, generator)
+                 top_k: int | None = None, top_p: float | None = None, **more) -> torch.Tensor:
+        """idx (B, T) -> (B, T + new): idx and what `stream` yields; `more` are its arguments."""
+        tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, **more)
         return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
+
+    def store_matrices(self, dtype: torch.dtype) -> None:
+        """For inference without autocast: convert the linears once, as autocast would at every
+        call, for the same numbers. The head becomes a copy of the token table, which stays."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                for name, p in list(module.named_parameters()):
+                    setattr(module, name, nn.Parameter(p.detach().to(dtype), requires_grad=False))
 
     # --- accounting ---
 
@@ -785,17 +889,15 @@ def draw(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = Non
     """One token id per row of logits (B, V) -> (B,). See GPT.stream."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probs = logits.softmax(dim=-1)
+    ids, n = None, logits.size(-1)
+    if (top_k or n) < n or top_p is not None:  # ranked, the likeliest first
+        logits, ids = logits.topk(min(top_k or n, n))
+    probs = (logits / temperature).softmax(dim=-1)
     if top_p is not None:
-        ranked, order = probs.sort(dim=-1, descending=True)
-        before = ranked.cumsum(dim=-1) - ranked  # the probability of the likelier tokens
-        ranked = ranked.masked_fill((before >= top_p) & (before > 0), 0.0)
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+        before = probs.cumsum(dim=-1) - probs  # the probability of the likelier tokens
+        probs = probs.masked_fill((before >= top_p) & (before > 0), 0.0)
+    drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+    return (drawn if ids is None else ids.gather(1, drawn))[:, 0]
 
 
 # All that torch.distributed.checkpoint names in its metadata, beside the dtypes. (Not
@@ -969,3 +1071,22 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     if dtype in (torch.bfloat16, torch.float16):
         return torch.autocast(device.type, dtype)
     return contextlib.nullcontext()
+
+
+def can_compile(wanted: bool | None, device: torch.device, say: Callable = print) -> bool:
+    """Whether to compile: if it is wanted (None: on CUDA) and works here, which a small function
+    shows. Where it is not asked for outright, what fails to compile later runs eagerly, with
+    torch's warning."""
+    if wanted is False or (wanted is None and device.type != "cuda"):
+        return False
+    try:
+        probe = torch.compile(lambda z: z.sin() + z.cos())
+        probe(torch.ones(8, device=device))
+    except Exception as error:
+        if wanted:
+            fail(f"compile=True, but torch.compile does not work here: {reason(error)}; "
+                 f"use --compile=False")
+        say(f"not compiled, so slower: torch.compile does not work here: {reason(error)}")
+        return False
+    torch._dynamo.config.suppress_errors = not wanted
+    return True

@@ -12,12 +12,13 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from config import cli, fail, read_config
-from model import GPT, autocast, pick_device, pick_dtype, read_checkpoint, read_latest
+from model import GPT, can_compile, pick_device, pick_dtype, read_checkpoint, read_latest
 from prepare import Tokenizer, load_meta
 
 
@@ -38,7 +39,7 @@ class SampleConfig:
     data_dir: str = "data"  # where a nanoGPT checkpoint's meta.pkl is
     device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None  # auto: bf16 if fast
-    compile: bool = False  # nanoGPT's option: accepted, but decoding with a cache stays eager
+    compile: bool | None = None  # torch.compile of the one-token step; auto: on CUDA
 
     def __post_init__(self) -> None:
         problems = [f"{name}={value}: {rule}" for bad, name, value, rule in (
@@ -149,6 +150,7 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt:
                  ) -> Iterator[str]:
     """Yield the pieces of the text to print: the first sample as it is made, then the others."""
     device, c = next(model.parameters()).device, config
+    compiled = can_compile(c.compile, device, partial(print, file=sys.stderr))
     ids = tokenizer.encode_prompt(prompt)
     if not ids:
         fail("the prompt is empty; give --start some text, a newline at least")
@@ -157,7 +159,7 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt:
     samples = [Sample(tokenizer, c.stop) for _ in range(c.num_samples)]
     yield prompt
     for tokens in model.stream(idx, c.max_new_tokens, c.temperature, c.top_k, c.top_p,
-                               generator=generator):
+                               generator=generator, compile=compiled):
         pieces = [sample.add(token) for sample, token in zip(samples, tokens.tolist(), strict=True)]
         yield pieces[0]
         if all(sample.done for sample in samples):
@@ -175,9 +177,9 @@ def main(argv: list[str]) -> None:
     model, tokenizer = load_model(config)
     dtype = pick_dtype(config.dtype, device)
     model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    with autocast(device, dtype):
-        for piece in draw_samples(model, tokenizer, config, prompt):
-            print(piece, end="", flush=True)
+    model.store_matrices(dtype)
+    for piece in draw_samples(model, tokenizer, config, prompt):
+        print(piece, end="", flush=True)
 
 
 if __name__ == "__main__":

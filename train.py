@@ -45,6 +45,7 @@ from model import (
     GPT,
     GPTConfig,
     autocast,
+    can_compile,
     checkpoint_config,
     pick_device,
     pick_dtype,
@@ -110,6 +111,7 @@ class TrainConfig(GPTConfig):
     backend: Literal["nccl", "gloo"] | None = None  # of torchrun's processes; auto: nccl on CUDA
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole model, or its share of it
     activation_checkpointing: bool = False  # compute blocks again going back: less memory, slower
+    loss_chunk: int | None = None  # head and loss for so many tokens at a time: less memory
     seed: int = 1337  # of the initial weights, the data order and dropout
 
     def __post_init__(self) -> None:
@@ -128,8 +130,9 @@ class TrainConfig(GPTConfig):
         self.convert_eval_iters()
 
     def _rules(self) -> list[tuple[bool, str, str, str]]:
-        counts = ("batch_size", "gradient_accumulation_steps", "max_iters", "lr_decay_iters",
-                  "eval_interval", "eval_iters", "eval_tokens", "save_interval", "log_interval")
+        counts = ("batch_size", "gradient_accumulation_steps", "loss_chunk", "max_iters",
+                  "lr_decay_iters", "eval_interval", "eval_iters", "eval_tokens", "save_interval",
+                  "log_interval")
         amounts = ("learning_rate", "muon_lr", "scalar_lr", "weight_decay", "muon_weight_decay",
                    "grad_clip", "min_lr", "warmup_iters", "seed")
         one = [(n, v) for n in counts if (v := getattr(self, n)) is not None]
@@ -808,21 +811,9 @@ def accumulate(model: torch.nn.Module, batches: Iterator[torch.Tensor], micro_st
 
 def try_compile(model: GPT, wanted: bool | None, device: torch.device, say: Callable = print,
                 blocks: bool = False) -> bool:
-    """Compile the model (or each of its blocks) in place if it is wanted and works here: a small
-    function goes first. Where it is not asked for outright, what fails to compile later runs
-    eagerly, with torch's warning."""
-    if wanted is False or (wanted is None and device.type != "cuda"):
+    """Compile the model (or each of its blocks) in place if it is wanted and works here."""
+    if not can_compile(wanted, device, say):
         return False
-    try:
-        probe = torch.compile(lambda z: z.sin() + z.cos())
-        probe(torch.ones(8, device=device))
-    except Exception as error:
-        if wanted:
-            fail(f"compile=True, but torch.compile does not work here: {reason(error)}; "
-                 f"use --compile=False")
-        say(f"not compiled, so slower: torch.compile does not work here: {reason(error)}")
-        return False
-    torch._dynamo.config.suppress_errors = not wanted
     for part in model.transformer.h if blocks else (model,):
         part.compile(dynamic=False)
     return True
@@ -945,6 +936,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
     order = WindowOrder(len(train_tokens), T, c.seed)
     raw_model.to(torch.float64 if dtype == torch.float64 else torch.float32)
     raw_model.activation_checkpointing = c.activation_checkpointing
+    raw_model.loss_chunk = c.loss_chunk
     sharded = c.parallel == "fsdp"
     compiled = try_compile(raw_model, c.compile, device, say, blocks=sharded)
     model = parallelise(raw_model, c, ranks)
