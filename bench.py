@@ -1,10 +1,15 @@
-"""Measure: how fast a model trains and decodes, what memory it takes, what its data costs.
+"""Measure: how fast a model trains and decodes, what memory it takes, what the rest costs.
 
     python bench.py speed config/shakespeare_char.py --variants "template=gd" "template=nesterov"
     python bench.py speed config/shakespeare_char.py --nanogpt=../nanoGPT
-    python bench.py decode config/gpt2_124m.py --nanogpt=../nanoGPT
+    python bench.py decode config/gpt2_124m.py --nanogpt=../nanoGPT --plot=decode.png
     python bench.py memory config/gpt2_124m.py --variants "template=gd" "template=tmm"
-    python bench.py data config/gpt2_124m.py
+    python bench.py data config/gpt2_124m.py        what reading the data costs
+    python bench.py muon config/yurii_owt.py        what the optimiser costs
+    python bench.py loss --nanogpt=../nanoGPT       wall time to nanoGPT's loss on Shakespeare
+    python bench.py prepare --input=documents.txt --nanogpt=../nanoGPT
+    python bench.py start                           how long the programs take to start
+    python bench.py all --nanogpt=../nanoGPT --input=documents.txt   the README's whole table
 
 The options are train.py's and a few more. A variant is a word of further options ("template=tmm
 dropout=0.1"); all are measured in turn (A B A B ...): a machine that slows down slows all of
@@ -18,9 +23,12 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import pickle
 import platform
 import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,13 +39,25 @@ from typing import Literal
 import numpy as np
 import torch
 
-from config import cli, fail, read_config
-from model import GPT, GPTConfig, autocast, pick_device, pick_dtype
+from config import UserError, cli, fail, read_config
+from model import (
+    GPT,
+    GPTConfig,
+    KVCache,
+    autocast,
+    can_compile,
+    pick_device,
+    pick_dtype,
+    read_checkpoint,
+)
+from prepare import END_OF_TEXT
 from train import (
+    Muon,
     Tokens,
     TrainConfig,
     WindowOrder,
     accumulate,
+    keep_freed_memory,
     make_optimizers,
     model_args,
     prefetch,
@@ -49,15 +69,17 @@ from train import (
 class BenchConfig(TrainConfig):
     """Every option of bench.py: train.py's, and these."""
 
-    command: Literal["speed", "decode", "memory", "data"] | None = None  # the first word
+    command: Literal["speed", "decode", "memory", "data", "muon", "loss", "prepare", "start",
+                     "all"] | None = None  # the first word
     variants: tuple[str, ...] = ("",)  # the options of each variant, as one word: "template=gd"
     nanogpt: str | None = None  # folder of nanoGPT's code: its model is one more variant
     repeats: int = 5  # measurements of each variant
     steps: int = 5  # speed: optimiser steps in each measurement
     num_samples: int = 1  # decode: sequences at once
     max_new_tokens: int = 256  # decode: tokens for each
+    input: str | None = None  # prepare: a text file of documents, with <|endoftext|> between them
     json: str | None = None  # a file to write the figures to
-
+    plot: str | None = None  # a PNG to draw them in
 
     def _rules(self) -> list[tuple[bool, str, str, str]]:
         counts = ("repeats", "steps", "num_samples", "max_new_tokens")
@@ -82,6 +104,7 @@ class Variant:
     bytes: float  # of weights that one decoded token reads
     device: torch.device
     waits: list[float] = field(default_factory=list)  # seconds that each micro-batch was waited for
+    ours: bool = True  # nanoGPT's allocates as it does when it runs alone
 
 
 def synchronise(device: torch.device) -> None:
@@ -91,6 +114,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> float:
+    """How long run() takes, to the end of what it started on the device."""
     synchronise(device)
     start = time.perf_counter()
     run()
@@ -101,11 +125,15 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
 def alternate(variants: list[Variant], repeats: int) -> list[dict]:
     """Rows of figures. Each variant warms up twice, which compiles it, then all take turns. The
     ratio is the median of those of neighbours in time."""
-    warm_up = [seconds(v.run, v.device) for v in variants]
+    def turn(v: Variant) -> float:
+        keep_freed_memory(v.ours)
+        return seconds(v.run, v.device)
+
+    warm_up = [turn(v) for v in variants]
     for v in variants:
-        v.run()
+        turn(v)
         v.waits.clear()
-    turns = [[seconds(v.run, v.device) for v in variants] for _ in range(repeats)]
+    turns = [[turn(v) for v in variants] for _ in range(repeats)]
     rows = []
     for v, first, own in zip(variants, warm_up, zip(*turns, strict=True), strict=True):
         rates = [v.tokens / time for time in own]
@@ -258,27 +286,37 @@ def nanogpt_training(c: BenchConfig, folder: str, compiled: bool) -> Variant:
     ours = GPT(GPTConfig(**model_args(c) | {"template": "gd", "ffn": "mlp", "vocab_size":
                                             c.vocab_size or 50304}))
     return Variant("nanogpt, compiled" if compiled else "nanogpt", run, tokens, own,
-                   ours.flops_per_token(), 0, device)
+                   ours.flops_per_token(), 0, device, ours=False)
 
 
-def decoding(name: str, c: BenchConfig, model: GPT | None = None) -> Variant:
-    """Samples drawn from random weights, from a prompt of 16 tokens; nanoGPT's model if given."""
-    theirs = model
+def decoding(name: str, c: BenchConfig, theirs: torch.nn.Module | None = None) -> Variant:
+    """Samples from random weights, drawn as sample.py draws them, or nanoGPT's own: continuations
+    of 16 tokens, or of 1 to 16 where there are several rows."""
     device = pick_device(c.device)
-    dtype = torch.float32 if theirs and device.type == "cpu" else pick_dtype(c.dtype, device)
-    model = (theirs or setting(c)[0]).to(device).eval()
-    prompt = torch.randint(c.vocab_size or 50304, (c.num_samples, 16), device=device)
+    model, n = (theirs or setting(c)[0]).to(device).eval(), c.num_samples
+    prompt = torch.randint(c.vocab_size or 50304, (n, 16), device=device)
+    how: dict = {}
+    dtype = pick_dtype(c.dtype, device)
+    context = contextlib.nullcontext()
+    if theirs is None:
+        model.store_matrices(dtype)
+        how = dict(cache=KVCache(min(c.block_size, 16 + c.max_new_tokens)),
+                   compile=can_compile(c.compile, device),
+                   lengths=16 - torch.arange(n, device=device) % 16)
+    elif device.type != "cpu":  # nanoGPT's sample.py has no autocast on a CPU
+        context = autocast(device, dtype)
 
     @torch.no_grad()
     def run() -> None:
-        with autocast(device, dtype):
-            model.generate(prompt, c.max_new_tokens, temperature=0.8, top_k=200)
+        with context:
+            model.generate(prompt, c.max_new_tokens, temperature=0.8, top_k=200, **how)
 
-    inputs = [m for k, m in model.transformer.items() if k in ("wpe", "vte", "vpe")]
-    parameters = sum(p.numel() for p in model.parameters())
-    read = parameters - sum(m.weight.numel() for m in inputs)
-    return Variant(name, run, c.num_samples * c.max_new_tokens, parameters, 2 * read,
-                   read * next(model.parameters()).element_size() / c.num_samples, device)
+    matrices = {*model.transformer.h.parameters(), model.lm_head.weight}
+    return Variant(name, run, n * c.max_new_tokens,
+                   sum(p.numel() for p in model.transformer.parameters()),
+                   2 * sum(p.numel() for p in matrices),
+                   sum(p.numel() * p.element_size() for p in matrices) / n, device,
+                   ours=theirs is None)
 
 
 # -----------------------------------------------------------------------------
@@ -301,32 +339,41 @@ def speed(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
 
 
 def decode(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
-    """Sampling: tokens per second, and what share of the memory's measured bandwidth that is."""
-    variants = [decoding(name, own) for name, own in configs.items()]
-    if c.nanogpt:
-        variants.append(decoding("nanogpt", c, nanogpt_model(c)))
-    rows = alternate(variants, c.repeats)
-    _, bandwidth = peaks(variants[0].device, torch.float32)
-    for row, v in zip(rows, variants, strict=True):
-        row["mb_per_token"] = v.bytes / 1e6
-        row["share_of_peak"] = row["tokens_per_s"] * v.bytes / bandwidth
+    """Sampling: tokens per second, and what share of the memory's measured bandwidth that is; with
+    a plot, of a quarter and half as many tokens too."""
+    rows: list[dict] = []
+    for part in (4, 2, 1) if c.plot else (1,):
+        variants = []
+        for name, own in configs.items():
+            own.max_new_tokens = max(1, c.max_new_tokens // part)
+            variants.append(decoding(name, own))
+        if c.nanogpt:
+            variants.append(decoding("nanogpt", own, nanogpt_model(own)))
+        found = alternate(variants, c.repeats)
+        _, bandwidth = peaks(variants[0].device, torch.float32)
+        for row, v in zip(found, variants, strict=True):
+            row["new_tokens"], row["mb_per_token"] = own.max_new_tokens, v.bytes / 1e6
+            row["share_of_peak"] = row["tokens_per_s"] * v.bytes / bandwidth
+        rows += found
     print(f"limit: {bandwidth / 1e9:,.1f} GB/s, a sum over 256 MB or more")
     return rows
 
 
 def memory(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
     """Peak memory of two training steps, each variant in a process of its own."""
-    rows = []
+    jobs = [(name, own, False) for name, own in configs.items()]
+    jobs += [("nanogpt", c, True)] if c.nanogpt else []
+    rows: list[dict] = []
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for name, own in configs.items():
-            peak, parameters = pool.apply(peak_memory, (own,))
+        for name, own, theirs in jobs:
+            peak, parameters = pool.apply(peak_memory, (own, theirs))
             first = rows[0]["peak_mb"] if rows else peak / 1e6
             rows.append({"variant": name, "parameters": parameters, "peak_mb": peak / 1e6,
                          "ratio": peak / 1e6 / (first or 1.0)})
     return rows
 
 
-def peak_memory(c: BenchConfig) -> tuple[int, int]:
+def peak_memory(c: BenchConfig, theirs: bool) -> tuple[int, int]:
     """(bytes above those before the model was made, parameters); on a CPU of resident memory."""
     import resource
 
@@ -334,7 +381,7 @@ def peak_memory(c: BenchConfig) -> tuple[int, int]:
     scale = 1 if platform.system() == "Darwin" else 1024
     with random_data(c.vocab_size or 50304, 200_000) as folder:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-        variant = training("", c, folder)
+        variant = nanogpt_training(c, folder, False) if theirs else training("", c, folder)
         variant.run()
         if variant.device.type == "cuda":
             return torch.cuda.max_memory_allocated(), variant.parameters
@@ -359,9 +406,263 @@ def data(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
     return rows
 
 
+def muon(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
+    """Muon's step, ours and torch's, and what share of a whole training step ours is."""
+    rows = []
+    with random_data(c.vocab_size or 50304, 2_000_000) as folder:
+        for name, own in configs.items():
+            own.optimizer, own.steps = "muon", 1
+            passes, own.gradient_accumulation_steps = own.gradient_accumulation_steps, 1
+            variant = training(name, own, folder)
+            model, device, _ = setting(own)
+            matrices = list(model.parameter_roles()["matrix"].values())
+            for p in matrices:
+                p.grad = torch.randn_like(p)
+            ours, torchs = (kind(matrices, lr=1e-9) for kind in (Muon, torch.optim.Muon))
+            times = [[seconds(f, device) for f in (ours.step, torchs.step, variant.run)]
+                     for _ in range(c.repeats + 1)][1:]
+            step, theirs, micro = map(statistics.median, zip(*times, strict=True))
+            whole = step + passes * (micro - step)
+            rows.append({"variant": name, "step_ms": 1e3 * whole, "muon_ms": 1e3 * step,
+                         "torch_muon_ms": 1e3 * theirs, "muon_share": step / whole})
+    return rows
+
+
+# --- whole programs ---
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def program(*argv: str, cwd: str = HERE, until: str = "", **environment: str,
+            ) -> tuple[float, float, str]:
+    """Run Python to its end, or until it prints a text: (wall seconds, the largest resident MB of
+    all its processes together where /proc tells, its output). UserError if it fails."""
+    with tempfile.TemporaryFile() as output:
+        start = time.perf_counter()
+        process = subprocess.Popen([sys.executable, *argv], cwd=cwd, stdout=output,
+                                   stderr=subprocess.STDOUT, env=os.environ | environment)
+        most = 0
+        while True:
+            try:
+                process.wait(0.02)
+                break
+            except subprocess.TimeoutExpired:
+                most = max(most, resident(process.pid))
+            if until:
+                output.seek(0)
+                if until.encode() in output.read():
+                    took = time.perf_counter() - start
+                    process.kill()
+                    process.wait()
+                    return took, most / 1e6, ""
+        took = time.perf_counter() - start
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    if process.returncode:
+        fail(f"{shlex.join(argv)} failed: {text.strip().splitlines()[-1] if text.strip() else ''}")
+    return took, most / 1e6, text
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process and its descendants (Linux; else 0)."""
+    total = 0
+    with contextlib.suppress(OSError):
+        with open(f"/proc/{pid}/statm") as file:
+            total = int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            total += sum(resident(int(child)) for child in file.read().split())
+    return total
+
+
+def medians(rows: list[dict], key: str, times: list[tuple[float, ...]]) -> list[dict]:
+    """The rows with the median, lowest and highest of their column of times, and the ratio of
+    neighbours in time to the first."""
+    for i, row in enumerate(rows):
+        own = [turn[i] for turn in times]
+        row |= {key: statistics.median(own), "low": min(own), "high": max(own),
+                "ratio": statistics.median(turn[i] / turn[0] for turn in times)}
+    return rows
+
+
+def start(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
+    """Starting up: importing torch, the help texts, and a run to the end of its first step."""
+    with tempfile.TemporaryDirectory() as folder, random_data(65, 100_000) as data:
+        shutil.copy(os.path.join(data, "train.bin"), os.path.join(data, "val.bin"))
+        letters = [chr(33 + i) for i in range(65)]
+        with open(os.path.join(data, "meta.pkl"), "wb") as file:  # nanoGPT's form
+            pickle.dump({"vocab_size": 65, "itos": dict(enumerate(letters)),
+                         "stoi": {c: i for i, c in enumerate(letters)}}, file)
+        first_step = ["train.py", "config/shakespeare_char.py", f"--data_dir={data}", "--dataset=.",
+                      "--max_iters=1", "--warmup_iters=0", "--eval_tokens=256", "--batch_size=16",
+                      f"--out_dir={folder}/out", "--overwrite"]
+        programs = {"import torch": ["-c", "import torch"], "train.py --help": ["train.py", "-h"],
+                    "sample.py --help": ["sample.py", "-h"], "first step, 10.6 M": first_step}
+        times = [tuple(program(*argv, until="step 0/" if argv == first_step else "")[0]
+                       for argv in programs.values())
+                 for _ in range(c.repeats + 1)][1:]
+    return medians([{"variant": name} for name in programs], "seconds", times)
+
+
+def loss(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
+    """Wall time to nanoGPT's loss: its documented CPU recipe on the characters of Shakespeare, and
+    config/shakespeare_char_fast.py, start-up included; losses on the whole validation split."""
+    data = os.path.abspath(os.path.join(c.data_dir, "shakespeare_char"))
+    if not os.path.isfile(os.path.join(data, "meta.json")):
+        fail(f"there is no {data}; make it: python prepare.py shakespeare_char")
+    with tempfile.TemporaryDirectory() as folder:
+        ours = ["train.py", "config/shakespeare_char_fast.py", f"--data_dir={c.data_dir}",
+                f"--out_dir={folder}/ours", "--overwrite", *([f"--device={c.device}"] * bool(
+                    c.device))]
+        runs = {"shakespeare_char_fast": (ours, HERE)}
+        if c.nanogpt:
+            nano = os.path.join(folder, "nanogpt")
+            shutil.copytree(c.nanogpt, nano, ignore=shutil.ignore_patterns(".git", "assets"))
+            shutil.copytree(data, os.path.join(nano, "data", "shakespeare_char"),
+                            dirs_exist_ok=True)
+            with open(os.path.join(nano, "data", "shakespeare_char", "meta.pkl"), "wb") as file:
+                pickle.dump({"vocab_size": 65}, file)
+            theirs = ["train.py", "config/train_shakespeare_char.py", "--device=cpu",
+                      "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64",
+                      "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128",
+                      "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
+                      "--out_dir=out"]
+            runs = {"nanogpt": (theirs, nano), **runs}
+        times = [tuple(program(*argv, cwd=cwd)[0] for argv, cwd in runs.values())
+                 for _ in range(c.repeats)]
+        rows = []
+        for name, out in (("nanogpt", f"{folder}/nanogpt/out"),
+                          ("shakespeare_char_fast", f"{folder}/ours")):
+            if name in runs:
+                path = os.path.join(out, "ckpt.pt")
+                model = GPT.from_checkpoint(read_checkpoint(path))
+                _, _, said = program(
+                    "train.py", f"--init_from={path}", "--dataset=shakespeare_char",
+                    f"--data_dir={c.data_dir}", "--eval_only", "--device=cpu",
+                    f"--out_dir={folder}/none", "--eval_tokens=1000000000")
+                rows.append({"variant": name, "parameters": model.get_num_params(False),
+                             "val_loss": float(said.split("val loss")[1].split()[0])})
+    return medians(rows, "seconds", times)
+
+
+def prepare(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
+    """Tokens per second and core, and resident memory of all processes together, of prepare.py and
+    of nanoGPT's OpenWebText script with a process for each core, on the documents of a file."""
+    if c.input is None:
+        fail("name a text file of documents: --input=FILE")
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {"prepare.py": ["prepare.py", "openwebtext", f"--input={os.path.abspath(c.input)}",
+                               f"--data_dir={folder}", "--overwrite"]}
+        bins = {"prepare.py": os.path.join(folder, "openwebtext")}
+        if c.nanogpt:
+            with open(c.input, encoding="utf-8") as text, \
+                    open(os.path.join(folder, "documents.jsonl"), "w", encoding="utf-8") as file:
+                for document in text.read().split(END_OF_TEXT):
+                    if document.strip():
+                        file.write(json.dumps({"text": document.strip("\n")}) + "\n")
+            with open(os.path.join(c.nanogpt, "data", "openwebtext", "prepare.py")) as file:
+                script = file.read()
+            script = script.replace("num_proc = 8", f"num_proc = {os.cpu_count()}").replace(
+                'load_dataset("openwebtext", num_proc=num_proc_load_dataset)',
+                f'load_dataset("json", data_files="{folder}/documents.jsonl")')
+            bins["nanogpt"] = os.path.join(folder, "nanogpt")
+            os.mkdir(bins["nanogpt"])
+            with open(os.path.join(bins["nanogpt"], "prepare.py"), "w") as file:
+                file.write(script)
+            runs = {"nanogpt": [os.path.join(bins["nanogpt"], "prepare.py")], **runs}
+        times, peaks_mb = [], dict.fromkeys(runs, 0.0)
+        for _ in range(c.repeats):
+            turn = []
+            for name, argv in runs.items():
+                shutil.rmtree(os.path.join(folder, "cache"), ignore_errors=True)
+                took, most, _ = program(*argv, HF_HOME=os.path.join(folder, "cache"))
+                peaks_mb[name] = max(most, peaks_mb[name])
+                turn.append(took)
+            times.append(tuple(turn))
+        tokens = {name: sum(os.path.getsize(os.path.join(bins[name], f"{split}.bin"))
+                            for split in ("train", "val")) // 2 for name in runs}
+    rates = [tuple(tokens[name] / took / (os.cpu_count() or 1)
+                   for name, took in zip(runs, turn, strict=True)) for turn in times]
+    return medians([{"variant": name, "tokens": tokens[name], "peak_mb": peaks_mb[name]}
+                    for name in runs], "tokens_per_s_core", rates)
+
+
+# --- all of them ---
+
+CHAR = "config/shakespeare_char.py --vocab_size=65 --dropout=0 --gradient_accumulation_steps=1"
+SMALL = "config/gpt2_124m.py"
+CPU_TABLE = [  # title, what is aimed at, command
+    ("training, 10.6 M parameters", "at least 1.6 x nanoGPT",
+     f"speed {CHAR} --batch_size=16 NANOGPT"),
+    ("YuriiFormer and TMM, compiled", "at most 5 % slower than GPT",
+     f'speed {CHAR} --batch_size=16 --compile=True --variants template=gd template=nesterov '
+     f'template=tmm'),
+    ("hourglass and SwiGLU of as many parameters, compiled", "reported",
+     f'speed {CHAR} --batch_size=16 --compile=True --norm=rmsnorm --variants '
+     f'"ffn=swiglu ffn_hidden=1024" "ffn=hourglass ffn_hidden=256"'),
+    ("Muon at 491,520 tokens a step", "at most 3 % of a step",
+     f"muon {SMALL} --batch_size=1 --gradient_accumulation_steps=480"),
+    ("data", "less than 1 % of a step", f"data {CHAR} --batch_size=16"),
+    ("preparing data", "at least 1.5 x nanoGPT, below 600 MB", "prepare NANOGPT INPUT"),
+    ("decoding, 124 M parameters", "at least 10 x nanoGPT, half of the bandwidth",
+     f"decode {SMALL} --variants template=gd template=nesterov NANOGPT"),
+    ("memory of training, 124 M parameters", "momentum at most 10 % more than GPT",
+     f'memory {SMALL} --batch_size=4 --gradient_accumulation_steps=1 --block_size=512 --variants '
+     f'template=gd loss_chunk=512 activation_checkpointing=True template=nesterov NANOGPT'),
+    ("time to a loss", "at most 0.2 x nanoGPT", "loss NANOGPT DATA"),
+    ("starting", "help texts at most 1.3 x torch, first step below 10 s", "start")]
+CUDA_TABLE = [
+    ("training, 124 M parameters", "at least 462,000 tokens/s, 1.15 x nanoGPT",
+     f"speed {SMALL} --batch_size=32 --gradient_accumulation_steps=1 NANOGPT"),
+    ("YuriiFormer and TMM", "at most 5 % slower than GPT",
+     f"speed {SMALL} --batch_size=32 --gradient_accumulation_steps=1 --variants template=gd "
+     f"template=nesterov template=tmm"),
+    ("hourglass and SwiGLU of as many parameters", "reported",
+     "speed --gradient_accumulation_steps=1 --batch_size=16 config/swiglu_113m.py NANOGPT"),
+    ("Muon at 491,520 tokens a step", "at most 3 % of a step",
+     f"muon {SMALL} --batch_size=32 --gradient_accumulation_steps=15"),
+    ("data", "less than 1 % of a step", f"data {SMALL} --batch_size=32"),
+    ("decoding, 124 M parameters", "at least 2,000 tokens/s, 5 x nanoGPT",
+     f"decode {SMALL} --variants template=gd template=nesterov NANOGPT"),
+    ("decoding, 64 prompts of different lengths", "reported",
+     f"decode {SMALL} --num_samples=64 --variants template=gd template=nesterov"),
+    ("memory of training, 124 M parameters", "momentum at most 10 % more than GPT",
+     f"memory {SMALL} --batch_size=32 --gradient_accumulation_steps=1 --variants template=gd "
+     f"loss_chunk=4096 activation_checkpointing=True template=nesterov NANOGPT")]
+
+
+def everything(c: BenchConfig) -> list[dict]:
+    """The table for this device, one command after the other."""
+    device = pick_device(c.device)
+    rows = []
+    for title, aim, command in CUDA_TABLE if device.type == "cuda" else CPU_TABLE:
+        words = {"NANOGPT": c.nanogpt and f"--nanogpt={c.nanogpt}",
+                 "DATA": f"--data_dir={c.data_dir}", "INPUT": c.input and f"--input={c.input}"}
+        argv = [w for word in shlex.split(command) if (w := words.get(word, word))]
+        print(f"\n{title} (aim: {aim})\n    python bench.py {shlex.join(argv)}", flush=True)
+        if command.startswith("prepare") and not c.input:
+            print("not measured: it needs --input=FILE, a text file of documents")
+            continue
+        try:
+            found = measure([*argv, f"--repeats={c.repeats}"])
+        except UserError as error:
+            print(f"not measured: {error}")
+            continue
+        print(table(found), flush=True)
+        rows += [{"title": title, "aim": aim, **row} for row in found]
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# Tables and pictures
+
+
 COLUMNS = {  # figure -> heading and format
-    "variant": ("", "s"), "parameters": ("parameters", ",d"), "tokens_per_s": ("tokens/s", ",.1f"),
+    "variant": ("", "s"), "parameters": ("parameters", ",d"), "new_tokens": ("new tokens", ",d"),
+    "tokens": ("tokens", ",d"), "tokens_per_s": ("tokens/s", ",.1f"),
+    "tokens_per_s_core": ("tokens/s a core", ",.0f"), "seconds": ("seconds", ".2f"),
     "low": ("lowest", ",.1f"), "high": ("highest", ",.1f"), "ratio": ("x the first", ".3f"),
+    "val_loss": ("validation loss", ".4f"), "muon_ms": ("ms Muon", ",.1f"),
+    "torch_muon_ms": ("ms torch's", ",.1f"), "muon_share": ("Muon", ".2%"),
     "mflop_per_token": ("MFLOP/token", ",.1f"), "mb_per_token": ("MB/token", ",.1f"),
     "share_of_peak": ("of the limit", ".1%"), "peak_mb": ("peak MB", ",.0f"),
     "reading_us": ("us to read a micro-batch", ",.0f"), "step_ms": ("ms a step", ",.1f"),
@@ -390,23 +691,69 @@ def machine(device: torch.device) -> str:
            f"{time.strftime('%Y-%m-%d')}"
 
 
-def main(argv: list[str]) -> None:
+def draw(rows: list[dict], path: str) -> None:
+    """A PNG: bars with their range, or lines over the number of tokens."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        fail("plot needs matplotlib: pip install matplotlib")
+    key = next(k for k in ("tokens_per_s", "tokens_per_s_core", "seconds", "peak_mb", "muon_share",
+                           "waiting_share") if k in rows[0])
+    figure = Figure(figsize=(7, 3.5), dpi=120, layout="constrained")
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    if len(rows) > len(names):  # decoding
+        axes = figure.add_subplot(xlabel="new tokens", ylabel="seconds", title="time to decode")
+        for i, name in enumerate(names):
+            points = [(r["new_tokens"], r["new_tokens"] / r[key]) for r in rows
+                      if r["variant"] == name]
+            axes.plot(*zip(*points, strict=True), marker="o", color=f"C{i}", label=name)
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    else:
+        axes = figure.add_subplot(xlabel=COLUMNS[key][0])
+        values = [row[key] for row in rows]
+        spread = [[max(0.0, v - row.get("low", v)) for v, row in zip(values, rows, strict=True)],
+                  [max(0.0, row.get("high", v) - v) for v, row in zip(values, rows, strict=True)]]
+        bars = axes.barh(names, values, xerr=spread, color=[f"C{i}" for i in range(len(rows))],
+                         capsize=3)
+        axes.bar_label(bars, [format(v, COLUMNS[key][1]) for v in values], padding=6)
+        axes.margins(x=0.15)
+        axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def measure(argv: list[str]) -> list[dict]:
+    """What a command line asks for."""
     c, _ = read_config(BenchConfig, argv, positional="command", usage=__doc__)
-    if c.command is None:
-        fail("say what to measure: python bench.py speed | decode | memory | data")
     configs = {}
     for words in c.variants:
         more = [f"--{word.removeprefix('--')}" for word in shlex.split(words)]
-        configs[words or "ours"], _ = read_config(BenchConfig, [*argv, *more],
-                                                  positional="command")
-    command = {"speed": speed, "decode": decode, "memory": memory, "data": data}[c.command]
+        configs[words or "nanoYurii"], _ = read_config(BenchConfig, [*argv, *more],
+                                                       positional="command")
+    commands = {"speed": speed, "decode": decode, "memory": memory, "data": data, "muon": muon,
+                "loss": loss, "prepare": prepare, "start": start}
+    return commands[c.command](configs, c)
+
+
+def main(argv: list[str]) -> None:
+    c, _ = read_config(BenchConfig, argv, positional="command", usage=__doc__)
+    if c.command is None:
+        fail("say what to measure: python bench.py speed | decode | memory | data | muon | loss | "
+             "prepare | start | all")
     where = machine(pick_device(c.device))
     print(where)
-    rows = command(configs, c)
-    print(table(rows))
+    if c.command == "all":
+        rows = everything(c)
+    else:
+        rows = measure(argv)
+        print(table(rows))
     if c.json:
         with open(c.json, "w", encoding="utf-8") as file:
             json.dump({"command": argv, "machine": where, "rows": rows}, file, indent=1)
+    if c.plot and c.command != "all":
+        draw(rows, c.plot)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,8 @@ class Linear(nn.Linear):
         if x.numel() > self.in_features or not x.is_cpu or torch.is_grad_enabled():
             return super().forward(x)
         y = torch.matmul(self.weight, x.flatten())
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], -1)
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -202,9 +203,12 @@ class KVCache:
 
     def begin(self, idx: torch.Tensor, block_size: int) -> torch.Tensor:
         """A pass over the next tokens, idx (B, T): their positions (B, T). ValueError where there
-        is no room (not when compiled)."""
+        is no room (not when compiled), or if the cache has other rows."""
         if self.lengths is None:
             self.lengths = static(torch.zeros_like(idx[:, 0]))
+        if len(self.lengths) != len(idx):
+            raise ValueError(f"{len(idx)} rows: the cache has {len(self.lengths)}; make another")
+        self.call = 0
         self.positions = self.lengths[:, None] + torch.arange(idx.size(1), device=idx.device)
         if not torch.compiler.is_compiling():
             check_room(self.positions.max() + 1, min(block_size, self.max_length))
@@ -228,7 +232,7 @@ class KVCache:
     def end(self) -> None:
         """The pass is complete."""
         self.lengths += self.positions.size(1)
-        self.positions, self.rows, self.mask, self.call = None, None, None, 0
+        self.positions, self.rows, self.mask = None, None, None
 
 
 def check_room(n_tokens: int, room: int) -> None:
@@ -348,22 +352,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for x_part, target in zip(x.split(chunk), targets[:, None].split(chunk), strict=True):
             logits = F.linear(x_part, weight)  # (chunk, V)
             logits = logits if logits.dtype == torch.float64 else logits.float()
-            counts, target = target != -1, target.clamp(min=0)
+            counts = target != -1
+            target = target.where(counts, 0)
             log_p = logits.log_softmax(dim=-1)
             total = total - (log_p.gather(1, target) * counts).sum()
-            if ctx.needs_input_grad[0]:
+            if any(ctx.needs_input_grad):
                 d = log_p.exp().scatter_add(1, target, -torch.ones_like(log_p[:, :1])) * counts
                 dx.append(torch.mm(d, weight))
                 dw += torch.mm(d.t(), x_part)
         n = (targets != -1).sum()
-        if ctx.needs_input_grad[0]:
+        if any(ctx.needs_input_grad):
             ctx.save_for_backward(torch.cat(dx), dw, n)
         return total / n
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         dx, dw, n = ctx.saved_tensors
-        return dx * (grad / n), dw * (grad / n), None, None
+        scale = grad / n.clamp(min=1)
+        return dx * scale, dw * scale, None, None
 
 
 # -----------------------------------------------------------------------------
@@ -720,16 +726,19 @@ class GPT(nn.Module):
         to T). compile: the one-token step, with CUDA graphs where there is CUDA. cache: one to use
         anew, for which nothing need be compiled again.
         """
-        c = self.config
+        c, idx = self.config, idx.long()
         stops = torch.tensor(stop_tokens, dtype=idx.dtype, device=idx.device)
         token = torch.zeros_like(idx[:, 0])
         stopped = torch.zeros_like(token, dtype=torch.bool)
-        room = min(c.block_size, idx.size(1) + max_new_tokens)
+        room = min(c.block_size, idx.size(1) + max_new_tokens - 1)
         cache = cache or KVCache(room)
+        check_room(room, cache.max_length)
         mode = "reduce-overhead" if idx.is_cuda else None
         step = torch.compile(self, fullgraph=True, dynamic=False, mode=mode) if compile else self
         # Each row's window of at most `room` tokens, left-aligned, `count` (B,) of them so far
         window, count = idx, torch.full_like(token, idx.size(1)) if lengths is None else lengths
+        if not (1 <= count.min() and count.max() <= idx.size(1)):
+            raise ValueError(f"lengths={count.tolist()}: must lie in 1..{idx.size(1)}")
         longest, keep = None, room  # of the counts
         for _ in range(max_new_tokens):
             if longest is None or longest > room:  # read all
