@@ -131,7 +131,7 @@ def alternate(variants: list[Variant], repeats: int) -> list[dict]:
 
     warm_up = [turn(v) for v in variants]
     for v in variants:
-        turn(v)
+        v.run()
         v.waits.clear()
     turns = [[turn(v) for v in variants] for _ in range(repeats)]
     rows = []
@@ -563,7 +563,8 @@ def prepare(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
                 script = file.read()
             script = script.replace("num_proc = 8", f"num_proc = {os.cpu_count()}").replace(
                 'load_dataset("openwebtext", num_proc=num_proc_load_dataset)',
-                f'load_dataset("json", data_files="{folder}/documents.jsonl")')
+                f'load_dataset("json", data_files="{folder}/documents.jsonl")').replace(
+                "total_batches = 1024", "total_batches = min(1024, len(dset))")  # few documents
             bins["nanogpt"] = os.path.join(folder, "nanogpt")
             os.mkdir(bins["nanogpt"])
             with open(os.path.join(bins["nanogpt"], "prepare.py"), "w") as file:

@@ -17,19 +17,21 @@ block_size = 32  # characters
 n_layer = 2
 n_head = 4
 n_embd = 128
-norm = "rmsnorm"
 position = "rope"
 qk_norm = True
+residual_init_scale = False  # so few steps
 
 optimizer = "muon"
 muon_lr = 0.03
-learning_rate = 3e-2
+learning_rate = 4e-2
+beta2 = 0.99  # few tokens per step
 weight_decay = 0.0
 schedule = "wsd"
-decay_fraction = 0.6
+decay_fraction = 0.8
 min_lr = 0.0
-max_iters = 180
+max_iters = 170
 warmup_iters = 10
 
-eval_interval = 180
+eval_interval = 170
+eval_tokens = 16_384
 log_interval = 10
