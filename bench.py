@@ -714,8 +714,10 @@ def draw(rows: list[dict], path: str) -> None:
     else:
         axes = figure.add_subplot(xlabel=COLUMNS[key][0])
         values = [row[key] for row in rows]
-        spread = [[max(0.0, v - row.get("low", v)) for v, row in zip(values, rows, strict=True)],
-                  [max(0.0, row.get("high", v) - v) for v, row in zip(values, rows, strict=True)]]
+        spread = None
+        if "low" in rows[0]:
+            spread = [[row[key] - row["low"] for row in rows],
+                      [row["high"] - row[key] for row in rows]]
         bars = axes.barh(names, values, xerr=spread, color=[f"C{i}" for i in range(len(rows))],
                          capsize=3)
         axes.bar_label(bars, [format(v, COLUMNS[key][1]) for v in values], padding=6)

@@ -1,13 +1,17 @@
 """bench.py: it measures what it says, on models so small that their figures mean nothing."""
 
 import json
+import os
 import statistics
+import sys
 
 import pytest
 import torch
 from test_train import refused
 
 import bench
+import train
+from config import read_config
 from model import GPT, GPTConfig
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--vocab_size=64",
@@ -89,3 +93,138 @@ def test_mistakes(tmp_path):
     refused(lambda: bench.main(["sped"]), "command=sped", "speed")
     refused(lambda: bench.main(["decode", *TINY, f"--nanogpt={tmp_path}"]), "model.py")
     refused(lambda: bench.main(["speed", *TINY, "--variants", "n_layr=1"]), "n_layr", "n_layer")
+
+
+def test_decoding_over_lengths(tmp_path, capsys):
+    """Decoding with a plot: every length, both code bases, in one table and one picture."""
+    (tmp_path / "model.py").write_text(NANOGPT)
+    bench.main(["decode", *TINY, f"--nanogpt={tmp_path}", f"--json={tmp_path}/figures.json",
+                f"--plot={tmp_path}/figures.png"])
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [row["new_tokens"] for row in rows] == [5] * 3 + [10] * 3 + [20] * 3
+    assert (tmp_path / "figures.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_muon(tmp_path, capsys):
+    bench.main(["muon", *TINY, f"--json={tmp_path}/figures.json", f"--plot={tmp_path}/figures.png"])
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    for row in rows:
+        assert 0 < row["muon_share"] < 1 and row["torch_muon_ms"] > 0
+        assert row["muon_share"] == pytest.approx(row["muon_ms"] / row["step_ms"])
+    assert (tmp_path / "figures.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_programs():
+    large = "import time; b = b'x' * 10**8; time.sleep(.4); print(7)"
+    took, most, said = bench.program("-c", large)
+    assert 0.4 < took and said == "7\n"
+    if sys.platform == "linux":
+        children = "import subprocess, sys; b = b'x' * 10**8; subprocess.run([sys.executable, " \
+                   "'-c', 'import time; b = 10**8 * bytes([1]); time.sleep(.5)'])"
+        assert 100 < most < 200 < bench.program("-c", children)[1] < 300
+    endless = "import time; print('here', flush=True); time.sleep(60)"
+    assert bench.program("-c", endless, until="here")[0] < 30
+    assert bench.program("-c", "import os; print(os.environ['SAID'])", SAID="yes")[2] == "yes\n"
+    refused(lambda: bench.program("-c", "raise SystemExit('no such thing')"), "no such thing")
+
+
+def scripted(monkeypatch, seconds, on_run=lambda argv, cwd: ""):
+    """Programs that take the given seconds, and 300 MB."""
+    clock = iter(seconds)
+    ran = []
+
+    def program(*argv, cwd=bench.HERE, **_):
+        ran.append(argv)
+        said = on_run(argv, cwd)
+        return (0.0 if said else next(clock)), 300.0, said
+
+    monkeypatch.setattr(bench, "program", program)
+    return ran
+
+
+def test_start(monkeypatch, capsys):
+    ran = scripted(monkeypatch, [9, 9, 9, 9, *(1, 2, 3, 4), *(2, 2, 2, 2), *(4, 8, 5, 6)])
+    rows = bench.measure(["start", "--repeats=3"])
+    assert [row["seconds"] for row in rows] == [2, 2, 3, 4] and len(ran) == 16
+    assert [row["ratio"] for row in rows] == [1, 2, 1.25, 1.5]
+    first_step, _ = read_config(train.TrainConfig, [*ran[3][1:]])
+    assert first_step.n_embd == 384 and first_step.max_iters == 1
+
+
+def test_time_to_a_loss(monkeypatch, tmp_path, capsys):
+    (tmp_path / "nano" / "data").mkdir(parents=True)
+    argv = ["loss", f"--nanogpt={tmp_path}/nano", f"--data_dir={tmp_path}", "--repeats=3"]
+    refused(lambda: bench.measure(argv), "prepare.py shakespeare_char")
+    (tmp_path / "shakespeare_char").mkdir()
+    (tmp_path / "shakespeare_char" / "meta.json").write_text("{}")
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, vocab_size=65, block_size=4))
+
+    def on_run(argv, cwd):
+        if "--eval_only" in argv:
+            return "val loss 1.75\n" if "nanogpt" in argv[1] else "val loss 1.5\n"
+        (out,) = [word[10:] for word in argv if word.startswith("--out_dir=")]
+        os.makedirs(os.path.join(cwd, out), exist_ok=True)
+        torch.save({"model": model.state_dict(), "model_args": vars(model.config)},
+                   os.path.join(cwd, out, "ckpt.pt"))
+        return ""
+
+    scripted(monkeypatch, [10, 1, 20, 4, 30, 6], on_run)
+    theirs, ours = bench.measure(argv)
+    assert (theirs["seconds"], ours["seconds"], ours["ratio"]) == (20, 4, 0.2)
+    assert (theirs["val_loss"], ours["val_loss"]) == (1.75, 1.5)
+    assert ours["parameters"] == model.get_num_params(False)
+
+
+def test_preparing(monkeypatch, tmp_path, capsys):
+    refused(lambda: bench.measure(["prepare"]), "--input=FILE")
+    (tmp_path / "documents.txt").write_text("one<|endoftext|>\n two\n<|endoftext|>")
+    script = tmp_path / "nano" / "data" / "openwebtext" / "prepare.py"
+    script.parent.mkdir(parents=True)
+    script.write_text('num_proc = 8\nload_dataset("openwebtext", num_proc=num_proc_load_dataset)')
+
+    def on_run(argv, cwd):
+        ours = argv[0] == "prepare.py"
+        if not ours:
+            text = open(argv[0]).read()
+            assert f"num_proc = {os.cpu_count()}" in text and "documents.jsonl" in text
+            documents = os.path.join(os.path.dirname(argv[0]), "..", "documents.jsonl")
+            assert [json.loads(line)["text"] for line in open(documents)] == ["one", " two"]
+        folder = next(w[11:] for w in argv if w.startswith("--data_dir=")) + "/openwebtext" \
+            if ours else os.path.dirname(argv[0])
+        os.makedirs(folder, exist_ok=True)
+        for split in ("train", "val"):
+            with open(f"{folder}/{split}.bin", "wb") as file:
+                file.write(bytes(2000))
+        return ""
+
+    scripted(monkeypatch, [4, 2], on_run)
+    theirs, ours = bench.measure(["prepare", f"--input={tmp_path}/documents.txt", "--repeats=1",
+                                  f"--nanogpt={tmp_path}/nano"])
+    assert theirs["tokens_per_s_core"] == 2000 / 4 / os.cpu_count() and ours["ratio"] == 2
+    assert ours["tokens"] == 2000 and ours["peak_mb"] == 300
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_all(kind, monkeypatch, capsys):
+    """Every command of the table is one that can be given, and has the words it needs."""
+    asked = []
+
+    def measure(argv):
+        c, _ = read_config(bench.BenchConfig, argv, positional="command")
+        for words in c.variants:
+            read_config(bench.BenchConfig, [*argv, *(f"--{w}" for w in words.split())],
+                        positional="command")
+        asked.append((c.command, c.nanogpt))
+        return [{"variant": c.command, "seconds": 1.0}]
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "pick_device", lambda _: torch.device(kind))
+    monkeypatch.setattr(bench, "machine", lambda _: "a machine")
+    bench.main(["all", "--nanogpt=../nanoGPT", "--input=documents.txt"])
+    expected = {"speed", "decode", "memory", "data", "muon"}
+    assert {command for command, _ in asked} == expected | (
+        {"loss", "prepare", "start"} if kind == "cpu" else set())
+    assert {nano for command, nano in asked if command == "loss"} <= {"../nanoGPT"}
+    bench.main(["all"])
+    printed = capsys.readouterr().out
+    assert ("not measured: it needs --input" in printed) == (kind == "cpu")

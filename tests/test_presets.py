@@ -34,6 +34,7 @@ PARAMETERS = {
     "tmm_tinystories": 163_812_192,
     "tmm_owt": 163_812_192,
     "shakespeare_char": 10_745_088,  # V = 65
+    "shakespeare_char_fast": 402_688,  # V = 65; nanoGPT's CPU recipe has 804,096
     "swiglu_113m": 151_917_312,
     "hourglass_113m": 176_405_280,
     "swiglu_400m": 454_263_808,
@@ -72,6 +73,10 @@ RECIPES = {
                              n_layer=6, n_head=6, n_embd=384, dropout=0.2, learning_rate=1e-3,
                              max_iters=5000, min_lr=1e-4, beta2=0.99, warmup_iters=100,
                              always_save_checkpoint=False),
+    "shakespeare_char_fast": dict(batch_size=64, gradient_accumulation_steps=1, block_size=32,
+                                  n_layer=2, n_head=4, n_embd=128, position="rope", qk_norm=True,
+                                  optimizer="muon", max_iters=170, schedule="wsd", min_lr=0.0,
+                                  beta2=0.99),
     "gpt_tinystories": dict(STORIES, template="gd"),
     "polyak_tinystories": dict(STORIES, template="polyak"),
     "yurii_tinystories": dict(STORIES, template="nesterov"),

@@ -7,6 +7,7 @@ Runs are tiny and in this process (conftest's `run`); "bit for bit" is torch.equ
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -357,6 +358,66 @@ def test_muon_is_newton_schulz_of_nesterov_momentum():
         muon.step()
     for n, p in matrices.items():
         assert (p - weights[n]).norm() < 0.05 * p.norm(), n  # bf16 rounds
+
+
+@pytest.mark.parametrize("world", [None, 1, 2, 3, 5])
+def test_muon_is_torchs(world, monkeypatch):
+    """Also where it is divided over processes: every one is played here, one after the other."""
+    shapes = [(32, 8), (8, 32), (16, 16), (16, 16), (8, 32), (16, 16), (1, 5)]
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in shapes]
+    sizes = []
+    if world:
+        ours, real = train.share_out, train.newton_schulz
+        monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(train.dist, "get_world_size", lambda: world)
+
+        def played(function, x):
+            parts = {}
+            for rank in range(world):  # first every process's part, then the exchange
+                monkeypatch.setattr(train.dist, "get_rank", lambda rank=rank: rank)
+                monkeypatch.setattr(train.dist, "all_gather_into_tensor", lambda whole, part,
+                                    rank=rank: parts.update({rank: part.clone()}))
+                ours(function, x)
+            monkeypatch.setattr(train.dist, "all_gather_into_tensor", lambda whole, part:
+                                whole.copy_(torch.cat([parts[r] for r in range(world)])))
+            return ours(function, x)
+
+        monkeypatch.setattr(train, "share_out", played)
+        monkeypatch.setattr(train, "newton_schulz",
+                            lambda x, group: (sizes.append(len(x)), real(x, group))[1])
+    theirs, mine = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    options = dict(lr=0.1, weight_decay=0.3, momentum=0.95, nesterov=True, ns_steps=5)
+    a, b = torch.optim.Muon(theirs, **options), train.Muon(mine, **options)
+    for _ in range(3):
+        for p, q in zip(theirs, mine, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q, before in zip(theirs, mine, start, strict=True):
+        assert (p - q).norm() < 0.01 * (p - before).norm()  # bf16 rounds
+        torch.testing.assert_close(b.state[q], a.state[p])
+    if world:
+        assert max(sizes) <= -(-3 // world)  # of the three matrices of a shape
+
+
+def test_kept_memory_is_not_faulted_in_again():
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("glibc's allocator")
+    program = """
+import resource, sys, torch, train
+train.keep_freed_memory(sys.argv[1] == "keep")
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    x = [torch.ones(10**7) for _ in range(3)]
+    del x
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    kept, given_back = (int(subprocess.run([sys.executable, "-c", program, how], cwd=ROOT,
+                                           capture_output=True, check=True).stdout)
+                        for how in ("keep", "give"))
+    assert kept < 100 < 10_000 < given_back
 
 
 def test_three_steps_by_hand(run, tmp_path, data_dir):
