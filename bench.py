@@ -378,6 +378,7 @@ def peak_memory(c: BenchConfig, theirs: bool) -> tuple[int, int]:
     import resource
 
     c.steps = 2
+    keep_freed_memory(not theirs)  # as train.py does
     scale = 1 if platform.system() == "Darwin" else 1024
     with random_data(c.vocab_size or 50304, 200_000) as folder:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
@@ -741,6 +742,16 @@ def measure(argv: list[str]) -> list[dict]:
 
 
 def main(argv: list[str]) -> None:
+    try:
+        run(argv)
+    except BrokenPipeError:  # cli's
+        raise
+    except OSError as error:  # a file or a folder that is not there, or may not be written
+        fail(f"{error.filename or ''}: {error.strerror or error}; mend the path")
+
+
+def run(argv: list[str]) -> None:
+    """Measure, print, write down, draw."""
     c, _ = read_config(BenchConfig, argv, positional="command", usage=__doc__)
     if c.command is None:
         fail("say what to measure: python bench.py speed | decode | memory | data | muon | loss | "

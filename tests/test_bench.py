@@ -93,6 +93,12 @@ def test_mistakes(tmp_path):
     refused(lambda: bench.main(["sped"]), "command=sped", "speed")
     refused(lambda: bench.main(["decode", *TINY, f"--nanogpt={tmp_path}"]), "model.py")
     refused(lambda: bench.main(["speed", *TINY, "--variants", "n_layr=1"]), "n_layr", "n_layer")
+    refused(lambda: bench.main(["prepare", f"--input={tmp_path}/none.txt", "--repeats=1",
+                                f"--nanogpt={tmp_path}"]), "none.txt", "No such file")
+    (tmp_path / "shakespeare_char").mkdir()
+    (tmp_path / "shakespeare_char" / "meta.json").write_text("{}")
+    refused(lambda: bench.main(["loss", f"--data_dir={tmp_path}", f"--nanogpt={tmp_path}/none"]),
+            "none", "No such file")
 
 
 def test_decoding_over_lengths(tmp_path, capsys):
