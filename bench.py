@@ -57,11 +57,11 @@ from train import (
     TrainConfig,
     WindowOrder,
     accumulate,
-    keep_freed_memory,
     make_optimizers,
     model_args,
     prefetch,
     try_compile,
+    tune_allocator,
 )
 
 
@@ -126,7 +126,7 @@ def alternate(variants: list[Variant], repeats: int) -> list[dict]:
     """Rows of figures. Each variant warms up twice, which compiles it, then all take turns. The
     ratio is the median of those of neighbours in time."""
     def turn(v: Variant) -> float:
-        keep_freed_memory(v.ours)
+        tune_allocator(v.ours)
         return seconds(v.run, v.device)
 
     warm_up = [turn(v) for v in variants]
@@ -378,7 +378,8 @@ def peak_memory(c: BenchConfig, theirs: bool) -> tuple[int, int]:
     import resource
 
     c.steps = 2
-    keep_freed_memory(not theirs)  # as train.py does
+    if not theirs:
+        tune_allocator()  # as train.py does
     scale = 1 if platform.system() == "Darwin" else 1024
     with random_data(c.vocab_size or 50304, 200_000) as folder:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
@@ -438,10 +439,12 @@ def program(*argv: str, cwd: str = HERE, until: str = "", **environment: str,
             ) -> tuple[float, float, str]:
     """Run Python to its end, or until it prints a text: (wall seconds, the largest resident MB of
     all its processes together where /proc tells, its output). UserError if it fails."""
+    environment = os.environ | environment
+    environment.pop("THP_MEM_ALLOC_ENABLE", None)  # which model.py sets, for its own processes
     with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
         process = subprocess.Popen([sys.executable, *argv], cwd=cwd, stdout=output,
-                                   stderr=subprocess.STDOUT, env=os.environ | environment)
+                                   stderr=subprocess.STDOUT, env=environment)
         most = 0
         while True:
             try:

@@ -31,6 +31,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from config import UserError, check_fields, fail, printable, reason
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's: large CPU tensors in huge pages
+
 Oracle = Callable[[torch.Tensor], torch.Tensor]  # z (B, T, C) -> g(z) (B, T, C)
 State = tuple[torch.Tensor, ...]  # x (B, T, C), then whatever streams the template carries
 
@@ -151,6 +153,18 @@ class GPTConfig:
 # Parts: linear, norm, rotary positions, key/value cache, attention
 
 
+@torch.library.custom_op("nanoyurii::matvec", mutates_args=())
+def matvec(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """weight (N, C) times x (C,) -> (N,): torch.mv, as an operator that torch.compile leaves whole
+    (it would write a slower multiply-and-sum)."""
+    return torch.mv(weight, x)
+
+
+@matvec.register_fake
+def _(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(weight.size(0))
+
+
 class Linear(nn.Linear):
     """nn.Linear that computes in the precision of its weights (see GPT.store_matrices). On a CPU a
     single row, as in decoding, is multiplied as a vector: torch.mv reads the weights up to twice
@@ -161,7 +175,8 @@ class Linear(nn.Linear):
         x = x.to(self.weight.dtype)
         if x.numel() > self.in_features or not x.is_cpu or torch.is_grad_enabled():
             return super().forward(x)
-        y = torch.matmul(self.weight, x.flatten())
+        whole = torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+        y = (matvec if whole else torch.matmul)(self.weight, x.flatten())
         y = y if self.bias is None else y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], -1)
 

@@ -402,22 +402,53 @@ def test_muon_is_torchs(world, monkeypatch):
         assert max(sizes) <= -(-3 // world)  # of the three matrices of a shape
 
 
-def test_kept_memory_is_not_faulted_in_again():
+def output_of(program: str, *argv: str) -> list[float]:
+    """The numbers that a Python of its own prints, with the environment as it was."""
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run([sys.executable, "-c", program, *argv], cwd=ROOT, env=environment,
+                          capture_output=True, check=True)
+    return [float(word) for word in done.stdout.split()]
+
+
+def test_freed_memory_is_kept_if_small_and_given_back_if_large():
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("glibc's allocator")
     program = """
 import resource, sys, torch, train
-train.keep_freed_memory(sys.argv[1] == "keep")
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+if sys.argv[1] == "ours":
+    train.tune_allocator()
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    x = [torch.ones(10**7) for _ in range(3)]
+    x = [torch.ones(300_000) for _ in range(20)]  # 1.2 MB each
     del x
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+x = torch.ones(5_000_000)
+del x  # after which glibc keeps up to so much for itself
+start = resident()
+x = [torch.ones(2_000_000) for _ in range(20)]  # 8 MB each; every second one goes
+full = resident()
+del x[::2]
+print((full - resident()) / (full - start))
 """
-    kept, given_back = (int(subprocess.run([sys.executable, "-c", program, how], cwd=ROOT,
-                                           capture_output=True, check=True).stdout)
-                        for how in ("keep", "give"))
-    assert kept < 100 < 10_000 < given_back
+    (faults, back), (_, glibc_back) = (output_of(program, how) for how in ("ours", "glibc's"))
+    assert faults < 100
+    assert glibc_back < 0.2 < 0.45 < back < 0.55
+
+
+def test_large_tensors_come_in_huge_pages():
+    setting = "/sys/kernel/mm/transparent_hugepage/enabled"
+    if not os.path.exists(setting) or "[madvise]" not in open(setting).read():
+        pytest.skip("huge pages are not for those who ask")
+    program = """
+import resource, torch, model
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+x = torch.ones(10**8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    ours, plain = output_of(program), output_of(program.replace("model", "resource"))
+    assert ours[0] < 0.2 * plain[0]
 
 
 def test_three_steps_by_hand(run, tmp_path, data_dir):
