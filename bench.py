@@ -10,6 +10,8 @@
     python bench.py prepare --input=documents.txt --nanogpt=../nanoGPT
     python bench.py start                           how long the programs take to start
     python bench.py all --nanogpt=../nanoGPT --input=documents.txt   the README's whole table
+    python bench.py plot out-a out-b --x=tokens --plot=losses.png    runs together; also
+        --draw=scalars (mu, beta, ... as learned), --draw=path (the residual stream's way)
 
 The options are train.py's and a few more. A variant is a word of further options ("template=tmm
 dropout=0.1"); all are measured in turn (A B A B ...): a machine that slows down slows all of
@@ -46,11 +48,14 @@ from model import (
     KVCache,
     autocast,
     can_compile,
+    checkpoint_config,
+    out_of_memory,
     pick_device,
     pick_dtype,
     read_checkpoint,
+    read_latest,
 )
-from prepare import END_OF_TEXT
+from prepare import END_OF_TEXT, load_meta
 from train import (
     Muon,
     Tokens,
@@ -59,7 +64,9 @@ from train import (
     accumulate,
     make_optimizers,
     model_args,
+    plot_losses,
     prefetch,
+    read_log,
     try_compile,
     tune_allocator,
 )
@@ -70,7 +77,7 @@ class BenchConfig(TrainConfig):
     """Every option of bench.py: train.py's, and these."""
 
     command: Literal["speed", "decode", "memory", "data", "muon", "loss", "prepare", "start",
-                     "all"] | None = None  # the first word
+                     "all", "plot"] | None = None  # the first word
     variants: tuple[str, ...] = ("",)  # the options of each variant, as one word: "template=gd"
     nanogpt: str | None = None  # folder of nanoGPT's code: its model is one more variant
     repeats: int = 5  # measurements of each variant
@@ -80,6 +87,9 @@ class BenchConfig(TrainConfig):
     input: str | None = None  # prepare: a text file of documents, with <|endoftext|> between them
     json: str | None = None  # a file to write the figures to
     plot: str | None = None  # a PNG to draw them in
+    runs: tuple[str, ...] = ()  # plot: the out_dirs to draw together
+    draw: Literal["losses", "scalars", "path"] = "losses"  # plot: what to draw of them
+    x: Literal["steps", "tokens", "seconds", "flops"] = "steps"  # plot: what losses are drawn over
 
     def _rules(self) -> list[tuple[bool, str, str, str]]:
         counts = ("repeats", "steps", "num_samples", "max_new_tokens")
@@ -696,16 +706,32 @@ def machine(device: torch.device) -> str:
            f"{time.strftime('%Y-%m-%d')}"
 
 
-def draw(rows: list[dict], path: str) -> None:
-    """A PNG: bars with their range, or lines over the number of tokens."""
+NO_MATPLOTLIB = "plot needs matplotlib: pip install matplotlib"
+
+
+@contextlib.contextmanager
+def picture(path: str, width: float, height: float) -> Iterator:
+    """A matplotlib figure that becomes a PNG."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        fail("plot needs matplotlib: pip install matplotlib")
+        fail(NO_MATPLOTLIB)
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    yield figure
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def draw(rows: list[dict], path: str) -> None:
+    """A PNG of what was measured."""
     key = next(k for k in ("tokens_per_s", "tokens_per_s_core", "seconds", "peak_mb", "muon_share",
                            "waiting_share") if k in rows[0])
-    figure = Figure(figsize=(7, 3.5), dpi=120, layout="constrained")
+    with picture(path, 7, 3.5) as figure:
+        draw_figures(rows, figure, key)
+
+
+def draw_figures(rows: list[dict], figure, key: str) -> None:
+    """Figures `key` of the rows: bars with their range, or lines over the number of tokens."""
     names = list(dict.fromkeys(row["variant"] for row in rows))
     if len(rows) > len(names):  # decoding
         axes = figure.add_subplot(xlabel="new tokens", ylabel="seconds", title="time to decode")
@@ -728,7 +754,102 @@ def draw(rows: list[dict], path: str) -> None:
         axes.margins(x=0.15)
         axes.invert_yaxis()
     axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(path)
+
+
+# -----------------------------------------------------------------------------
+# Pictures of runs
+
+
+def run_name(out_dir: str) -> str:
+    return os.path.basename(os.path.normpath(out_dir))
+
+
+def plot(c: BenchConfig) -> None:
+    """Several runs in one PNG: their losses, learned scalars, or paths of the residual stream."""
+    if not c.runs:
+        fail("name the out_dirs of one run or several: python bench.py plot OUT_DIR...")
+    if importlib.util.find_spec("matplotlib") is None:
+        fail(NO_MATPLOTLIB)
+    path = c.plot or f"{c.draw}.png"
+    with picture(path, 8, 3.6) if c.draw == "path" else contextlib.nullcontext() as figure:
+        if c.draw == "losses":
+            flops = [flops_per_token(run) for run in c.runs] if c.x == "flops" else []
+            plot_losses(list(c.runs), path, c.x, tuple(flops))
+        elif c.draw == "scalars":
+            plot_scalars(c, path)
+        else:
+            plot_paths(c, figure)
+    print(f"wrote {path}")
+
+
+def checkpoint_of(out_dir: str, weights: bool = True) -> dict:
+    """A run's latest checkpoint; UserError where there is none."""
+    return read_latest(out_dir, weights) or read_checkpoint(os.path.join(out_dir, "ckpt.pt"))
+
+
+def flops_per_token(out_dir: str) -> int:
+    """Training FLOPs per token of a run's model."""
+    with torch.device("meta"):
+        return GPT(checkpoint_config(checkpoint_of(out_dir, weights=False))).flops_per_token()
+
+
+def plot_scalars(c: BenchConfig, path: str) -> None:
+    """Each learned scalar: by layer as the run ended, and its mean over layers, with the lowest and
+    the highest, during training. The first substep (attention) is drawn solid, the next dashed."""
+    logs = {run: [r for r in read_log(run) if r["type"] == "scalars"] for run in c.runs}
+    names = list(dict.fromkeys(k for log in logs.values() for r in log for k in r
+                               if k not in ("type", "iter")))
+    if not names:
+        fail(f"{', '.join(c.runs)}: no learned scalars in log.jsonl; a momentum template "
+             f"(--template=nesterov) logs them at every evaluation")
+    with picture(path, 9, 2.2 * len(names) + 0.6) as figure:
+        grid = figure.subplots(len(names), 2, squeeze=False)
+        for name, (by_layer, over_time) in zip(names, grid, strict=True):
+            by_layer.set(ylabel=name, xlabel="layer")
+            over_time.set(xlabel="step")
+            for i, (run, log) in enumerate(logs.items()):
+                log = [r for r in log if name in r]
+                values = np.array([r[name] for r in log])  # (evaluations, layers, substeps)
+                for k in range(values.shape[-1]):
+                    style = dict(color=f"C{i}", ls=("-", "--", ":", "-.")[k % 4])
+                    by_layer.plot(range(1, values.shape[1] + 1), values[-1, :, k], marker="o", ms=3,
+                                  label=f"{run_name(run)}, substep {k + 1}", **style)
+                    steps, of_substep = [r["iter"] for r in log], values[:, :, k]
+                    over_time.plot(steps, of_substep.mean(axis=1), **style)
+                    over_time.fill_between(steps, of_substep.min(axis=1), of_substep.max(axis=1),
+                                           color=f"C{i}", alpha=0.1, lw=0)
+            for axes in (by_layer, over_time):
+                axes.grid(alpha=0.3)
+            by_layer.xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center",
+                      ncols=2, fontsize="small")
+
+
+def plot_paths(c: BenchConfig, figure) -> None:
+    """How far x moves in each layer, and by what angle it turns from one to the next: means over
+    the tokens of 16 windows of each run's validation split."""
+    lengths, turns = figure.subplots(1, 2)
+    lengths.set(xlabel="layer", ylabel="length of the layer's step")
+    turns.set(xlabel="between layers l and l + 1", ylabel="turning angle (degrees)")
+    for run in c.runs:
+        checkpoint = checkpoint_of(run)
+        model, trained = GPT.from_checkpoint(checkpoint).eval(), checkpoint.get("config", {})
+        folder = os.path.join(trained.get("data_dir", c.data_dir), trained.get("dataset", ""))
+        tokens = Tokens(folder, "val", load_meta(folder), model.config.block_size)
+        starts = range(0, len(tokens) - model.config.block_size, model.config.block_size)
+        path, angles = model.residual_path(tokens.read(starts[:16])[:, :-1].long())
+        lengths.plot(range(1, len(path) + 1), path, marker="o", ms=3,
+                     label=f"{run_name(run)}: {sum(path):.1f} in all")
+        turns.plot(range(1, len(angles) + 1), angles, marker="o", ms=3)
+    for axes in (lengths, turns):
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    lengths.legend(fontsize="small")
+
+
+# -----------------------------------------------------------------------------
+# The command line
 
 
 def measure(argv: list[str]) -> list[dict]:
@@ -749,16 +870,25 @@ def main(argv: list[str]) -> None:
         run(argv)
     except BrokenPipeError:  # cli's
         raise
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        fail("out of memory: halve --batch_size (or, for decode, --num_samples)")
     except OSError as error:  # a file or a folder that is not there, or may not be written
         fail(f"{error.filename or ''}: {error.strerror or error}; mend the path")
 
 
 def run(argv: list[str]) -> None:
     """Measure, print, write down, draw."""
+    if argv[:1] == ["plot"]:
+        n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+        argv = ["plot", *argv[n:], *(["--runs", *argv[1:n]] if n > 1 else [])]
     c, _ = read_config(BenchConfig, argv, positional="command", usage=__doc__)
     if c.command is None:
         fail("say what to measure: python bench.py speed | decode | memory | data | muon | loss | "
-             "prepare | start | all")
+             "prepare | start | all | plot")
+    if c.command == "plot":
+        return plot(c)
     where = machine(pick_device(c.device))
     print(where)
     if c.command == "all":

@@ -847,6 +847,35 @@ class GPT(nn.Module):
                   for role, params in self.parameter_roles().items() if role in roles and params]
         return torch.optim.AdamW(groups, betas=betas, fused=device_type in ("cuda", "cpu", "mps"))
 
+    @torch.no_grad()
+    def learned_scalars(self) -> dict[str, list[list[float]]]:
+        """The templates' scalars, mapped: name -> for each layer the values of its substeps."""
+        steps = [list(block.steps) for block in self.transformer.h]
+        names = list(steps[0][0].learned)
+        if not names:
+            return {}
+        values = torch.stack([torch.stack([torch.cat([step.scalar(name) for step in layer])
+                                           for layer in steps]) for name in names])  # one read
+        return dict(zip(names, values.tolist(), strict=True))
+
+    @torch.no_grad()
+    def residual_path(self, idx: torch.Tensor) -> tuple[list[float], list[float]]:
+        """The way of x through depth for tokens idx (B, T), means over tokens: the L lengths
+        |x_{l+1} - x_l|, and the L - 1 angles between a layer's step and the next, in degrees."""
+        xs: list[torch.Tensor] = []
+        hooks = [block.register_forward_hook(
+            lambda _, inputs, state: xs.extend([inputs[0][0], state[0]] if not xs else [state[0]]))
+            for block in self.transformer.h]
+        try:
+            self(idx)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        steps = torch.stack(xs).double().diff(dim=0)  # (L, B, T, C)
+        cosines = F.cosine_similarity(steps[1:], steps[:-1], dim=-1).clamp(-1, 1)
+        angles = cosines.arccos().rad2deg().mean(dim=(1, 2))
+        return steps.norm(dim=-1).mean(dim=(1, 2)).tolist(), angles.tolist()
+
     # --- weights from elsewhere ---
 
     def crop_block_size(self, block_size: int) -> None:
@@ -1095,6 +1124,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     if dtype in (torch.bfloat16, torch.float16):
         return torch.autocast(device.type, dtype)
     return contextlib.nullcontext()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """CUDA has an exception for it; MPS and CPUs raise a plain RuntimeError."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
 
 
 def can_compile(wanted: bool | None, device: torch.device, say: Callable = print) -> bool:

@@ -18,7 +18,15 @@ from typing import Literal
 import torch
 
 from config import cli, fail, read_config
-from model import GPT, can_compile, pick_device, pick_dtype, read_checkpoint, read_latest
+from model import (
+    GPT,
+    can_compile,
+    out_of_memory,
+    pick_device,
+    pick_dtype,
+    read_checkpoint,
+    read_latest,
+)
 from prepare import Tokenizer, load_meta
 
 
@@ -176,10 +184,15 @@ def main(argv: list[str]) -> None:
     prompt = read_prompt(config.start)
     model, tokenizer = load_model(config)
     dtype = pick_dtype(config.dtype, device)
-    model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    model.store_matrices(dtype)
-    for piece in draw_samples(model, tokenizer, config, prompt):
-        print(piece, end="", flush=True)
+    try:
+        model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        model.store_matrices(dtype)
+        for piece in draw_samples(model, tokenizer, config, prompt):
+            print(piece, end="", flush=True)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        fail("out of memory: halve --num_samples or --max_new_tokens, or use --device=cpu")
 
 
 if __name__ == "__main__":

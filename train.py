@@ -48,6 +48,7 @@ from model import (
     autocast,
     can_compile,
     checkpoint_config,
+    out_of_memory,
     pick_device,
     pick_dtype,
     read_checkpoint,
@@ -646,28 +647,56 @@ def tensorboard_sink(config: TrainConfig) -> Callable[[dict[str, float], int], N
     return log
 
 
-def plot_losses(out_dirs: list[str], path: str) -> None:
-    """Draw the losses of one run or several to a PNG, where matplotlib is installed."""
+def read_log(out_dir: str) -> list[dict]:
+    """The records of a run's log.jsonl; `seconds` goes on over its interruptions. UserError where
+    there is none."""
+    path = os.path.join(out_dir, "log.jsonl")
+    try:
+        with open(path, encoding="utf-8") as file:
+            records = [json.loads(line) for line in file if line.endswith("\n")]
+        before = latest = 0.0
+        for record in records:
+            if "seconds" in record:
+                before += latest if record["seconds"] < latest else 0.0
+                latest = record["seconds"]
+                record["seconds"] += before
+    except (OSError, ValueError, TypeError) as error:
+        fail(f"{path}: {reason(error)}; name the out_dir of a run")
+    return records
+
+
+AXES = {"steps": ("iter", "step"), "tokens": ("tokens", "training tokens"),
+        "seconds": ("seconds", "wall time (s)"), "flops": ("flops", "training FLOPs")}
+
+
+def plot_losses(out_dirs: list[str], path: str, x: str = "steps",
+                flops_per_token: tuple[float, ...] = ()) -> None:
+    """Draw the losses of one run or several to a PNG, where matplotlib is installed, over one of
+    AXES (flops with each run's flops_per_token)."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="cross-entropy (nats per token)")
+    key, label = AXES[x]
+    axes = figure.add_subplot(xlabel=label, ylabel="cross-entropy (nats per token)")
     top = 0.0  # of the picture: the second evaluation, since the first is that of no training
     for i, out_dir in enumerate(out_dirs):
-        with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
+        records = read_log(out_dir)
+        for r in records if flops_per_token else ():
+            r["flops"] = r.get("tokens", 0) * flops_per_token[i]
         for kind, name, style in (("train", "loss", dict(lw=0.7, alpha=0.4)),
                                   ("eval", "val_loss", dict(marker="o", ms=3.5))):
-            points = [(r["iter"], r[name]) for r in records if r["type"] == kind and r[name]]
+            points = [(r[key], r[name]) for r in records
+                      if r["type"] == kind and r[name] and key in r]
             if points:
-                label = f"{os.path.basename(out_dir)}, {kind}: {points[-1][1]:.4f}"
-                axes.plot(*zip(*points, strict=True), label=label, color=f"C{i}", **style)
+                run = os.path.basename(os.path.normpath(out_dir))
+                axes.plot(*zip(*points, strict=True), label=f"{run}, {kind}: {points[-1][1]:.4f}",
+                          color=f"C{i}", **style)
                 top = max([top, *(loss for _, loss in points[1:2] if kind == "eval")])
     axes.set_ylim(top=1.05 * top or None)
-    axes.legend()
+    axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     FigureCanvasAgg(figure).print_png(path)
 
@@ -1034,9 +1063,9 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
         say(f"resuming {c.out_dir} at step {step}")
         try:
             restore(checkpoint, c, raw_model, optimizers, scaler, ranks, say)
-        except torch.OutOfMemoryError:
-            raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
             fail(f"the optimizer, scaler or rng of the checkpoint in {c.out_dir} is damaged: "
                  f"{reason(error)}; remove it to use the one before")
     del checkpoint
@@ -1087,7 +1116,10 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                 best_val_loss = val_loss if is_best else best_val_loss
                 if master:
                     log.record("eval", step, tokens=position * T, val_loss=val_loss,
-                               best_val_loss=best_val_loss)
+                               best_val_loss=best_val_loss, seconds=time.time() - began)
+                    if not sharded and (scalars := raw_model.learned_scalars()):
+                        log.write({"type": "scalars", "iter": step, **scalars})
+                    plot_losses([c.out_dir], os.path.join(c.out_dir, "loss.png"))
                     show(f"step {step}: val loss {val_loss:.4f}, best {best_val_loss:.4f}", True)
             due = step % (c.save_interval or c.eval_interval) == 0 or last or stopping
             if step > 0 and new and (due or is_best) and streak < 10:  # else: broken weights?
@@ -1228,10 +1260,10 @@ def main(argv: list[str]) -> None:
     except OSError as error:  # a full disk, a folder that may not be written to
         fail(f"{error.filename or config.out_dir}: {error.strerror or error}; the checkpoints that "
              f"were there are intact; mend that or choose another --out_dir")
-    except torch.OutOfMemoryError:
-        fail("out of memory: halve --batch_size and double --gradient_accumulation_steps (the step "
-             "stays the same), or add --activation_checkpointing")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            fail("out of memory: halve --batch_size and double --gradient_accumulation_steps (the "
+                 "step stays the same), or add --activation_checkpointing, or --loss_chunk=4096")
         lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
         if lost and "RANK" in os.environ:
             fail(f"another process of this run has ended or does not answer; its own message, or "

@@ -22,6 +22,8 @@ import torch
 from conftest import TINY, write_data
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import bench
+import sample
 import train
 from config import UserError, cli
 from model import GPT, GPTConfig
@@ -1033,6 +1035,30 @@ def test_a_checkpoint_that_lacks_something_is_refused(run, tmp_path, spoil, said
     spoil(checkpoint)
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     refused(lambda: run(tmp_path, init_from="resume"), said)
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    MemoryError()], ids=["cuda", "mps", "cpu", "python"])
+def test_out_of_memory_says_what_to_halve(run, tmp_path, monkeypatch, error):
+    run(tmp_path / "run", max_iters=1)
+
+    def too_large(*_, **__):
+        raise error
+
+    monkeypatch.setattr(GPT, "forward", too_large)
+    refused(lambda: run(tmp_path / "new"), "halve --batch_size", "--gradient_accumulation_steps")
+    refused(lambda: sample.main([f"--out_dir={tmp_path}/run"]), "halve --num_samples")
+    refused(lambda: bench.main(["speed", "--device=cpu", "--n_layer=1", "--n_embd=12",
+                                "--block_size=8", "--vocab_size=32"]), "halve --batch_size")
+
+
+def test_other_errors_keep_their_traceback(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(GPT, "forward", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run(tmp_path)
 
 
 @pytest.mark.parametrize("card, peak", [

@@ -1,0 +1,169 @@
+"""Watching runs: what is logged, and `bench.py plot`, whose lines are read off the figures."""
+
+import contextlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_train import refused
+from torch.nn import functional as F
+
+import bench
+import train
+from model import GPT, GPTConfig, read_checkpoint
+
+figures = pytest.importorskip("matplotlib.figure")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The matplotlib figures that were made, in order."""
+    made = []
+    real = figures.Figure.__init__
+
+    def keep(self, *args, **options):
+        real(self, *args, **options)
+        made.append(self)
+
+    monkeypatch.setattr(figures.Figure, "__init__", keep)
+    return made
+
+
+@contextlib.contextmanager
+def folder(path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.chdir(path)
+        yield
+
+
+def lines(axes):
+    """label -> (xs, ys) of what is drawn."""
+    return {line.get_label(): tuple(np.asarray(line.get_data(), float)) for line in axes.lines}
+
+
+def test_the_picture_is_refreshed_at_every_evaluation(run, tmp_path, monkeypatch):
+    drawn_at = []
+    real = train.plot_losses
+    monkeypatch.setattr(train, "plot_losses", lambda dirs, path, *more: (
+        real(dirs, path, *more),
+        drawn_at.append(len([r for r in train.read_log(tmp_path) if r["type"] == "eval"]))))
+    run(tmp_path)
+    assert drawn_at[:3] == [1, 2, 3] and (tmp_path / "loss.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("template, names", [
+    ("gd", []), ("polyak", ["beta", "gamma"]), ("tmm", ["mu", "beta", "gamma", "nu"]),
+    ("imex", ["gamma_a", "gamma_m", "beta"])])
+def test_learned_scalars_are_logged_at_evaluations(run, tmp_path, template, names):
+    records = [r for r in run(tmp_path, template=template, scalar_lr=0.3) if r["type"] == "scalars"]
+    assert [r["iter"] for r in records] == ([0, 3, 6] if names else [])
+    weights = read_checkpoint(tmp_path / "ckpt.pt")["model"]
+    for name in names:
+        logged = np.array(records[-1][name])
+        assert logged.shape == (2, 1 if template == "imex" else 2)
+        for layer, row in enumerate(logged):
+            for k, value in enumerate(row):
+                raw = weights[f"transformer.h.{layer}.steps.{k}.{name}"].double().item()
+                exact = 1 / (1 + math.exp(-raw)) if name in ("mu", "beta") \
+                    else math.log1p(math.exp(raw))
+                assert value == pytest.approx(exact, rel=1e-6)
+        assert np.abs(logged - np.array(records[0][name])).max() > 1e-3  # they are learned
+
+
+def test_seconds_go_on_over_an_interruption(tmp_path):
+    log = [{"type": "config"}, *({"type": "train", "iter": i, "seconds": s}
+                                 for i, s in enumerate((1.0, 4.0, 0.5, 2.0, 1.0)))]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + '\n{"type": "tr')
+    assert [r["seconds"] for r in train.read_log(tmp_path)[1:]] == [1.0, 4.0, 4.5, 6.0, 7.0]
+
+
+@pytest.mark.parametrize("x, label", [("steps", "step"), ("tokens", "tokens"),
+                                      ("seconds", "wall time"), ("flops", "FLOPs")])
+def test_losses_of_several_runs(run, tmp_path, drawn, monkeypatch, x, label):
+    runs = {"one": run(tmp_path / "one"), "two": run(tmp_path / "two", n_layer=1)}
+    drawn.clear()
+    with folder(tmp_path, monkeypatch):
+        bench.main(["plot", "one", "two/", f"--x={x}", "--plot=all.png"])
+    assert (tmp_path / "all.png").stat().st_size > 5_000
+    (axes,) = drawn[0].axes
+    assert label in axes.get_xlabel() and "nats" in axes.get_ylabel()
+    seen = lines(axes)
+    assert len(seen) == 4
+    for name, records in runs.items():
+        evaluated = [r for r in records if r["type"] == "eval"]
+        (xs, ys), = (line for key, line in seen.items() if key.startswith(f"{name}, eval"))
+        assert ys.tolist() == [r["val_loss"] for r in evaluated]
+        model = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=2 if name == "one" else 1,
+                              n_head=2, n_embd=32))
+        factor = model.flops_per_token() if x == "flops" else 1
+        key = {"steps": "iter", "seconds": "seconds"}.get(x, "tokens")
+        assert xs == pytest.approx([r[key] * factor for r in evaluated])
+
+
+def test_scalars_of_two_runs(run, tmp_path, drawn):
+    runs = {name: run(tmp_path / name, template=name, scalar_lr=0.3) for name in ("tmm", "polyak")}
+    drawn.clear()
+    bench.main(["plot", *(str(tmp_path / name) for name in runs), "--draw=scalars",
+                f"--plot={tmp_path}/scalars.png"])
+    assert (tmp_path / "scalars.png").stat().st_size > 10_000
+    axes = drawn[0].axes
+    assert [a.get_ylabel() for a in axes[::2]] == ["mu", "beta", "gamma", "nu"]
+    last = {name: [r for r in records if r["type"] == "scalars"] for name, records in runs.items()}
+    by_layer, over_time = axes[2:4]  # beta, of both
+    assert lines(by_layer)["tmm, substep 1"][1].tolist() == [row[0] for row in
+                                                             last["tmm"][-1]["beta"]]
+    assert lines(by_layer)["polyak, substep 2"][1].tolist() == [row[1] for row in
+                                                                last["polyak"][-1]["beta"]]
+    first = over_time.lines[0].get_data()
+    assert first[0].tolist() == [0, 3, 6]
+    assert first[1] == pytest.approx([np.mean(np.array(r["beta"])[:, 0]) for r in last["tmm"]])
+    assert len(axes[0].lines) == 2  # only tmm has mu
+
+
+@pytest.mark.parametrize("options", [{}, dict(template="nesterov"), dict(template="imex"),
+                                     dict(ffn="hourglass", splitting="strang")])
+def test_the_residual_path_by_hand(options):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16,
+                          **options)).double().eval()
+    idx = torch.randint(64, (2, 16))
+    lengths, angles = model.residual_path(idx)
+    with torch.no_grad():
+        state = model.embed(idx)
+        xs = [state[0]]
+        for block in model.transformer.h:
+            state = block(state)
+            xs.append(state[0])
+    d = [b - a for a, b in zip(xs, xs[1:], strict=False)]
+    assert lengths == pytest.approx([v.square().sum(-1).sqrt().mean().item() for v in d])
+    for angle, a, b in zip(angles, d, d[1:], strict=False):
+        cosine = (a * b).sum(-1) / (F.normalize(a, dim=-1) * a).sum(-1) / b.pow(2).sum(-1).sqrt()
+        assert angle == pytest.approx(cosine.acos().mean().item() * 180 / math.pi)
+    assert not any(block._forward_hooks for block in model.transformer.h)
+
+
+def test_paths_of_two_runs(run, tmp_path, drawn):
+    for name, template in (("gpt", "gd"), ("yurii", "nesterov")):
+        run(tmp_path / name, template=template, n_layer=3)
+    drawn.clear()
+    bench.main(["plot", str(tmp_path / "gpt"), str(tmp_path / "yurii"), "--draw=path",
+                f"--plot={tmp_path}/path.png"])
+    assert (tmp_path / "path.png").stat().st_size > 10_000
+    lengths, turns = drawn[0].axes
+    assert [len(line.get_xdata()) for line in lengths.lines + turns.lines] == [3, 3, 2, 2]
+    assert all((line.get_ydata() > 0).all() for line in lengths.lines)
+
+
+@pytest.mark.parametrize("command, said", [
+    ("plot", "plot OUT_DIR"), ("plot none", "none"), ("plot none --x=miles", "miles"),
+    ("plot gd --draw=scalars", "momentum"), ("plot gd --plot=no/x.png", "no/x.png"),
+    ("plot lone --x=flops", "checkpoint"), ("plot lone --draw=path", "checkpoint")])
+def test_what_cannot_be_drawn_is_one_line(run, tmp_path, monkeypatch, command, said):
+    run(tmp_path / "gd", max_iters=1)
+    (tmp_path / "lone").mkdir()
+    (tmp_path / "lone" / "log.jsonl").write_text('{"type": "config"}\n')
+    with folder(tmp_path, monkeypatch):
+        refused(lambda: bench.main(command.split()), said)
+    assert not list(tmp_path.glob("*.png"))
