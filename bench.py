@@ -619,7 +619,7 @@ CPU_TABLE = [  # title, what is aimed at, command
     ("data", "less than 1 % of a step", f"data {CHAR} --batch_size=16"),
     ("preparing data", "at least 1.5 x nanoGPT, below 600 MB", "prepare NANOGPT INPUT"),
     ("decoding, 124 M parameters", "at least 10 x nanoGPT, half of the bandwidth",
-     f"decode {SMALL} --variants template=gd template=nesterov NANOGPT"),
+     f'decode {SMALL} --variants template=gd template=nesterov "template=gd compile=True" NANOGPT'),
     ("memory of training, 124 M parameters", "momentum at most 10 % more than GPT",
      f'memory {SMALL} --batch_size=4 --gradient_accumulation_steps=1 --block_size=512 --variants '
      f'template=gd loss_chunk=512 activation_checkpointing=True template=nesterov NANOGPT'),
