@@ -614,6 +614,12 @@ class Log:
         for sink in self.sinks:
             sink({f"{kind}/{k}": v for k, v in values.items() if v is not None}, step)
 
+    def scalars(self, step: int, values: dict[str, list[list[float]]]) -> None:
+        """The learned ones, name -> layers -> substeps; elsewhere their means over layers."""
+        self.write({"type": "scalars", "iter": step, **values})
+        for sink in self.sinks:
+            sink({f"scalars/{k}": float(np.mean(v)) for k, v in values.items()}, step)
+
     def length(self) -> int:
         """Bytes so far, on the disk."""
         os.fsync(self.file.fileno())
@@ -624,8 +630,8 @@ def wandb_sink(config: TrainConfig) -> Callable[[dict[str, float], int], None]:
     """A function of ({name: value}, step) that logs to Weights & Biases."""
     try:
         import wandb
-    except ImportError:
-        fail("wandb_log=True needs wandb: pip install wandb")
+    except ImportError as error:
+        fail(f"wandb_log=True needs wandb: pip install wandb ({error})")
     run = wandb.init(project=config.wandb_project, name=config.wandb_run_name,
                      config=asdict(config))
     return lambda values, step: run.log(values, step=step)
@@ -635,8 +641,8 @@ def tensorboard_sink(config: TrainConfig) -> Callable[[dict[str, float], int], N
     """A function of ({name: value}, step) that logs to out_dir/tensorboard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        fail("tensorboard=True needs tensorboard: pip install tensorboard")
+    except ImportError as error:
+        fail(f"tensorboard=True needs tensorboard: pip install tensorboard ({error})")
     writer = SummaryWriter(os.path.join(config.out_dir, "tensorboard"))
 
     def log(values: dict[str, float], step: int) -> None:
@@ -1118,7 +1124,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                     log.record("eval", step, tokens=position * T, val_loss=val_loss,
                                best_val_loss=best_val_loss, seconds=time.time() - began)
                     if not sharded and (scalars := raw_model.learned_scalars()):
-                        log.write({"type": "scalars", "iter": step, **scalars})
+                        log.scalars(step, scalars)
                     plot_losses([c.out_dir], os.path.join(c.out_dir, "loss.png"))
                     show(f"step {step}: val loss {val_loss:.4f}, best {best_val_loss:.4f}", True)
             due = step % (c.save_interval or c.eval_interval) == 0 or last or stopping

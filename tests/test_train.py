@@ -1081,7 +1081,11 @@ def test_other_logs_get_the_same_numbers(run, tmp_path, monkeypatch, kind):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
                         SimpleNamespace(SummaryWriter=lambda folder: take))
     options = {"wandb": dict(wandb_log=True), "tensorboard": dict(tensorboard=True)}[kind]
-    records = run(tmp_path, **options)
+    records = run(tmp_path, template="polyak", **options)
+    for name in ("beta", "gamma"):
+        means = [(pytest.approx(np.mean(r[name])), r["iter"]) for r in records
+                 if r["type"] == "scalars"]
+        assert means == [row[1:] for row in seen if row[0] == f"scalars/{name}"]
     losses = [(f"{r['type']}/{k}", r[k], r["iter"]) for r in records
               for k in ("loss", "val_loss") if k in r]
     assert losses == [row for row in seen if row[0] in ("train/loss", "eval/val_loss")]
