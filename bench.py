@@ -1,4 +1,5 @@
-"""Measure: how fast a model trains and decodes, what memory it takes, what the rest costs.
+"""Measure: how fast a model trains and decodes, what memory it takes, what the rest costs. And
+convert: to other formats, to another template.
 
     python bench.py speed config/shakespeare_char.py --variants "template=gd" "template=nesterov"
     python bench.py speed config/shakespeare_char.py --nanogpt=../nanoGPT
@@ -13,6 +14,10 @@
     python bench.py plot out-a out-b --x=tokens --plot=losses.png    runs together; also
         --draw=scalars (mu, beta, ... as learned), --draw=path (the residual stream's way)
 
+    python bench.py export --ckpt=out --format=hf --out=FOLDER    for transformers (a plain GPT)
+    python bench.py export --ckpt=out --format=safetensors --out=FOLDER      any model
+    python bench.py convert --ckpt=out --template=nesterov --velocity_norm=none --out=FILE.pt
+
 The options are train.py's and a few more. A variant is a word of further options ("template=tmm
 dropout=0.1"); all are measured in turn (A B A B ...): a machine that slows down slows all of
 them. The figures are medians with the lowest and the highest; warm-up and compilation are stated
@@ -23,6 +28,7 @@ random ids, whatever the dataset: give --vocab_size, or have GPT-2's.
 import contextlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -35,7 +41,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -49,14 +55,18 @@ from model import (
     autocast,
     can_compile,
     checkpoint_config,
+    conv1d,
     out_of_memory,
     pick_device,
     pick_dtype,
     read_checkpoint,
     read_latest,
+    read_pretrained,
 )
-from prepare import END_OF_TEXT, load_meta
+from prepare import END_OF_TEXT, Tokenizer, load_meta
+from sample import SampleConfig, load_checkpoint, nanogpt_tokenizer
 from train import (
+    TOKENIZER_KEYS,
     Muon,
     Tokens,
     TrainConfig,
@@ -69,6 +79,7 @@ from train import (
     read_log,
     try_compile,
     tune_allocator,
+    write_file,
 )
 
 
@@ -77,7 +88,7 @@ class BenchConfig(TrainConfig):
     """Every option of bench.py: train.py's, and these."""
 
     command: Literal["speed", "decode", "memory", "data", "muon", "loss", "prepare", "start",
-                     "all", "plot"] | None = None  # the first word
+                     "all", "plot", "export", "convert"] | None = None  # the first word
     variants: tuple[str, ...] = ("",)  # the options of each variant, as one word: "template=gd"
     nanogpt: str | None = None  # folder of nanoGPT's code: its model is one more variant
     repeats: int = 5  # measurements of each variant
@@ -90,6 +101,10 @@ class BenchConfig(TrainConfig):
     runs: tuple[str, ...] = ()  # plot: the out_dirs to draw together
     draw: Literal["losses", "scalars", "path"] = "losses"  # plot: what to draw of them
     x: Literal["steps", "tokens", "seconds", "flops"] = "steps"  # plot: what losses are drawn over
+    ckpt: str | None = None  # export, convert: a run's or exported folder, a .pt file, or gpt2*
+    format: Literal["hf", "safetensors"] = "hf"  # export: for transformers, or for us, any model
+    out: str | None = None  # export: the folder to write; convert: the .pt file
+    raw_init: float = -20.0  # convert: raw mu and beta; -10 learns faster, from less exact logits
 
     def _rules(self) -> list[tuple[bool, str, str, str]]:
         counts = ("repeats", "steps", "num_samples", "max_new_tokens")
@@ -668,6 +683,184 @@ def everything(c: BenchConfig) -> list[dict]:
 
 
 # -----------------------------------------------------------------------------
+# In and out: models for transformers, models as safetensors, a GPT with another template
+
+
+PLAIN = dict(template="gd", splitting="lie_trotter", ffn="mlp", norm="layernorm",
+             position="learned", qk_norm=False)  # what GPT-2 is
+
+
+def load_source(c: BenchConfig) -> tuple[GPT, dict | None]:
+    """The model that --ckpt names, on the CPU, and what a checkpoint says of its tokenizer; None
+    where that is not known."""
+    if c.ckpt is None:
+        fail("say of which model: --ckpt=FOLDER of a run, or --ckpt=FILE.pt")
+    if c.ckpt.startswith("gpt2") and not os.path.exists(c.ckpt):
+        checkpoint = read_pretrained(c.ckpt)
+    else:
+        a_run = os.path.isdir(c.ckpt) and any(
+            os.path.isfile(os.path.join(c.ckpt, name)) for name in ("ckpt.pt", "best.pt"))
+        checkpoint = load_checkpoint(SampleConfig(**{"out_dir" if a_run else "init_from": c.ckpt}))
+    model, meta = GPT.from_checkpoint(checkpoint), checkpoint.get("tokenizer")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        fail(f"the weights of {c.ckpt} are nan or infinite: its run broke; use another one")
+    if not meta:
+        with contextlib.suppress(UserError):
+            meta = Tokenizer.from_meta(nanogpt_tokenizer(checkpoint, c.data_dir)).to_meta()
+            meta = {k: meta[k] for k in TOKENIZER_KEYS if meta.get(k)}
+    return model.eval(), meta or None
+
+
+@contextlib.contextmanager
+def new_folder(path: str, overwrite: bool) -> Iterator[str]:
+    """A folder to fill, which then gets its name: it is whole, or not there. Only an exported
+    folder is overwritten."""
+    path = os.path.abspath(path)
+    there = os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path))
+    exported = os.path.isfile(os.path.join(path, "model.safetensors"))
+    if there and not (overwrite and exported):
+        fail(f"{path} is there already; choose another --out" + ", or --overwrite" * exported)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix=".partial-") as folder:
+        new, old = os.path.join(folder, "new"), os.path.join(folder, "old")
+        os.mkdir(new)
+        yield new
+        if os.path.lexists(path):
+            os.rename(path, old)
+        os.rename(new, path)
+
+
+def export(c: BenchConfig) -> str:
+    """Write a model to a folder; returns what was done."""
+    if c.out is None:
+        fail("say where to: --out=FOLDER")
+    model, meta = load_source(c)
+    with new_folder(c.out, c.overwrite) as folder:
+        try:
+            notes = (to_hf if c.format == "hf" else to_safetensors)(model, meta, folder)
+        except ImportError:
+            fail(f"--format={c.format} needs a package: pip install transformers safetensors")
+        names = ("config.json", "model.safetensors")
+        shutil.copymode(*(os.path.join(folder, name) for name in names))  # safetensors' is 0600
+    return "\n".join([f"{c.out}: {model.get_num_params(False):,} parameters", *notes])
+
+
+def to_safetensors(model: GPT, meta: dict | None, folder: str) -> list[str]:
+    """The weights as they are, the tied ones once; model_args and tokenizer in config.json."""
+    from safetensors.torch import save_file
+
+    weights = {n: w.contiguous() for n, w in model.state_dict().items() if n != "lm_head.weight"}
+    save_file(weights, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+    about = {"model_args": asdict(model.config)} | ({"tokenizer": meta} if meta else {})
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+        json.dump(about, file, indent=1)
+    return [f"tokenizer {meta['tokenizer']}" if meta else "its tokenizer is not known: left out"]
+
+
+def to_hf(model: GPT, meta: dict | None, folder: str) -> list[str]:
+    """A plain GPT as a GPT-2 of transformers; biases that it does not have are zeros."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    m = model.config
+    odd = [f"{n}={getattr(m, n)}" for n, plain in PLAIN.items() if getattr(m, n) != plain]
+    odd += [f"head_dim={m.head_dim}"] * (m.d_attn != m.n_embd)
+    odd += ["velocity_init=add"] * (m.velocity_init == "add")
+    if odd:
+        fail(f"transformers' GPT-2 has no {', '.join(odd)}; use --format=safetensors")
+    eot = Tokenizer.from_meta(meta).eot if meta else None
+    hf = GPT2LMHeadModel(GPT2Config(
+        vocab_size=m.vocab_size, n_positions=m.block_size, n_embd=m.n_embd, n_layer=m.n_layer,
+        n_head=m.n_head, n_inner=m.ffn_hidden, resid_pdrop=m.dropout, embd_pdrop=m.dropout,
+        attn_pdrop=m.dropout, bos_token_id=eot, eos_token_id=eot,
+        activation_function="gelu" if m.activation == "gelu" else "gelu_new"))
+    hf.to(model.lm_head.weight.dtype)
+    ours = conv1d(model.state_dict())
+    hf.load_state_dict({n: ours.get(n, torch.zeros_like(w)) for n, w in hf.state_dict().items()})
+    notes, used = [], m.vocab_used or m.vocab_size
+    if used < m.vocab_size:
+        hf.generation_config.suppress_tokens = list(range(used, m.vocab_size))
+        notes = [f"vocab_size {m.vocab_size}: the padding from {used} on stays, so that the logits "
+                 f"are the same; generate() never draws it"]
+    hf.save_pretrained(folder, max_shard_size="1TB")
+    if meta and meta["tokenizer"] in ("gpt2", "r50k_base"):
+        write_bpe(meta["tokenizer"], m.block_size, folder)
+        return [*notes, "with its tokenizer, GPT-2's"]
+    name = meta["tokenizer"] if meta else "unknown"
+    return [*notes, f"without its tokenizer ({name}): only GPT-2's is exported"]
+
+
+def write_bpe(name: str, block_size: int, folder: str) -> None:
+    """A tokenizer of tiktoken's that splits words as GPT-2's does, in GPT-2's files: vocab.json,
+    merges.txt. Their text has a printable character for each byte."""
+    bpe = Tokenizer(name).bpe
+    ranks = {token: bpe.encode_single_token(token) for token in bpe.token_byte_values()}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    character = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+    def text(token: bytes) -> str:
+        return "".join(map(character.get, token))
+
+    def merged(token: bytes) -> list[bytes]:
+        """The two tokens that became this one: what its bytes merge to, one merge before."""
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            i = min(range(len(parts) - 1),
+                    key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        return parts
+
+    in_order = sorted(ranks, key=ranks.get)
+    merges = [" ".join(map(text, merged(token))) for token in in_order if len(token) > 1]
+    vocabulary = {text(token): ranks[token] for token in in_order} | {END_OF_TEXT: bpe.eot_token}
+    about = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size,
+             "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+    for file_name, content in (("vocab.json", json.dumps(vocabulary, ensure_ascii=False)),
+                               ("merges.txt", "\n".join(["#version: 0.2", *merges, ""])),
+                               ("tokenizer_config.json", json.dumps(about, indent=1))):
+        with open(os.path.join(folder, file_name), "w", encoding="utf-8", newline="") as file:
+            file.write(content)
+
+
+def convert(c: BenchConfig) -> str:
+    """A trained GPT as a momentum model, to train on: with velocity_norm=none, gamma = nu = 1 (in
+    Strang's halves gamma h = 1) and mu, beta -> 0, X' = X + h nu (beta V + gamma h g(X + mu V)) is
+    X + h g(X). Returns what was done, and how far the logits are from the GPT's."""
+    if c.template not in ("polyak", "nesterov", "tmm"):
+        fail(f"template={c.template}: convert makes polyak, nesterov or tmm; name one of them")
+    if c.velocity_norm != "none":
+        fail(f"velocity_norm={c.velocity_norm}: N_v rescales every step, so that the logits cannot "
+             f"stay; add --velocity_norm=none")
+    if not (c.out or "").endswith(".pt"):
+        fail("say where to: --out=FILE.pt")
+    if os.path.lexists(c.out) and not (c.overwrite and os.path.isfile(c.out)):
+        fail(f"{c.out} is there already; choose another --out, or --overwrite a file")
+    old, meta = load_source(c)
+    if old.config.template != "gd" or old.config.velocity_init == "add":
+        fail(f"{c.ckpt} has template={old.config.template}, velocity_init="
+             f"{old.config.velocity_init}: only template=gd without second tables is converted")
+    torch.manual_seed(c.seed)
+    new = GPT(replace(old.config, template=c.template, velocity_norm="none",
+                      velocity_init=c.velocity_init, scalar_map=c.scalar_map))
+    new.to(old.lm_head.weight.dtype).load_state_dict(old.state_dict(), strict=False)
+    with torch.no_grad():
+        for block in new.transformer.h:
+            for step, (_, h) in zip(block.steps, block.split(*block.oracles()), strict=True):
+                step.gamma.fill_(math.log(math.expm1(1 / h)))
+                for name in {"mu", "beta"} & step.learned.keys():
+                    getattr(step, name).fill_(c.raw_init)
+        size = old.config.vocab_used or old.config.vocab_size
+        idx = torch.randint(size, (1, min(old.config.block_size, 256)))
+        logits, converted = (model.eval()(idx, idx)[0] for model in (old, new))
+    write_file({"model": new.state_dict(), "model_args": asdict(new.config)}
+               | ({"tokenizer": meta} if meta else {}), c.out)
+    return (f"{c.out}: {c.template}, {new.get_num_params(False):,} parameters\n"
+            f"on random tokens the logits, of up to {logits.abs().max():.3g}, changed by up to "
+            f"{(logits - converted).abs().max():.1e}\n"
+            f"train on: python train.py --init_from={c.out}")
+
+
+# -----------------------------------------------------------------------------
 # Tables and pictures
 
 
@@ -886,9 +1079,12 @@ def run(argv: list[str]) -> None:
     c, _ = read_config(BenchConfig, argv, positional="command", usage=__doc__)
     if c.command is None:
         fail("say what to measure: python bench.py speed | decode | memory | data | muon | loss | "
-             "prepare | start | all | plot")
+             "prepare | start | all | plot | export | convert")
     if c.command == "plot":
         return plot(c)
+    if c.command in ("export", "convert"):
+        print((export if c.command == "export" else convert)(c))
+        return
     where = machine(pick_device(c.device))
     print(where)
     if c.command == "all":

@@ -12,6 +12,7 @@ Sources: YuriiFormer, arXiv 2601.23236; Momentum Streams, arXiv 2605.24425; Hour
 """
 
 import contextlib
+import json
 import math
 import os
 import pickle
@@ -765,7 +766,8 @@ class GPT(nn.Module):
                 logits, _ = self(window[:, :longest], cache=cache, last=count - 1)
                 cache.lengths.copy_(count)
             else:
-                torch.compiler.cudagraph_mark_step_begin()
+                if compile:  # which imports torch._inductor, seconds
+                    torch.compiler.cudagraph_mark_step_begin()
                 logits, _ = step(token[:, None], cache=cache)
             logits = logits[:, -1].float()  # (B, V)
             logits[:, c.vocab_used or c.vocab_size:] = -torch.inf
@@ -895,28 +897,10 @@ class GPT(nn.Module):
         """OpenAI's GPT-2 through transformers: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder
         that transformers saved. override_args: only dropout (else ValueError). UserError where it
         cannot be loaded."""
-        try:
-            from transformers import GPT2LMHeadModel
-        except ImportError:
-            fail("GPT-2 weights need transformers: pip install transformers")
         override_args = override_args or {}
         if set(override_args) - {"dropout"}:
             raise ValueError(f"{sorted(override_args)}: only dropout can be overridden")
-        try:
-            source = GPT2LMHeadModel.from_pretrained(model_type)
-        except (OSError, ValueError) as error:
-            fail(f"cannot load {model_type}: {reason(error)}")
-        hf = source.config
-        model = cls(GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size,
-                              n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd,
-                              ffn_hidden=hf.n_inner, bias=True, activation="gelu_tanh",
-                              **override_args))
-        weights = source.state_dict()
-        for name in weights:  # OpenAI's Conv1D holds its matrices transposed
-            if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                weights[name] = weights[name].t()
-        model.load_state_dict(weights)
-        return model
+        return cls.from_checkpoint(read_pretrained(model_type), **override_args)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, **override_args) -> "GPT":
@@ -1006,6 +990,68 @@ def read_shards(folder: str, kind: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items()}
 
 
+GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs: ours
+
+
+def conv1d(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our weights as transformers' GPT-2 has them, or back: its matrices are transposed."""
+    ends = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {name: w.t() if name.endswith(ends) else w for name, w in weights.items()}
+
+
+def read_pretrained(name: str) -> dict:
+    """A GPT-2 of the Hugging Face Hub, or a folder that transformers saved, as a checkpoint.
+    UserError where it cannot be loaded, or computes something that ours does not."""
+    try:
+        from transformers import GPT2LMHeadModel
+    except ImportError:
+        fail("GPT-2 weights need transformers: pip install transformers")
+    try:
+        source, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+    except Exception as error:  # a damaged file raises nearly anything
+        fail(f"cannot load {name}: {reason(error)}")
+    if info["missing_keys"]:
+        fail(f"cannot load {name}: it has no {printable(sorted(info['missing_keys'])[0])}")
+    hf = source.config
+    odd = [f"{n}={getattr(hf, n)}" for n, usual in dict(
+        layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+        add_cross_attention=False, tie_word_embeddings=True).items() if getattr(hf, n) != usual]
+    if hf.activation_function not in GELUS:
+        odd.append(f"activation_function={hf.activation_function}")
+    if odd:
+        fail(f"{name} is no GPT-2 that this model can be: it has {', '.join(odd)}")
+    args = dict(block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer,
+                n_head=hf.n_head, n_embd=hf.n_embd, ffn_hidden=hf.n_inner, bias=True,
+                activation=GELUS[hf.activation_function])
+    return {"model": conv1d(source.state_dict()), "model_args": args}
+
+
+def read_folder(folder: str) -> dict:
+    """A checkpoint from a folder: bench.py export's model.safetensors and config.json, or a GPT-2
+    that transformers saved."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+        kind = "ours" if "model_args" in config else config.get("model_type")
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        kind = None
+    if kind == "gpt2":
+        return read_pretrained(folder)
+    if kind != "ours":
+        fail(f"{folder} holds no model of bench.py export, and no GPT-2 of transformers; of a run "
+             f"name the file: {os.path.join(folder, 'ckpt.pt')}")
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        fail(f"{folder} needs safetensors: pip install safetensors")
+    try:
+        table = load_file(os.path.join(folder, "model.safetensors"))
+        table["lm_head.weight"] = table["transformer.wte.weight"]  # tied
+    except Exception as error:  # a damaged file raises nearly anything
+        fail(f"{folder} is damaged: its model.safetensors: {reason(error)}")
+    return {k: config[k] for k in ("model_args", "tokenizer") if k in config} | {"model": table}
+
+
 CHECKPOINT_TYPES = {  # of what a checkpoint may have; nanoGPT's best_val_loss is a tensor
     "model_args": dict, "config": dict, "optimizer": dict,
     "scaler": dict, "shards": str, "rng": list, "iter_num": int, "tokens_seen": int, "skipped": int,
@@ -1014,12 +1060,16 @@ CHECKPOINT_TYPES = {  # of what a checkpoint may have; nanoGPT's best_val_loss i
 
 
 def read_checkpoint(path: str, weights: bool = True) -> dict:
-    """A checkpoint file, on the CPU; tensors and plain Python only. UserError if it cannot be.
-    Where its tensors are in shards, its weights are read from there, unless weights=False."""
-    if not os.path.isfile(path):
+    """A checkpoint file, or a folder (see read_folder), on the CPU; tensors and plain Python only.
+    UserError if it cannot be read. Where its tensors are in shards, its weights are read from
+    there, unless weights=False."""
+    if not os.path.exists(path):
         fail(f"no checkpoint {path}; train one, or name the right folder")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_folder(path) if os.path.isdir(path) else torch.load(
+            path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         fail(f"{path} is damaged or no checkpoint, or it holds more than tensors and plain Python, "
              f"which could run code: it was not loaded")

@@ -1,4 +1,4 @@
-"""Generate text from a checkpoint, ours or nanoGPT's, or from OpenAI's GPT-2.
+"""Generate text from a checkpoint, ours or nanoGPT's, an exported folder, or OpenAI's GPT-2.
 
     python sample.py --out_dir=out-yurii-tinystories --start="Once upon a time"
     printf "Once upon a" | python sample.py --out_dir=out-yurii-tinystories --start=- --top_p=0.9
@@ -35,7 +35,7 @@ class SampleConfig:
     """Every option of sample.py."""
 
     out_dir: str = "out"  # the run to sample from: its ckpt.pt or best.pt
-    init_from: str = "resume"  # resume (out_dir's checkpoint), a .pt file, or gpt2*
+    init_from: str = "resume"  # resume (out_dir's checkpoint), a .pt file, a folder, gpt2*
     start: str = "\n"  # the prompt; FILE:path reads it from a file, - from standard input
     num_samples: int = 3  # drawn together, as one batch
     max_new_tokens: int = 500  # per sample
@@ -67,7 +67,7 @@ class SampleConfig:
 
 def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model (on the CPU, in eval mode) and the tokenizer it was trained with."""
-    if config.init_from.startswith("gpt2"):
+    if config.init_from.startswith("gpt2") and not os.path.isdir(config.init_from):
         model, meta = GPT.from_pretrained(config.init_from), {"tokenizer": "gpt2"}
     else:
         checkpoint = load_checkpoint(config)

@@ -70,7 +70,8 @@ class TrainConfig(GPTConfig):
     data_dir: str = "data"  # where the data folders are
     check_data: bool = False  # first compare the bins with the sha256 that meta.json has of them
     out_dir: str = "out"  # checkpoints and logs
-    init_from: str = "scratch"  # scratch, resume, auto (resume if possible), gpt2*, or a .pt file
+    # scratch, resume, auto (resume if possible); or weights: gpt2*, a .pt file, an exported folder
+    init_from: str = "scratch"
     overwrite: bool = False  # start from scratch although out_dir holds a checkpoint
     # batch
     batch_size: int = 12  # micro-batch: sequences per device and forward pass
@@ -159,9 +160,10 @@ class TrainConfig(GPTConfig):
             (self.eval_iters is not None and custom_tokens, "eval_iters and eval_tokens",
              "say the same thing twice", "drop one (--eval_iters=auto)"),
             (self.init_from not in ("scratch", "resume", "auto")
-             and not self.init_from.startswith("gpt2") and not self.init_from.endswith(".pt"),
-             f"init_from={self.init_from}", "names no weights",
-             "use scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a .pt file"),
+             and not self.init_from.startswith("gpt2") and not self.init_from.endswith(".pt")
+             and not os.path.isdir(self.init_from), f"init_from={self.init_from}",
+             "names no weights", "use scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, "
+             "gpt2-xl, a .pt file, or a folder that bench.py export or transformers wrote"),
         ]
 
 
@@ -1015,10 +1017,11 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
     if old and not (resumed or c.overwrite or c.eval_only):
         fail(f"{c.out_dir} holds a run; go on with --init_from=resume, begin anew with "
              f"--overwrite, or choose another --out_dir")
-    if not resumed and c.init_from.endswith(".pt"):
+    word = c.init_from in ("scratch", "resume", "auto")  # perhaps a folder's name, too
+    if not (resumed or word) and (c.init_from.endswith(".pt") or os.path.isdir(c.init_from)):
         checkpoint = read_checkpoint(c.init_from)
     tokenizer = {k: meta[k] for k in TOKENIZER_KEYS if meta.get(k)}
-    theirs = (checkpoint or {}).get("tokenizer", tokenizer)
+    theirs = (checkpoint or {}).get("tokenizer") or tokenizer
     if theirs != tokenizer:
         fail(f"{folder} was made with another tokenizer than the checkpoint's, "
              f"{theirs.get('tokenizer')}; prepare the data with that one")

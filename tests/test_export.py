@@ -1,0 +1,484 @@
+"""In and out: GPT-2s of transformers, safetensors, and a GPT converted to a momentum model."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import option_words
+from test_train import refused
+
+import bench
+import sample
+import train
+from config import UserError
+from model import GPT, GPTConfig, read_checkpoint
+from prepare import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+IDX = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
+
+
+def write(path, tokenizer="bytes", prefix="", **options) -> GPT:
+    """A checkpoint of a small model with random weights, large enough to have an opinion."""
+    torch.manual_seed(0)
+    defaults = dict(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32, ffn_depth=2)
+    model = GPT(GPTConfig(**defaults | options)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    about = {"model_args": asdict(model.config), "config": {}}
+    if tokenizer:
+        meta = Tokenizer(tokenizer).to_meta()
+        about["tokenizer"] = {k: meta[k] for k in train.TOKENIZER_KEYS if meta.get(k)}
+    weights = {prefix + name: w for name, w in model.state_dict().items()}
+    torch.save(about | {"model": weights}, path)
+    return model
+
+
+def logits(model, idx=IDX) -> torch.Tensor:
+    with torch.no_grad():
+        return model(idx, idx)[0]
+
+
+def export(ckpt, out, *words):
+    bench.main(["export", f"--ckpt={ckpt}", f"--out={out}", *words])
+    return out
+
+
+def program(*argv, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+
+
+@pytest.fixture
+def gpt2_cache(tmp_path, monkeypatch):
+    """A copy: tiktoken deletes files it does not like."""
+    if not (SHARED / "tiktoken_cache").is_dir():
+        pytest.skip("no copy of GPT-2's vocabulary")
+    shutil.copytree(SHARED / "tiktoken_cache", tmp_path / "cache", copy_function=shutil.copyfile)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# -----------------------------------------------------------------------------
+# transformers
+
+
+@pytest.mark.parametrize("options", [
+    dict(bias=True), dict(bias=False), dict(activation="gelu_tanh"), dict(ffn_hidden=40),
+    dict(bias=False, activation="gelu_tanh", ffn_hidden=40, vocab_size=384, vocab_used=257,
+         dropout=0.1, head_dim=16, velocity_init="zero", prefix="_orig_mod.")])
+def test_transformers_has_our_logits(tmp_path, capsys, options):
+    """And what it has we read back."""
+    transformers = pytest.importorskip("transformers")
+    ours = write(tmp_path / "a.pt", **options)
+    export(tmp_path / "a.pt", tmp_path / "hf")
+    assert "without its tokenizer (bytes)" in capsys.readouterr().out
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    c = theirs.config
+    assert isinstance(theirs, transformers.GPT2LMHeadModel)
+    assert (c.vocab_size, c.resid_pdrop, c.attn_pdrop, c.embd_pdrop, c.eos_token_id) == (
+        ours.config.vocab_size, *3 * [ours.config.dropout], 256)
+    back = GPT.from_pretrained(str(tmp_path / "hf"))
+    assert back.config.activation == ours.config.activation and back.config.bias
+    with torch.no_grad():
+        assert (theirs(IDX).logits - logits(ours)).abs().max() < 2e-5
+        expected = logits(ours.double())
+        assert (theirs.double()(IDX).logits - expected).abs().max() < 1e-10
+        assert (logits(back.double().eval()) - expected).abs().max() < 1e-10
+
+
+def test_padding_is_never_generated(tmp_path):
+    """Where its rows would win."""
+    transformers = pytest.importorskip("transformers")
+    write(tmp_path / "a.pt", vocab_size=384, vocab_used=257)
+    checkpoint = torch.load(tmp_path / "a.pt", weights_only=True)
+    checkpoint["model"]["transformer.wte.weight"][257:] *= 100
+    torch.save(checkpoint, tmp_path / "a.pt")
+    export(tmp_path / "a.pt", tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert theirs(IDX).logits.argmax(-1).max() >= 257
+    assert theirs.generate(IDX, max_new_tokens=8, do_sample=True).max() < 257
+
+
+@pytest.mark.parametrize("name, shape, parameters", [
+    ("gpt2", (12, 12, 768), 124_439_808), ("gpt2-medium", (24, 16, 1024), 354_823_168),
+    ("gpt2-large", (36, 20, 1280), 774_030_080), ("gpt2-xl", (48, 25, 1600), 1_557_611_200)])
+def test_the_four_sizes(monkeypatch, name, shape, parameters):
+    """Shapes only: OpenAI's counts."""
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        n_layer, n_head, n_embd = shape
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+        monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained",
+                            lambda *_, **__: (theirs, {"missing_keys": set()}))
+        ours = GPT.from_pretrained(name, {"dropout": 0.1})
+    assert ours.get_num_params(False) == parameters
+    c = ours.config
+    assert (c.n_layer, c.n_head, c.n_embd, c.dropout) == (*shape, 0.1)
+    assert (c.block_size, c.vocab_size, c.activation, c.bias) == (1024, 50257, "gelu_tanh", True)
+
+
+def test_a_folder_of_transformers_trains_and_samples(tmp_path, words, gpt2_cache):
+    """Whatever its name."""
+    transformers = pytest.importorskip("transformers")
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=50257, n_positions=16, n_embd=8, n_layer=1, n_head=2)).save_pretrained(
+            tmp_path / "theirs")
+    out = tmp_path / "out"
+    options = words(out, init_from=tmp_path / "theirs", max_iters=2, eval_interval=2)
+    kept = [w for w in options if not w.startswith(("--n_", "--block_size"))]
+    train.main(kept)
+    args = torch.load(out / "ckpt.pt", weights_only=True)["model_args"]
+    assert (args["n_embd"], args["bias"], args["activation"]) == (8, True, "gelu_tanh")
+    model, tokenizer = sample.load_model(sample.SampleConfig(init_from=str(tmp_path / "theirs")))
+    assert tokenizer.name == "gpt2" and model.config.n_embd == 8
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(activation_function="relu"), "activation_function=relu"),
+    (dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon=1e-06"),
+    (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
+    (dict(model_type="llama"), "no GPT-2 of transformers"),
+    (dict(n_layer=3), "it has no transformer.h.2"),
+    (dict(n_embd=48), "cannot load"),
+    ("short", "cannot load")])
+def test_a_foreign_folder_is_refused(tmp_path, change, said):
+    pytest.importorskip("transformers")
+    write(tmp_path / "a.pt")
+    export(tmp_path / "a.pt", tmp_path / "hf")
+    if change == "short":
+        os.truncate(tmp_path / "hf" / "model.safetensors", 5000)
+    else:
+        path = tmp_path / "hf" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert len(refused(lambda: read_checkpoint(str(tmp_path / "hf")), said)) == 1
+
+
+TEXTS = ["Hello world", " leading", "tabs\t\tand  spaces   \n\n\n  x \n", "it's we'll I'D don't",
+         "naïve façade — “quotes” … £10", "日本語の文章です。한국어", "🙂👩‍👩‍👧 x²",
+         "x<|endoftext|>y<|endoftext|>", "<|endoftext", "\x00\x7f\r\n\u00a0\u2003.", "",
+         "1234567890", "def f(x):\n    return x ** 2  # squared\n" * 3, "ÀÉ" * 50, "a" * 300,
+         "ß\u0301\ufeff"]
+
+
+def test_the_tokenizer_is_gpt2s(tmp_path, gpt2_cache):
+    transformers = pytest.importorskip("transformers")
+    write(tmp_path / "a.pt", "gpt2", vocab_size=50304, vocab_used=50257, n_embd=4, n_layer=1)
+    export(tmp_path / "a.pt", tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours, extra = Tokenizer("gpt2"), []
+    if (story := SHARED / "openwebtext" / "documents.txt").exists():
+        with story.open(encoding="utf-8") as file:
+            extra = [file.read(100_000)]
+    for text in [*TEXTS, *extra]:
+        ids = ours.encode_prompt(text)
+        assert theirs(text)["input_ids"] == ids, text
+        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert len(theirs) == 50257 and theirs.eos_token_id == 50256
+    assert theirs.model_max_length == 16
+    published = [p for p in gpt2_cache.iterdir() if p.read_bytes().startswith(b"#version: 0.2")]
+    assert (tmp_path / "hf" / "merges.txt").read_bytes() == published[0].read_bytes()
+
+
+@pytest.mark.parametrize("options", [
+    dict(template="nesterov"), dict(splitting="euler"), dict(ffn="swiglu"), dict(norm="rmsnorm"),
+    dict(position="rope"), dict(qk_norm=True), dict(head_dim=8), dict(velocity_init="add")])
+def test_what_is_no_gpt2_is_refused(tmp_path, options):
+    pytest.importorskip("transformers")
+    write(tmp_path / "a.pt", **options)
+    (name, value), = options.items()
+    lines = refused(lambda: export(tmp_path / "a.pt", tmp_path / "hf"), f"{name}={value}",
+                    "--format=safetensors")
+    assert len(lines) == 1 and not (tmp_path / "hf").exists()
+
+
+# -----------------------------------------------------------------------------
+# safetensors
+
+
+VARIANTS = [dict(template=t, splitting=s, ffn=f, ffn_substeps=e) for t, s, f, e in product(
+    ("gd", "polyak", "nesterov", "tmm", "imex", "symplectic", "rmsprop", "adam", "adamw"),
+    ("lie_trotter", "euler", "strang"), ("mlp", "swiglu", "hourglass"), ("joint", "each"))]
+
+
+def legal(options) -> bool:
+    try:
+        return bool(GPTConfig(**options)) and (options["ffn"] == "hourglass"
+                                               or options["ffn_substeps"] == "joint")
+    except ValueError:
+        return False
+
+
+def test_every_variant_comes_back(tmp_path):
+    pytest.importorskip("safetensors")
+    variants = [v for v in VARIANTS if legal(v)]
+    assert len(variants) == 59
+    more = [dict(bias=True, norm="rmsnorm", position="rope", qk_norm=True, head_dim=8),
+            dict(velocity_init="add", vocab_size=384, vocab_used=257)]
+    for options in [*variants, *more]:
+        write(tmp_path / "a.pt", **{"bias": False, "n_embd": 16, "n_layer": 1} | options)
+        export(tmp_path / "a.pt", tmp_path / "st", "--format=safetensors", "--overwrite")
+        there, back = read_checkpoint(str(tmp_path / "a.pt")), read_checkpoint(str(tmp_path / "st"))
+        assert back["model_args"] == there["model_args"] and there.pop("config") == {}
+        assert back["tokenizer"] == there["tokenizer"] and back.keys() == there.keys()
+        assert back["model"].keys() == there["model"].keys()
+        assert all(torch.equal(w, there["model"][n]) for n, w in back["model"].items()), options
+        model = GPT.from_checkpoint(back)
+        assert model.lm_head.weight is model.transformer.wte.weight
+        assert torch.equal(logits(model.eval()), logits(GPT.from_checkpoint(there).eval()))
+    size = sum(p.numel() for p in model.parameters()) * 4
+    assert size < (tmp_path / "st" / "model.safetensors").stat().st_size < size + 8000
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_run_an_exported_folder_and_shards_are_read(tmp_path, run):
+    """best.pt where the run asked for it."""
+    pytest.importorskip("safetensors")
+    import torch.distributed.checkpoint as dcp
+
+    run(tmp_path / "run", max_iters=3, template="tmm", always_save_checkpoint=False)
+    export(tmp_path / "run", tmp_path / "1", "--format=safetensors")
+    export(tmp_path / "1", tmp_path / "2", "--format=safetensors")
+    best = read_checkpoint(str(tmp_path / "run" / "best.pt"))
+    (tmp_path / "sharded").mkdir()
+    dcp.save({f"model/{n}": w for n, w in best["model"].items() if n != "lm_head.weight"},
+             storage_writer=dcp.FileSystemWriter(tmp_path / "sharded" / "shards-3"), no_dist=True)
+    torch.save(best | {"model": {}, "shards": "shards-3"}, tmp_path / "sharded" / "ckpt.pt")
+    export(tmp_path / "sharded", tmp_path / "3", "--format=safetensors")
+    for folder in "123":
+        found = read_checkpoint(str(tmp_path / folder))
+        assert found["tokenizer"] == best["tokenizer"]
+        assert all(torch.equal(w, found["model"][n]) for n, w in best["model"].items())
+
+
+def test_the_programs_read_the_folder(tmp_path, words, capsys):
+    """As they read the .pt file; from the command line; its name may begin with gpt2."""
+    pytest.importorskip("safetensors")
+    write(tmp_path / "a.pt", template="nesterov", ffn="hourglass", bias=False)
+    folder = export(tmp_path / "a.pt", tmp_path / "gpt2-mine", "--format=safetensors")
+    argv = ("--start=ab", "--temperature=0", "--max_new_tokens=12", "--num_samples=1",
+            "--device=cpu", "--dtype=float32")
+    done = program("sample.py", f"--init_from={folder}", *argv)
+    capsys.readouterr()
+    sample.main([f"--init_from={tmp_path / 'a.pt'}", *argv])
+    assert done.stdout == capsys.readouterr().out and len(done.stdout) > 5, done.stderr
+    options = dict(template="nesterov", ffn="hourglass", ffn_depth=2, eval_only=True)
+    done = program("train.py", *words(tmp_path / "out", init_from=folder, **options))
+    assert done.returncode == 0, done.stderr
+    train.main(words(tmp_path / "out", init_from=tmp_path / "a.pt", **options))
+    said = done.stdout, capsys.readouterr().out
+    lines = [[line for line in out.splitlines() if "val loss" in line] for out in said]
+    assert lines[0] == lines[1] and len(lines[0]) == 1
+
+
+def test_a_nanogpt_checkpoint_gets_its_tokenizer(tmp_path, gpt2_cache):
+    write(tmp_path / "a.pt", None, vocab_size=50304, n_embd=4, n_layer=1)
+    export(tmp_path / "a.pt", tmp_path / "st", "--format=safetensors")
+    assert read_checkpoint(str(tmp_path / "st"))["tokenizer"] == {
+        "tokenizer": "gpt2", "vocab_size": 50257, "padded_vocab_size": 50304}
+
+
+def test_an_unknown_tokenizer_is_left_out(tmp_path, capsys):
+    write(tmp_path / "a.pt", None, vocab_size=65)
+    export(tmp_path / "a.pt", tmp_path / "st", "--format=safetensors")
+    assert "its tokenizer is not known: left out" in capsys.readouterr().out
+    assert "tokenizer" not in read_checkpoint(str(tmp_path / "st"))
+
+
+# -----------------------------------------------------------------------------
+# Conversion
+
+
+def convert(ckpt, out, *words):
+    bench.main(["convert", f"--ckpt={ckpt}", f"--out={out}", "--velocity_norm=none", *words])
+    return GPT.from_checkpoint(read_checkpoint(str(out))).double().eval()
+
+
+def by_hand(gpt: GPT, v: torch.Tensor, splitting: str, mu: float, beta: float) -> torch.Tensor:
+    """The GPT's weights in X' = X + h (beta V + gamma h g(X + mu V)), gamma = 1 / h, float64."""
+    t, (x,) = gpt.transformer, gpt.embed(IDX)
+    for block in t.h:
+        def attention(z, b=block):
+            return b.attn(b.ln_1(z))
+
+        def ffn(z, b=block):
+            return b.mlp(b.ln_2(z))
+
+        for oracles, h in {"lie_trotter": [([attention], 1), ([ffn], 1)],
+                           "euler": [([attention, ffn], 1)],
+                           "strang": [([attention], 0.5), ([ffn], 1), ([attention], 0.5)],
+                           }[splitting]:
+            v = beta * v + sum(g(x + mu * v) for g in oracles)
+            x = x + h * v
+    return gpt.lm_head(t.ln_f(x))
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu", "hourglass"])
+@pytest.mark.parametrize("splitting", ["lie_trotter", "euler", "strang"])
+def test_a_converted_gpt_is_the_gpt(tmp_path, ffn, splitting):
+    """At -20 to rounding, at -10 nearly, and otherwise the formula, for each template and V_0."""
+    gpt = write(tmp_path / "a.pt", ffn=ffn, splitting=splitting, bias=False).double()
+    expected = logits(gpt)
+    for template, raw, start, range_map in (
+            ("polyak", -20, "embed", "sigmoid"), ("nesterov", -20, "embed", "softplus"),
+            ("tmm", -20, "zero", "sigmoid"), ("nesterov", -10, "zero", "softplus"),
+            ("tmm", -10, "embed", "sigmoid")):
+        model = convert(tmp_path / "a.pt", tmp_path / "b.pt", f"--template={template}",
+                        f"--raw_init={raw}", f"--velocity_init={start}", "--overwrite",
+                        f"--scalar_map={range_map}")
+        assert model.config.template == template and model.config.splitting == splitting
+        small = 1 / (1 + math.exp(-raw)) if range_map == "sigmoid" else math.log1p(math.exp(raw))
+        v = torch.zeros(())
+        if start == "embed":
+            v = model.transformer.vte(IDX) + model.transformer.vpe(torch.arange(8))
+            assert 0.015 < model.transformer.vte.weight.std() < 0.025
+        with torch.no_grad():
+            formula = by_hand(gpt, v, splitting, 0 if template == "polyak" else small, small)
+        # gamma = 1 and nu = 1 are stored in fp32: softplus(log(e - 1)) is 1 to 1e-7
+        assert (logits(model) - formula).abs().max() < 3e-5
+        difference = (logits(model) - expected).abs().max()
+        assert difference < (3e-5 if raw == -20 else 3e-2)
+        assert raw == -20 or difference > 1e-5
+
+
+def test_sub_mlps_as_substeps_are_converted(tmp_path):
+    gpt = write(tmp_path / "a.pt", ffn="hourglass", ffn_substeps="each", splitting="strang")
+    model = convert(tmp_path / "a.pt", tmp_path / "b.pt", "--template=tmm")
+    assert (logits(model) - logits(gpt.double())).abs().max() < 3e-5
+
+
+@pytest.mark.parametrize("raw", [-20, -10])
+def test_it_learns_on(tmp_path, run, raw):
+    """From the loss of the GPT; at -10 mu and beta move, at -20 they hardly do."""
+    start = run(tmp_path / "a", dataset="easy", max_iters=30, eval_interval=30)[-1]["val_loss"]
+    before = convert(tmp_path / "a", tmp_path / "b.pt", "--template=nesterov", f"--raw_init={raw}")
+    records = run(tmp_path / "c", init_from=tmp_path / "b.pt", dataset="easy", max_iters=20,
+                  eval_interval=20, template="nesterov", velocity_norm="none", learning_rate=3e-3)
+    losses = [r["val_loss"] for r in records if r["type"] == "eval"]
+    assert losses[0] == pytest.approx(start, abs=1e-3 if raw == -10 else 1e-6)
+    assert losses[-1] < 0.8 * losses[0]
+    after = GPT.from_checkpoint(read_checkpoint(str(tmp_path / "c" / "ckpt.pt")))
+    scalars = [(p - before.get_parameter(n)).abs().max()
+               for n, p in after.parameter_roles()["scalar"].items() if ".gamma" not in n]
+    assert (min(scalars) > 1e-3) if raw == -10 else (max(scalars) < 0.2)
+
+
+# -----------------------------------------------------------------------------
+# Mistakes: one line, exit code 2, nothing left behind
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["export", "--out=b"], "--ckpt"), (["export", "--ckpt=a.pt"], "--out"),
+    (["export", "--ckpt=none.pt", "--out=b"], "no checkpoint none.pt"),
+    (["export", "--ckpt=empty", "--out=b"], "holds no model"),
+    (["export", "--ckpt=a.pt", "--out=full"], "is there already; choose another --out"),
+    (["export", "--ckpt=a.pt", "--out=full", "--overwrite"], "is there already"),
+    (["export", "--ckpt=a.pt", "--out=a.pt", "--overwrite"], "is there already"),
+    (["export", "--ckpt=a.pt", "--out=a.pt/b"], "mend the path"),
+    (["export", "--ckpt=a.pt", "--out=b", "--format=gguf"], "format=gguf"),
+    (["convert", "--ckpt=a.pt", "--out=b.pt", "--velocity_norm=none"], "template=gd"),
+    (["convert", "--ckpt=a.pt", "--out=b.pt", "--template=tmm"], "add --velocity_norm=none"),
+    (["convert", "--ckpt=a.pt", "--out=b.pt", "--template=tmm", "--velocity_norm=read"],
+     "velocity_norm=read"),
+    (["convert", "--ckpt=a.pt", "--out=b", "--template=tmm", "--velocity_norm=none"], "FILE.pt"),
+    (["convert", "--ckpt=a.pt", "--out=a.pt", "--template=tmm", "--velocity_norm=none"],
+     "is there already"),
+    (["convert", "--ckpt=v.pt", "--out=b.pt", "--template=tmm", "--velocity_norm=none"],
+     "template=polyak"),
+    (["convert", "--ckpt=add.pt", "--out=b.pt", "--template=tmm", "--velocity_norm=none"],
+     "velocity_init=add"),
+    (["export", "--ckpt=nan.pt", "--out=b", "--format=safetensors"], "nan or infinite")])
+def test_mistakes(tmp_path, monkeypatch, argv, said):
+    monkeypatch.chdir(tmp_path)
+    model = write("a.pt")
+    write("v.pt", template="polyak")
+    write("add.pt", velocity_init="add")
+    torch.save({"model": {n: w * math.nan for n, w in model.state_dict().items()},
+                "model_args": asdict(model.config)}, "nan.pt")
+    os.mkdir("empty")
+    os.mkdir("full")
+    Path("full", "thesis.txt").write_text("mine")
+    before = sorted(os.listdir())
+    assert len(refused(lambda: bench.main(argv), said)) == 1
+    assert sorted(os.listdir()) == before and os.listdir("full") == ["thesis.txt"]
+
+
+def test_the_exit_code(tmp_path):
+    done = program("bench.py", "export", f"--ckpt={tmp_path}/none.pt", f"--out={tmp_path}/b")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: no checkpoint") and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("config.json", b"{", "holds no model"), ("config.json", b"[1]", "holds no model"),
+    ("config.json", b'{"n_layer": 2}', "ckpt.pt"), ("config.json", None, "holds no model"),
+    ("config.json", b'{"model_args": [1]}', "is damaged: it has model_args"),
+    ("config.json", b'{"model_args": {"n_layer": 2}, "tokenizer": 3}', "it has tokenizer=3"),
+    ("config.json", b'{"model_args": {"n_experts": 2}}', "n_experts"),
+    ("config.json", b'{"model_args": {"n_layer": "2"}}', "n_layer"),
+    ("config.json", b'{"model_args": {}}', "do not fit its model_args"),
+    ("model.safetensors", None, "is damaged: its model.safetensors"),
+    ("model.safetensors", b"", "is damaged: its model.safetensors"),
+    ("model.safetensors", 3000, "is damaged: its model.safetensors")])
+def test_a_damaged_folder(tmp_path, name, content, said):
+    pytest.importorskip("safetensors")
+    write(tmp_path / "a.pt", n_layer=1)
+    path = export(tmp_path / "a.pt", tmp_path / "st", "--format=safetensors") / name
+    if content is None:
+        path.unlink()
+    elif content == 3000:
+        os.truncate(path, content)
+    else:
+        path.write_bytes(content)
+    if content == b'{"model_args": {}}':
+        path.write_text(json.dumps({"model_args": {"n_layer": 1, "n_embd": 8, "n_head": 2}}))
+    config = sample.SampleConfig(init_from=str(tmp_path / "st"))
+    assert len(refused(lambda: sample.load_model(config), said)) == 1
+
+
+@pytest.mark.parametrize("missing, argv", [
+    ("transformers", ["--format=hf"]), ("safetensors.torch", ["--format=safetensors"])])
+def test_a_missing_package(tmp_path, monkeypatch, missing, argv):
+    write(tmp_path / "a.pt")
+    export(tmp_path / "a.pt", tmp_path / "st", *argv)
+    monkeypatch.setitem(sys.modules, missing, None)
+    lines = refused(lambda: export(tmp_path / "a.pt", tmp_path / "new", *argv), "pip install")
+    lines += refused(lambda: read_checkpoint(str(tmp_path / "st")), "pip install")
+    assert len(lines) == 2 and sorted(os.listdir(tmp_path)) == ["a.pt", "st"]
+
+
+def test_nothing_half_written(tmp_path, monkeypatch):
+    """Neither where the disk is full; what was there stays."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    write(tmp_path / "a.pt")
+    export(tmp_path / "a.pt", tmp_path / "st", "--format=safetensors")
+    before = (tmp_path / "st" / "model.safetensors").read_bytes()
+
+    def full(_, path, *__):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device", path)
+
+    monkeypatch.setattr(safetensors, "save_file", full)
+    for out in ("st", "new"):
+        with pytest.raises(UserError, match="No space left"):
+            export(tmp_path / "a.pt", tmp_path / out, "--format=safetensors", "--overwrite")
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "st"]
+    assert (tmp_path / "st" / "model.safetensors").read_bytes() == before
+
+
+def test_option_words_are_the_options():
+    """--raw_init takes a negative number."""
+    c, _ = bench.read_config(bench.BenchConfig, ["convert", *option_words(raw_init=-10)],
+                             positional="command")
+    assert c.raw_init == -10
