@@ -765,7 +765,8 @@ class GPT(nn.Module):
                 logits, _ = self(window[:, :longest], cache=cache, last=count - 1)
                 cache.lengths.copy_(count)
             else:
-                torch.compiler.cudagraph_mark_step_begin()
+                if compile:  # else it would import torch's compiler, which takes seconds
+                    torch.compiler.cudagraph_mark_step_begin()
                 logits, _ = step(token[:, None], cache=cache)
             logits = logits[:, -1].float()  # (B, V)
             logits[:, c.vocab_used or c.vocab_size:] = -torch.inf
