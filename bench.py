@@ -400,7 +400,10 @@ def memory(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
 
 def peak_memory(c: BenchConfig, theirs: bool) -> tuple[int, int]:
     """(bytes above those before the model was made, parameters); on a CPU of resident memory."""
-    import resource
+    try:
+        import resource
+    except ImportError:
+        fail("bench.py memory measures with Python's module resource, which Windows does not have")
 
     c.steps = 2
     if not theirs:

@@ -766,7 +766,7 @@ class GPT(nn.Module):
                 logits, _ = self(window[:, :longest], cache=cache, last=count - 1)
                 cache.lengths.copy_(count)
             else:
-                if compile:  # which imports torch._inductor, seconds
+                if compile:  # else it would import torch's compiler, which takes seconds
                     torch.compiler.cudagraph_mark_step_begin()
                 logits, _ = step(token[:, None], cache=cache)
             logits = logits[:, -1].float()  # (B, V)

@@ -1280,7 +1280,7 @@ def main(argv: list[str]) -> None:
         raise
     finally:
         made = master and new and os.path.isdir(config.out_dir)
-        if made and os.listdir(config.out_dir) == [".lock"]:
+        if made and os.listdir(config.out_dir) in ([], [".lock"]):
             shutil.rmtree(config.out_dir)  # a run that could not start leaves nothing
 
 

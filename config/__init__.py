@@ -80,12 +80,14 @@ def cli(main) -> None:
 def locked(folder: str | os.PathLike, message: str) -> Iterator[None]:
     """Hold a folder for this process; the operating system lets go when it dies, however it dies.
     Raises UserError(message) if another process holds it."""
+    if fcntl is None:  # an open file would only be in the way: Windows does not remove it
+        yield
+        return
     with open(os.path.join(folder, ".lock"), "w") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                fail(message)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(message)
         yield
 
 

@@ -498,6 +498,13 @@ def test_a_second_run_is_kept_out(tmp_path, stories):
     assert "another prepare.py is writing" in line
 
 
+def test_without_locks_no_open_file_is_in_the_way(tmp_path, monkeypatch):
+    """Windows, which has none, would not remove a folder with an open file."""
+    monkeypatch.setattr("config.fcntl", None)
+    with locked(tmp_path, "never"):
+        assert not list(tmp_path.iterdir())
+
+
 def test_memory_does_not_grow_with_the_text(tmp_path):
     with open(tmp_path / "big.txt", "w") as file:  # one document, no newline
         file.writelines("word " * 200_000 for _ in range(30))

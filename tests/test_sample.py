@@ -77,6 +77,12 @@ def test_the_seed_reproduces(out):
     assert len(set(text.split(RULE))) == 4
 
 
+def test_without_compilation_torchs_compiler_is_not_loaded(out, monkeypatch):
+    """It takes seconds, and torch's function that marks a step loads it."""
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", None)
+    assert out().startswith("abc")
+
+
 def test_top_k_none_keeps_all(out):
     draws = dict(temperature=50.0, max_new_tokens=400)
     assert out(top_k="None", **draws) == out(top_k=26, **draws) == out(top_k=200, **draws)

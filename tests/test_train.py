@@ -1163,7 +1163,11 @@ def test_all_mistakes_come_together(words, tmp_path, monkeypatch, capsys):
     assert code == 2 and len(lines) == 3
 
 
-def test_a_run_that_cannot_start_leaves_no_folder(run, tmp_path):
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_run_that_cannot_start_leaves_no_folder(run, tmp_path, monkeypatch, locks):
+    """Also where there are no locks, on Windows."""
+    if not locks:
+        monkeypatch.setattr("config.fcntl", None)
     refused(lambda: run(tmp_path / "new", dataset="nowhere"), "nowhere")
     refused(lambda: run(tmp_path / "new", init_from="resume"), "nothing to resume")
     refused(lambda: run(tmp_path / "new", "--eval_only", dataset="nowhere"), "nowhere")
