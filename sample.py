@@ -59,7 +59,7 @@ class SampleConfig:
 
 def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model (on the CPU, in eval mode) and the tokenizer it was trained with."""
-    if config.init_from.startswith("gpt2"):
+    if config.init_from.startswith("gpt2") and not config.init_from.endswith(".pt"):
         model, meta = GPT.from_pretrained(config.init_from), {"tokenizer": "gpt2"}
     else:
         checkpoint = load_checkpoint(config)
