@@ -681,18 +681,9 @@ class GPT(nn.Module):
                   "embed": lambda: look_up("vte", "vpe") if "vte" in t else torch.zeros_like(x)}
         return x, *(starts[kind]() for kind in self.streams)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
-                cache: KVCache | None = None, reduction: Literal["mean", "none"] = "mean",
-                last: torch.Tensor | None = None,
-                ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """idx (B, T) token ids -> (logits, loss).
-
-        With targets (B, T), logits (B, T, vocab_size) and the cross-entropy in nats per token, at
-        least fp32, target -1 ignored: its mean (), or (B, T) with reduction="none". Without,
-        logits (B, 1, vocab_size) of the last position, or of position last (B,) of each row, and
-        None. With a cache, idx continues the cached tokens. With loss_chunk, the mean comes
-        without logits. Raises ValueError where all tokens exceed block_size or the cache.
-        """
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """idx (B, T) token ids -> what the head reads (B, T, C). With a cache, idx continues the
+        cached tokens. Raises ValueError where all tokens exceed block_size or the cache."""
         c = self.config
         if cache is None:
             check_room(idx.size(1), c.block_size)
@@ -711,7 +702,20 @@ class GPT(nn.Module):
                 state = block(state, rope, cache)
         if cache is not None:
             cache.end()
-        x = self.transformer.ln_f(state[0])
+        return self.transformer.ln_f(state[0])
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
+                cache: KVCache | None = None, reduction: Literal["mean", "none"] = "mean",
+                last: torch.Tensor | None = None,
+                ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """idx (B, T) token ids, with a cache as in `hidden` -> (logits, loss).
+
+        With targets (B, T), logits (B, T, vocab_size) and the cross-entropy in nats per token, at
+        least fp32, target -1 ignored: its mean (), or (B, T) with reduction="none". Without,
+        logits (B, 1, vocab_size) of the last position, or of position last (B,) of each row, and
+        None. With loss_chunk, the mean comes without logits.
+        """
+        x = self.hidden(idx, cache)
         if targets is None:
             x = x[:, -1:] if last is None else x[torch.arange(len(x), device=x.device), last, None]
             return self.lm_head(x), None

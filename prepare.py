@@ -293,7 +293,7 @@ def _blocks(path: Path) -> Iterator[str]:
     yield rest
 
 
-def _text_pieces(path: Path) -> Iterator[Piece]:
+def text_pieces(path: Path) -> Iterator[Piece]:
     """A text file's documents. A separator takes one newline on each side along; documents that
     are only white space are left out."""
     begun = False
@@ -362,7 +362,7 @@ def _file_pieces(files: Iterable[Path], field: str) -> Iterator[Piece]:
         if path.suffix in readers:
             yield from _record_pieces(readers[path.suffix](path, field), str(path))
         else:
-            yield from _text_pieces(path)
+            yield from text_pieces(path)
 
 
 def _list_files(inputs: Iterable[str]) -> list[Path]:

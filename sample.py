@@ -67,7 +67,8 @@ class SampleConfig:
 
 def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model (on the CPU, in eval mode) and the tokenizer it was trained with."""
-    if config.init_from.startswith("gpt2") and not os.path.isdir(config.init_from):
+    if (config.init_from.startswith("gpt2") and not config.init_from.endswith(".pt")
+            and not os.path.isdir(config.init_from)):
         model, meta = GPT.from_pretrained(config.init_from), {"tokenizer": "gpt2"}
     else:
         checkpoint = load_checkpoint(config)

@@ -225,6 +225,12 @@ def test_which_checkpoint(tmp_path, always, there, chosen):
     assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])  # a file is taken as named
 
 
+def test_a_file_is_not_openais_for_its_name(out, tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "gpt2-mine" / "ckpt.pt")
+    monkeypatch.chdir(tmp_path)
+    assert out(init_from="gpt2-mine/ckpt.pt").startswith("abc")
+
+
 def test_a_run_of_train_can_be_sampled(run, out, tmp_path):
     run(tmp_path / "trained", template="nesterov", max_iters=2)
     text = out(out_dir=tmp_path / "trained", temperature=0, dtype="float32")

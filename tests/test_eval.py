@@ -1,0 +1,435 @@
+"""bench.py eval: a checkpoint on tasks, item by item as lm-evaluation-harness's own `hf` backend
+has it, and on text, as train.py has it.
+
+What needs lm-eval, transformers, or GPT-2's vocabulary and the sample texts in ../shared/data is
+skipped where these are missing.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_data
+from test_sample import write_checkpoint
+from test_train import refused
+
+import bench
+from config import read_config
+from model import GPT, GPTConfig
+from prepare import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no copies of the data sets")
+CHARS = {"tokenizer": "char", "alphabet": "\n abcdé", "vocab_size": 7, "padded_vocab_size": 7}
+T = 16  # of write_checkpoint's model
+
+
+def config(*argv) -> bench.BenchConfig:
+    return read_config(bench.BenchConfig, ["eval", *argv], positional="command")[0]
+
+
+def judge(tmp_path, *argv) -> list[dict]:
+    """The rows of a command."""
+    bench.main(["eval", "--device=cpu", *map(str, argv), f"--json={tmp_path}/figures.json"])
+    return json.loads((tmp_path / "figures.json").read_text())["rows"]
+
+
+# -----------------------------------------------------------------------------
+# Text
+
+
+def nats_one_by_one(model: GPT, ids: list[int], stop: int) -> float:
+    """The sum over ids[1:stop + 1], in float64, one prediction at a time."""
+    model, total = model.double().eval(), 0.0
+    with torch.no_grad():
+        for i in range(1, stop + 1):
+            logits = model(torch.tensor([ids[(i - 1) // T * T:i]]))[0][0, 0]
+            total += (logits.exp().sum().log() - logits[ids[i]]).item()
+    return total
+
+
+def test_text(tmp_path):
+    """Nats, perplexity and bits per byte of characters, of which one has two bytes."""
+    write_checkpoint(tmp_path / "run" / "ckpt.pt", CHARS)
+    text = "abc dé\n" * 11  # 4 whole windows and 12 characters more
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    (row,) = judge(tmp_path, f"--ckpt={tmp_path}/run", f"--data={tmp_path}/text.txt")
+    model = GPT.from_checkpoint(torch.load(tmp_path / "run" / "ckpt.pt"))
+    ids = [CHARS["alphabet"].index(character) for character in text]
+    total = nats_one_by_one(model, ids, len(ids) - 1)
+    assert row["tokens"] == len(text) - 1 == 76
+    assert row["nats"] == pytest.approx(total / 76, rel=1e-6)
+    assert row["perplexity"] == pytest.approx(math.exp(total / 76), rel=1e-5)
+    assert row["bits_per_byte"] == pytest.approx(total / math.log(2) / (76 + 11), rel=1e-6)
+
+
+def test_the_end_of_text_has_bits_but_no_bytes(tmp_path):
+    write_checkpoint(tmp_path / "ckpt.pt")
+    (tmp_path / "text.txt").write_bytes("é one\n<|endoftext|>\ntwo".encode())
+    (row,) = judge(tmp_path, f"--ckpt={tmp_path}/ckpt.pt", f"--data={tmp_path}/text.txt")
+    ids = [*"é one".encode(), 256, *b"two", 256]
+    total = nats_one_by_one(GPT.from_checkpoint(torch.load(tmp_path / "ckpt.pt")), ids, 10)
+    assert row["tokens"] == 10 and row["nats"] == pytest.approx(total / 10, rel=1e-6)
+    assert row["bits_per_byte"] == pytest.approx(total / math.log(2) / (5 + 3), rel=1e-6)
+
+
+@pytest.mark.parametrize("eval_tokens", [10**6, 64])
+def test_a_folder_has_the_loss_of_train(run, data_dir, tmp_path, capsys, eval_tokens):
+    """Also of a model that is not a GPT, and of a part of the split."""
+    log = run(tmp_path / "run", template="nesterov", max_iters=4, eval_interval=4,
+              eval_tokens=eval_tokens)
+    (row,) = judge(tmp_path, f"--ckpt={tmp_path}/run", "--data=tiny", f"--data_dir={data_dir}",
+                   f"--eval_tokens={eval_tokens}")
+    assert row["nats"] == pytest.approx(log[-1]["val_loss"], rel=1e-6)
+    assert row["tokens"] == min(299 // T * T, eval_tokens)
+
+
+# -----------------------------------------------------------------------------
+# Scores
+
+
+def tiny(seed=0, **options) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**dict(block_size=T, vocab_size=300, n_layer=2, n_head=2, n_embd=32,
+                                 vocab_used=257) | options)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0, 0.2)
+    return model
+
+
+def some_pairs(n=30) -> list[tuple[list[int], list[int]]]:
+    """Contexts of 1 to 29 ids, continuations of none to 29; some differ in the last id only."""
+    rng = np.random.default_rng(0)
+    pairs = [(rng.integers(257, size=1 + i % 29).tolist(), rng.integers(257, size=i).tolist())
+             for i in range(n)]
+    return pairs + [(pairs[5][0], [i]) for i in range(4)]
+
+
+def one_by_one(model: GPT, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    whole, total, greedy = context + continuation, 0.0, True
+    for i, target in enumerate(continuation):
+        end = len(context) + min(i // T * T + T, len(continuation))  # of its piece
+        seen = whole[max(0, end - T - 1):len(context) + i]
+        logits = model(torch.tensor([seen]))[0][0, 0, :257]
+        total += logits.log_softmax(-1)[target].item()
+        greedy &= logits.argmax().item() == target
+    return total, greedy
+
+
+VARIANTS = [dict(), dict(template="nesterov"), dict(template="tmm", position="rope"),
+            dict(ffn="hourglass", norm="rmsnorm", bias=False)]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@torch.no_grad()
+def test_scores(options):
+    """Of every variant: one by one, and in batches of any size; not of the padding's rows."""
+    model, pairs = tiny(**options).double(), some_pairs()
+    greedy = model.generate(torch.tensor([[3, 5]]), 9, temperature=0)[0].tolist()
+    pairs += [(greedy[:2], greedy[2:]), ([7], [])]
+    expected = [one_by_one(model, *pair) for pair in pairs]
+    assert expected[-2][1] and expected[-1] == (0.0, True)
+    for batch_size in (1, 7, 100):
+        found = bench.score(model, pairs, batch_size)
+        assert np.allclose(found, expected, atol=1e-10)
+    model.transformer.wte.weight[257:] = 1e3
+    assert np.allclose(bench.score(model, pairs, 7), found, atol=1e-10)
+
+
+@torch.no_grad()
+def test_the_batch_does_not_matter_in_fp32():
+    assert np.allclose(*(bench.score(tiny(), some_pairs(), n) for n in (1, 32)), atol=1e-5)
+
+
+def test_completions():
+    """Up to the stop, in a batch of several lengths; the draws are seeded."""
+    model, tokenizer = tiny().double(), Tokenizer("bytes")
+    prompts = [list(b"one"), list(b"a longer prompt"), list(b"x")]
+    alone = [bench.complete(model, tokenizer, [p], 30, [], 0, 0.0)[0] for p in prompts]
+    assert bench.complete(model, tokenizer, prompts, 30, [], 0, 0.0) == alone
+    for prompt, text in zip(prompts, alone, strict=True):
+        ids = model.generate(torch.tensor([prompt]), 30, temperature=0)[0, len(prompt):].tolist()
+        assert tokenizer.decode(ids).startswith(text)
+        assert len(text) == len(tokenizer.decode(ids)) or 256 in ids
+    stop = alone[1][4:6]
+    assert bench.complete(model, tokenizer, prompts, 30, ["", stop], 0, 0.0) == [
+        text.split(stop)[0] for text in alone]
+    drawn = [bench.complete(model, tokenizer, prompts, 30, [], seed, 1.0) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+# -----------------------------------------------------------------------------
+# lm-evaluation-harness
+
+
+class Request:
+    def __init__(self, *args):
+        self.args = args
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory):
+    """(our model, our tokenizer, the harness's hf backend) with the same weights."""
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    if not SHARED.is_dir():
+        pytest.skip("no copy of GPT-2's vocabulary")
+    folder = tmp_path_factory.mktemp("gpt2")
+    for path in (SHARED / "tiktoken_cache").iterdir():  # OpenAI's vocab.bpe and encoder.json
+        data = path.read_bytes()
+        merges = data.startswith(b"#version")
+        (folder / ("merges.txt" if merges else "vocab.json")).write_bytes(data)
+        (folder / "cache").mkdir(exist_ok=True)
+        (folder / "cache" / path.name).write_bytes(data)
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=64, n_positions=128))
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, 0, 0.1)
+    theirs.save_pretrained(folder)
+    model = GPT.from_pretrained(str(folder)).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(folder / "cache"))
+        tokenizer = Tokenizer("gpt2")
+    backend = huggingface.HFLM(
+        pretrained=theirs.eval(), device="cpu", batch_size=4,
+        tokenizer=transformers.GPT2TokenizerFast.from_pretrained(folder))
+    return model, tokenizer, backend
+
+
+def ours(gpt2, batch_size=8):
+    return bench.harness_model(*gpt2[:2], config(f"--batch_size={batch_size}"))
+
+
+LONG = "It was the best of times, it was the worst of times. " * 20
+PAIRS = [("", " the end"), ("", "<|endoftext|> one"), ("Once upon", " a time"),
+         ("Once upon ", "a time"), ("One\n\n", "  two"), (LONG, " the age of wisdom"),
+         ("The", LONG[:300]), ("Question: what?\nAnswer:", " A"),
+         ("Question: what?\nAnswer:", " B"), ("a<|endoftext|>b", " c<|endoftext|>"),
+         ("naïve 🙂", " déjà vu 👩‍👩‍👧")]
+
+
+def test_loglikelihood_is_that_of_the_hf_backend(gpt2):
+    requests = [Request(*pair) for pair in PAIRS]
+    backend = gpt2[2]
+    greedy = backend.generate_until([Request("Once upon", {"max_gen_toks": 5, "until": []})])
+    requests.append(Request("Once upon", greedy[0]))
+    theirs = backend.loglikelihood(requests, disable_tqdm=True)
+    for batch_size in (1, 8):
+        found = ours(gpt2, batch_size).loglikelihood(requests)
+        assert np.allclose(found, theirs, rtol=1e-5, atol=1e-4)
+    assert theirs[-1][1]
+
+
+def test_rolling_loglikelihood_is_that_of_the_hf_backend(gpt2):
+    requests = [Request(text) for text in ("", "One.", LONG, LONG[:600] + "<|endoftext|>" + LONG)]
+    theirs = gpt2[2].loglikelihood_rolling(requests, disable_tqdm=True)
+    assert np.allclose(ours(gpt2).loglikelihood_rolling(requests), theirs, rtol=1e-5)
+
+
+def test_generation_is_that_of_the_hf_backend(gpt2):
+    short, long = {"until": ["\n\n"], "max_gen_toks": 24}, {"until": [], "max_gen_toks": 60}
+    requests = [Request(context, how) for how in (short, long)
+                for context in ("Once upon", "The", LONG, "One,<|endoftext|>two", "naïve 🙂")]
+    theirs = gpt2[2].generate_until(requests, disable_tqdm=True)
+    assert ours(gpt2).generate_until(requests) == theirs
+    stop = theirs[5][3:6]
+    requests = [Request(r.args[0], {"until": stop, "max_gen_toks": 60}) for r in requests[5:]]
+    found = ours(gpt2).generate_until(requests)
+    assert found == gpt2[2].generate_until(requests, disable_tqdm=True)
+    assert found[0] == theirs[5].split(stop)[0]
+
+
+def test_generation_beyond_the_context(gpt2):
+    """What the hf backend refuses: more tokens than the model's context has."""
+    how = {"until": [], "max_gen_toks": 140, "do_sample": True, "temperature": 0.7, "top_k": 5}
+    texts = ours(gpt2).generate_until([Request(LONG, how), Request("", how)])
+    assert len(texts) == 2 and all(texts)
+
+
+def test_a_character_model(tmp_path):
+    """Its texts begin after a newline, for want of an end of text."""
+    pytest.importorskip("lm_eval")
+    model, tokenizer = tiny(vocab_size=7, vocab_used=7), Tokenizer("char", CHARS["alphabet"])
+    judged = bench.harness_model(model, tokenizer, config())
+    assert np.allclose(judged.loglikelihood([Request("", "abc"), Request(" ", "d")]),
+                       bench.score(model, [([0], [2, 3, 4]), ([0], [1, 5])], 2))
+    refused(lambda: judged.loglikelihood([Request("", "xyz")]), "'xyz'")
+    bare = bench.harness_model(model, Tokenizer("char", "abc"), config())
+    refused(lambda: bare.loglikelihood([Request("", "abc")]), "alphabet")
+
+
+HELLASWAG = """include: {harness}/hellaswag/hellaswag.yaml
+task: local_hellaswag
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {folder}/hellaswag.jsonl}}, cache_dir: {folder}/cache}}
+training_split: null
+"""
+ARC = """include: {harness}/arc/arc_easy.yaml
+task: local_arc
+dataset_path: json
+dataset_name: null
+dataset_kwargs:
+  data_files: {{train: {folder}/train.jsonl, validation: {folder}/validation.jsonl}}
+  cache_dir: {folder}/cache
+test_split: null
+"""
+COPY = """task: local_copy
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/copy.jsonl}}, cache_dir: {folder}/cache}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{text}}}}"
+generation_kwargs: {{until: ["q"], max_gen_toks: 8}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+GROUP = """group: local_group
+task: [local_hellaswag, local_arc]
+aggregate_metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture
+def local_tasks(tmp_path, monkeypatch):
+    """The harness's own HellaSwag and ARC-Easy on local copies of their items."""
+    lm_eval = pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def write(name, records):
+        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in records))
+
+    def read(name):
+        return [json.loads(line) for line in (SHARED / name).read_text().splitlines()]
+
+    write("hellaswag.jsonl", [
+        {"activity_label": r["activity_label"], "ctx_a": r["ctx"], "ctx_b": "",
+         "endings": r["endings"], "label": str(r["label"])}
+        for r in read("hellaswag/validation.jsonl")[:60]])
+    for split in ("train", "validation"):
+        write(f"{split}.jsonl", [
+            {"question": r["question"], "answerKey": "ABCDE"[r["gold"]],
+             "choices": {"text": r["choices"], "label": list("ABCDE")[:len(r["choices"])]}}
+            for r in read(f"arc_easy/{split}.jsonl")[:60]])
+    write("copy.jsonl", [{"text": "one"}, {"text": "two"}])
+    for name, task in (("hellaswag", HELLASWAG), ("arc", ARC), ("copy", COPY),
+                       ("group", GROUP)):
+        (tmp_path / f"{name}.yaml").write_text(task.format(
+            harness=Path(lm_eval.__file__).parent / "tasks", folder=tmp_path))
+    return tmp_path
+
+
+@needs_data
+def test_tasks_are_those_of_the_hf_backend(gpt2, local_tasks, monkeypatch):
+    """HellaSwag 0-shot and ARC-Easy with an example, 30 items each: the figures, every item."""
+    import lm_eval
+
+    monkeypatch.setattr(bench, "load_model", lambda c: gpt2[:2])
+    simple_evaluate, both = lm_eval.simple_evaluate, []
+
+    def watched(model, log_samples, **how):
+        both.append([simple_evaluate(m, **how) for m in (model, gpt2[2])])
+        return both[-1][0]
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", watched, raising=False)
+    names, shots = ["local_hellaswag", "local_arc"], [0, 1]
+    rows = judge(local_tasks, "--ckpt=gpt2", f"--tasks={','.join(names)}", "--num_fewshot=0,1",
+                 "--limit=30", f"--include_path={local_tasks}", "--batch_size=16")
+    for row, name, n, (own, theirs) in zip(rows, names, shots, both, strict=True):
+        figures = theirs["results"][name]
+        assert (row["variant"], row["shots"], row["items"]) == (name, n, 30)
+        for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
+            assert row[key] == pytest.approx(figures[f"{key},none"])
+        for a, b in zip(own["samples"][name], theirs["samples"][name], strict=True):
+            assert a["arguments"] == b["arguments"] and a["acc"] == b["acc"]
+            assert np.allclose([r[0][0] for r in a["resps"]], [r[0][0] for r in b["resps"]],
+                               rtol=1e-5, atol=1e-4)
+    text = own["samples"]["local_arc"][0]["arguments"][0][0]
+    assert text.count("Question:") == 2 and row["items_per_s"] > 0
+
+
+@needs_data
+def test_a_checkpoint_on_tasks(local_tasks, capsys):
+    """From a run's folder; texts beyond its 16 tokens; a task's own metric; a group of tasks."""
+    write_checkpoint(local_tasks / "run" / "ckpt.pt")
+    rows = judge(local_tasks, f"--ckpt={local_tasks}/run", "--tasks=local_group,local_copy",
+                 "--limit=3", f"--include_path={local_tasks}")
+    rows = {row["variant"]: row for row in rows}
+    a, b, copy = (rows[f"local_{name}"] for name in ("hellaswag", "arc", "copy"))
+    assert [row["items"] for row in (a, b, copy)] == [3, 3, 2] and a["shots"] == 0
+    assert rows["local_group"]["acc"] == pytest.approx((a["acc"] + b["acc"]) / 2)
+    assert copy["exact_match"] == 0.0 and 0 <= a["acc_norm"] <= 1
+    printed = capsys.readouterr().out
+    refused(lambda: judge(local_tasks, f"--ckpt={local_tasks}/run", "--tasks=local_arc",
+                          "--num_fewshot=61", f"--include_path={local_tasks}"), "local_arc")
+    assert all(word in printed for word in ("local_hellaswag", "acc_norm", "exact_match", "+-"))
+
+
+# -----------------------------------------------------------------------------
+# Mistakes
+
+
+def test_mistakes(tmp_path, data_dir, monkeypatch):
+    write_checkpoint(tmp_path / "ckpt.pt", CHARS)
+    (tmp_path / "text.txt").write_bytes(b"abc \xff")
+    (tmp_path / "empty.txt").write_text("\n")
+    write_data(tmp_path / "data" / "more", np.arange(340) % 8, vocab_size=7, tokenizer="char",
+               alphabet=CHARS["alphabet"])
+    ckpt = f"--ckpt={tmp_path}/ckpt.pt"
+
+    def line(*words, said):
+        lines = refused(lambda: judge(tmp_path, *words), *said)
+        assert len(lines) == 1, lines
+
+    line(said=["--ckpt", "--tasks", "--data"])
+    line(ckpt, said=["--tasks", "--data"])
+    line(ckpt, "--data=tiny", "--tasks=hellaswag", said=["either"])
+    line(ckpt, "--data=tiny", "--limit=0", said=["limit=0"])
+    line(f"--ckpt={tmp_path}/none.pt", "--data=tiny", said=["none.pt"])
+    line(ckpt, "--data=none.txt", said=["none.txt", "text file"])
+    line(ckpt, f"--data={tmp_path}/text.txt", said=["UTF-8", "byte 4"])
+    line(ckpt, f"--data={tmp_path}/empty.txt", said=["0 tokens"])
+    line(ckpt, "--data=tiny", f"--data_dir={data_dir}", said=["tokenizer", "bytes", "char"])
+    line(ckpt, "--data=more", f"--data_dir={tmp_path}/data", said=["id 7"])
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    line(ckpt, "--tasks=hellaswag", said=["pip install lm-eval"])
+
+
+def test_mistaken_tasks(tmp_path, monkeypatch):
+    tasks = pytest.importorskip("lm_eval.tasks")
+    real, some = tasks.TaskManager, Path(tasks.__file__).parent / "hellaswag"
+    monkeypatch.setattr(tasks, "TaskManager", lambda include_path, **_: real(  # all take 10 seconds
+        include_path=include_path or str(some), include_defaults=False))
+    write_checkpoint(tmp_path / "ckpt.pt", CHARS)
+    (tmp_path / "odd.yaml").write_text(COPY.format(folder=tmp_path))
+
+    def line(*words, said):
+        argv = [f"--ckpt={tmp_path}/ckpt.pt", *words]
+        assert len(refused(lambda: judge(tmp_path, *argv), *said)) == 1
+
+    line("--tasks=a,b", "--num_fewshot=1,2,3", said=["num_fewshot=1,2,3", "2 tasks"])
+    line("--tasks=a", "--num_fewshot=-1", said=["num_fewshot=-1"])
+    line("--tasks=a", f"--include_path={tmp_path}/none", said=["none"])
+    line("--tasks=local_copy", f"--include_path={tmp_path}", said=["local_copy", "copy.jsonl"])
+    line("--tasks=hellasvag", said=["no task hellasvag", "hellaswag"])
+
+
+def test_a_mistake_has_no_traceback(tmp_path):
+    """And lm-eval, which may be missing, is not imported for nothing."""
+    code = "import bench, sys; bench.cli(bench.main) if not " \
+           "{'lm_eval', 'transformers', 'datasets'} & set(sys.modules) else 1 / 0"
+    done = subprocess.run([sys.executable, "-c", code, "eval", "--device=cpu", "--data=x",
+                           f"--ckpt={tmp_path}/none"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1 and "none" in done.stderr
