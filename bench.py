@@ -30,10 +30,8 @@ its tasks are lm-evaluation-harness's (pip install lm-eval).
 """
 
 import contextlib
-import difflib
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import pickle
@@ -45,50 +43,40 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from config import UserError, cli, fail, read_config, reason
+from config import UserError, cli, fail, read_config
 from model import (
     GPT,
     GPTConfig,
     KVCache,
     autocast,
     can_compile,
-    checkpoint_config,
-    conv1d,
     out_of_memory,
     pick_device,
     pick_dtype,
     read_checkpoint,
-    read_latest,
-    read_pretrained,
 )
-from prepare import END_OF_TEXT, Tokenizer, load_meta, text_pieces
-from sample import SampleConfig, load_checkpoint, load_model, nanogpt_tokenizer
+from prepare import END_OF_TEXT
+from tools.exchange import convert, export
+from tools.judge import judge
+from tools.watch import picture, plot
 from train import (
-    TOKENIZER_KEYS,
     Muon,
     Tokens,
     TrainConfig,
     WindowOrder,
     accumulate,
-    evaluation_starts,
     make_optimizers,
     model_args,
-    plot_losses,
     prefetch,
-    read_log,
     try_compile,
     tune_allocator,
-    write_file,
 )
 
 
@@ -700,409 +688,6 @@ def everything(c: BenchConfig) -> list[dict]:
 
 
 # -----------------------------------------------------------------------------
-# Judging a checkpoint: the tasks of lm-evaluation-harness, and the perplexity of text
-
-
-def named(c: BenchConfig) -> SampleConfig:
-    """--ckpt as sample.py has it: the out_dir of a run, or what init_from can be."""
-    a_run = any(os.path.isfile(os.path.join(c.ckpt, name)) for name in ("ckpt.pt", "best.pt"))
-    return SampleConfig(data_dir=c.data_dir, **{"out_dir" if a_run else "init_from": c.ckpt})
-
-
-def judge(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
-    """How good a checkpoint is, on tasks or on text. On a CPU in fp32, unless dtype says else."""
-    if c.ckpt is None or (c.tasks is None) == (c.data is None):
-        fail("say what to judge and on what: --ckpt=FOLDER or FILE.pt, and either "
-             "--tasks=hellaswag,arc_easy or --data=NAME or TEXTFILE")
-    if c.tasks and importlib.util.find_spec("lm_eval") is None:
-        fail("eval needs lm-eval: pip install lm-eval")
-    model, tokenizer = load_model(named(c))
-    device = pick_device(c.device)
-    if device.type == "cpu":
-        tune_allocator()
-    dtype = pick_dtype(c.dtype or ("float32" if device.type == "cpu" else None), device)
-    model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    model.store_matrices(dtype)
-    return (on_tasks if c.tasks else on_text)(model, tokenizer, c)
-
-
-@torch.no_grad()
-def on_text(model: GPT, tokenizer: Tokenizer, c: BenchConfig) -> list[dict]:
-    """Perplexity of the validation split of a data folder, or of a text file, which is read as
-    prepare.py reads it. A token is predicted from those before it in its window.
-
-    The windows are train.py's: block_size tokens each, without overlap, at most eval_tokens of a
-    split, so that the figure for a folder is train.py's validation loss. Of a text file every
-    token but the first is predicted, so a shorter window may end it. Bits per byte are of the bytes
-    that the predicted tokens decode to; the end-of-text id has bits, but no bytes.
-    """
-    T, tail, folder = model.config.block_size, [], os.path.join(c.data_dir, c.data)
-    if os.path.isfile(c.data):
-        ids = tokenizer.encode_pieces(list(text_pieces(Path(c.data))), tokenizer.eot is not None)
-        if len(ids) < 2:
-            fail(f"data={c.data} has {len(ids)} tokens, and the first is not predicted; give more")
-        whole = (len(ids) - 1) // T * T
-        starts = list(range(0, whole, T))
-        tail = [[whole]] * (whole < len(ids) - 1)
-    elif not os.path.isdir(folder):
-        fail(f"data={c.data}: there is neither such a text file nor the folder {folder}")
-    else:
-        meta = load_meta(folder)
-        theirs = Tokenizer.from_meta(meta)
-        if (theirs.name, theirs.alphabet) != (tokenizer.name, tokenizer.alphabet):
-            fail(f"{folder} was made with another tokenizer than the checkpoint's: {theirs.name}, "
-                 f"not {tokenizer.name}, or of another alphabet; prepare the data with that one")
-        ids = Tokens(folder, "val", meta, T).data
-        starts = evaluation_starts(len(ids), T, c.eval_tokens)
-    sizes = np.array([0 if i == tokenizer.eot else len(tokenizer.token_bytes(i))
-                      for i in range(tokenizer.n_vocab)])
-    device, rows = next(model.parameters()).device, max(1, 4096 // T)
-    begin, total, n_tokens, n_bytes = time.perf_counter(), 0.0, 0, 0
-    batches = [starts[i:i + rows] for i in range(0, len(starts), rows)] + tail
-    for batch in tqdm(batches, desc="predicting", unit="batch"):
-        windows = np.stack([ids[s:s + T + 1] for s in batch]).astype(np.int64)  # (B, T + 1)
-        if windows.max() >= tokenizer.n_vocab:
-            fail(f"data={c.data} has the token id {windows.max()}, and its vocabulary only "
-                 f"{tokenizer.n_vocab}; prepare the data again")
-        x, y = torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
-        losses = model(x.to(device), y.to(device), reduction="none")[1]  # (B, T)
-        total += losses.cpu().double().sum().item()
-        n_tokens, n_bytes = n_tokens + y.numel(), n_bytes + int(sizes[y].sum())
-    nats = total / n_tokens
-    return [{"variant": c.data, "tokens": n_tokens, "nats": nats,
-             "perplexity": math.exp(min(nats, 700)),
-             "bits_per_byte": total / math.log(2) / max(1, n_bytes),
-             "tokens_per_s": n_tokens / (time.perf_counter() - begin)}]
-
-
-def on_tasks(model: GPT, tokenizer: Tokenizer, c: BenchConfig) -> list[dict]:
-    """Tasks of lm-evaluation-harness, its own or those of include_path, one after the other."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    names, shots = c.tasks.split(","), (c.num_fewshot or "").split(",")
-    shots = shots * len(names) if len(shots) == 1 else shots
-    if len(shots) != len(names) or not all(n.isdecimal() for n in shots if c.num_fewshot):
-        fail(f"num_fewshot={c.num_fewshot}: expected one whole number, or one for each of the "
-             f"{len(names)} tasks, with commas between them")
-    if c.include_path and not os.path.isdir(c.include_path):
-        fail(f"include_path={c.include_path}: there is no such folder")
-    manager = TaskManager(include_path=c.include_path, include_defaults=False)
-    if not set(names) <= set(manager.all_tasks):  # all of the harness's, which takes seconds
-        manager = TaskManager(include_path=c.include_path)
-    for name in names:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, 1)
-            fail(f"no task {name}; " + (f"did you mean {near[0]}?" if near else
-                                        "lm-eval ls tasks lists them; --include_path adds yours"))
-    judged, rows = harness_model(model, tokenizer, c), []
-    for name, n in zip(names, shots, strict=True):
-        try:
-            manager.load([name])
-        except Exception as error:  # its file and its data may be broken in any way
-            fail(f"cannot load the task {name}: {reason(error)}")
-        judged.spent = 0.0
-        try:
-            found = simple_evaluate(judged, tasks=[name], num_fewshot=int(n) if n else None,
-                                    limit=c.limit, task_manager=manager, log_samples=False)
-        except ValueError as error:  # more examples than there are; code that is unsafe to run
-            fail(f"task {name}: {reason(error)}")
-        items = {task: n["effective"] for task, n in found["n-samples"].items()}
-        for task, figures in found["results"].items():  # of a group there are several
-            row = {"variant": task, "shots": found["n-shot"].get(task), "items": items.get(task),
-                   "items_per_s": sum(items.values()) / judged.spent}
-            row |= {k.removesuffix(",none"): v for k, v in figures.items() if "," in k}
-            rows.append({k: v for k, v in row.items() if k == "variant"
-                         or isinstance(v, (int, float))})
-    return rows
-
-
-def harness_model(model: GPT, tokenizer: Tokenizer, c: BenchConfig):
-    """The model as lm-evaluation-harness asks for it. Its TemplateLM divides text into context and
-    continuation; <|endoftext|> in a text is the id, as in its own `hf` backend. An empty context
-    is the end-of-text id, or a newline where the tokenizer has none (char)."""
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import normalize_gen_kwargs
-
-    class HarnessModel(TemplateLM):
-        spent = 0.0  # seconds
-
-        @property
-        def eot_token_id(self) -> int:
-            return tokenizer.encode("\n")[0] if tokenizer.eot is None else tokenizer.eot
-
-        def tok_encode(self, string: str, *_, **__) -> list[int]:
-            return tokenizer.encode_prompt(string)
-
-        def _loglikelihood_tokens(self, requests: list, **_) -> list[tuple[float, bool]]:
-            begin = time.perf_counter()
-            pairs = [(context or [self.eot_token_id], continuation)
-                     for _, context, continuation in requests]
-            answers = score(model, pairs, c.batch_size)
-            self.spent += time.perf_counter() - begin
-            return answers
-
-        def loglikelihood_rolling(self, requests: list, **_) -> list[float]:
-            whole = [(None, [], self.tok_encode(request.args[0])) for request in requests]
-            return [log_p for log_p, _ in self._loglikelihood_tokens(whole)]
-
-        def generate_until(self, requests: list, **_) -> list[str]:
-            """Greedily, unless a task says otherwise. Contexts leave room for what is generated."""
-            begin, texts, groups = time.perf_counter(), {}, defaultdict(list)
-            for i, request in enumerate(requests):
-                groups[json.dumps(request.args[1], sort_keys=True)].append(i)
-            for members in groups.values():  # that are generated in the same way
-                how = normalize_gen_kwargs(requests[members[0]].args[1], 256)
-                T, new = model.config.block_size, how["max_gen_toks"]
-                room = T - new if new < T else max(1, T // 2)
-                prompts = {i: (self.tok_encode(requests[i].args[0]) or [self.eot_token_id])[-room:]
-                           for i in members}
-                members.sort(key=lambda i, prompts=prompts: -len(prompts[i]))
-                for k in range(0, len(members), c.batch_size):
-                    batch = members[k:k + c.batch_size]
-                    texts |= zip(batch, complete(
-                        model, tokenizer, [prompts[i] for i in batch], new, how["until"], c.seed,
-                        how.get("temperature", 1.0) if how["do_sample"] else 0.0,
-                        how.get("top_k"), how.get("top_p")), strict=True)
-            self.spent += time.perf_counter() - begin
-            return [texts[i] for i in range(len(requests))]
-
-    return HarnessModel()
-
-
-@torch.no_grad()
-def score(model: GPT, pairs: list[tuple[list[int], list[int]]], batch_size: int,
-          ) -> list[tuple[float, bool]]:
-    """Of each (context, continuation), token ids, the continuation's log-probability in nats (at
-    least fp32, over vocab_used ids), and whether greedy decoding would give it. What exceeds the
-    model's context is cut from the left; a longer continuation is scored in pieces."""
-    T, device = model.config.block_size, next(model.parameters()).device
-    rows = defaultdict(list)  # input -> its (pair, targets); answers of one token share a row
-    for pair, (context, continuation) in enumerate(pairs):
-        whole = context + continuation
-        for start in range(len(context), len(whole), T):
-            end = min(start + T, len(whole))
-            rows[tuple(whole[max(0, end - T - 1):end - 1])].append((pair, whole[start:end]))
-    order = sorted(rows, key=len, reverse=True)
-    log_p = torch.zeros(len(pairs), dtype=torch.float64)
-    misses = torch.zeros(len(pairs), dtype=torch.long)
-    for k in tqdm(range(0, len(order), batch_size), desc="scoring", unit="batch"):
-        batch = order[k:k + batch_size]
-        idx = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)  # padded on the right
-        wanted = []
-        for row, inputs in enumerate(batch):
-            idx[row, :len(inputs)] = torch.tensor(inputs)
-            wanted += [(pair, row, len(inputs) - len(targets) + i, target)
-                       for pair, targets in rows[inputs] for i, target in enumerate(targets)]
-        pair, row, place, target = torch.tensor(wanted).to(device).unbind(1)  # (N,) each
-        x = model.hidden(idx.to(device))[row, place]  # (N, C)
-        for part, i, y in zip(x.split(1024), pair.split(1024), target.split(1024), strict=True):
-            logits = model.lm_head(part)[:, :model.config.vocab_used]
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            found = logits.log_softmax(dim=-1).gather(1, y[:, None])[:, 0]
-            log_p.index_add_(0, i.cpu(), found.cpu().double())
-            misses.index_add_(0, i.cpu(), (logits.argmax(dim=-1) != y).long().cpu())
-    return list(zip(log_p.tolist(), (misses == 0).tolist(), strict=True))
-
-
-def complete(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
-             until: list[str], seed: int, *how) -> list[str]:
-    """The continuation of each prompt, up to the first of the texts `until` or the end of the
-    text; `how` are temperature, top_k and top_p."""
-    device = next(model.parameters()).device
-    idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
-    stops = [stop.encode() for stop in until if stop]
-    found, done = [b""] * len(prompts), [False] * len(prompts)
-    for tokens in model.stream(idx.to(device), max_new_tokens, *how,
-                               generator=torch.Generator(device).manual_seed(seed),
-                               lengths=torch.tensor([len(p) for p in prompts], device=device)):
-        for i, token in enumerate(tokens.tolist()):
-            if not done[i] and token != tokenizer.eot:
-                found[i] += tokenizer.token_bytes(token)
-            done[i] = done[i] or token == tokenizer.eot or any(s in found[i] for s in stops)
-        if all(done):
-            break
-    texts = [text.decode("utf-8", "replace") for text in found]
-    for stop in filter(None, until):
-        texts = [text.split(stop)[0] for text in texts]
-    return texts
-
-
-# -----------------------------------------------------------------------------
-# In and out: models for transformers, models as safetensors, a GPT with another template
-
-
-PLAIN = dict(template="gd", splitting="lie_trotter", ffn="mlp", norm="layernorm",
-             position="learned", qk_norm=False)  # what GPT-2 is
-
-
-def load_source(c: BenchConfig) -> tuple[GPT, dict | None]:
-    """The model that --ckpt names, on the CPU, and what a checkpoint says of its tokenizer; None
-    where that is not known."""
-    if c.ckpt is None:
-        fail("say of which model: --ckpt=FOLDER of a run, or --ckpt=FILE.pt")
-    hub = c.ckpt.startswith("gpt2") and not os.path.exists(c.ckpt)
-    checkpoint = read_pretrained(c.ckpt) if hub else load_checkpoint(named(c))
-    model, meta = GPT.from_checkpoint(checkpoint), checkpoint.get("tokenizer")
-    if not all(p.isfinite().all() for p in model.parameters()):
-        fail(f"the weights of {c.ckpt} are nan or infinite: its run broke; use another one")
-    if not meta:
-        with contextlib.suppress(UserError):
-            meta = Tokenizer.from_meta(nanogpt_tokenizer(checkpoint, c.data_dir)).to_meta()
-            meta = {k: meta[k] for k in TOKENIZER_KEYS if meta.get(k)}
-    return model.eval(), meta or None
-
-
-@contextlib.contextmanager
-def new_folder(path: str, overwrite: bool) -> Iterator[str]:
-    """A folder to fill, which then gets its name: it is whole, or not there. Only an exported
-    folder is overwritten."""
-    path = os.path.abspath(path)
-    there = os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path))
-    exported = os.path.isfile(os.path.join(path, "model.safetensors"))
-    if there and not (overwrite and exported):
-        fail(f"{path} is there already; choose another --out" + ", or --overwrite" * exported)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix=".partial-") as folder:
-        new, old = os.path.join(folder, "new"), os.path.join(folder, "old")
-        os.mkdir(new)
-        yield new
-        if os.path.lexists(path):
-            os.rename(path, old)
-        os.rename(new, path)
-
-
-def export(c: BenchConfig) -> str:
-    """Write a model to a folder; returns what was done."""
-    if c.out is None:
-        fail("say where to: --out=FOLDER")
-    model, meta = load_source(c)
-    with new_folder(c.out, c.overwrite) as folder:
-        try:
-            notes = (to_hf if c.format == "hf" else to_safetensors)(model, meta, folder)
-        except ImportError:
-            fail(f"--format={c.format} needs a package: pip install transformers safetensors")
-        names = ("config.json", "model.safetensors")
-        shutil.copymode(*(os.path.join(folder, name) for name in names))  # safetensors' is 0600
-    return "\n".join([f"{c.out}: {model.get_num_params(False):,} parameters", *notes])
-
-
-def to_safetensors(model: GPT, meta: dict | None, folder: str) -> list[str]:
-    """The weights as they are, the tied ones once; model_args and tokenizer in config.json."""
-    from safetensors.torch import save_file
-
-    weights = {n: w.contiguous() for n, w in model.state_dict().items() if n != "lm_head.weight"}
-    save_file(weights, os.path.join(folder, "model.safetensors"), {"format": "pt"})
-    about = {"model_args": asdict(model.config)} | ({"tokenizer": meta} if meta else {})
-    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(about, file, indent=1)
-    return [f"tokenizer {meta['tokenizer']}" if meta else "its tokenizer is not known: left out"]
-
-
-def to_hf(model: GPT, meta: dict | None, folder: str) -> list[str]:
-    """A plain GPT as a GPT-2 of transformers; biases that it does not have are zeros."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    m = model.config
-    odd = [f"{n}={getattr(m, n)}" for n, plain in PLAIN.items() if getattr(m, n) != plain]
-    odd += [f"head_dim={m.head_dim}"] * (m.d_attn != m.n_embd)
-    odd += ["velocity_init=add"] * (m.velocity_init == "add")
-    if odd:
-        fail(f"transformers' GPT-2 has no {', '.join(odd)}; use --format=safetensors")
-    eot = Tokenizer.from_meta(meta).eot if meta else None
-    hf = GPT2LMHeadModel(GPT2Config(
-        vocab_size=m.vocab_size, n_positions=m.block_size, n_embd=m.n_embd, n_layer=m.n_layer,
-        n_head=m.n_head, n_inner=m.ffn_hidden, resid_pdrop=m.dropout, embd_pdrop=m.dropout,
-        attn_pdrop=m.dropout, bos_token_id=eot, eos_token_id=eot,
-        activation_function="gelu" if m.activation == "gelu" else "gelu_new"))
-    hf.to(model.lm_head.weight.dtype)
-    ours = conv1d(model.state_dict())
-    hf.load_state_dict({n: ours.get(n, torch.zeros_like(w)) for n, w in hf.state_dict().items()})
-    notes, used = [], m.vocab_used or m.vocab_size
-    if used < m.vocab_size:
-        hf.generation_config.suppress_tokens = list(range(used, m.vocab_size))
-        notes = [f"vocab_size {m.vocab_size}: the padding from {used} on stays, so that the logits "
-                 f"are the same; generate() never draws it"]
-    hf.save_pretrained(folder, max_shard_size="1TB")
-    if meta and meta["tokenizer"] in ("gpt2", "r50k_base"):
-        write_bpe(meta["tokenizer"], m.block_size, folder)
-        return [*notes, "with its tokenizer, GPT-2's"]
-    name = meta["tokenizer"] if meta else "unknown"
-    return [*notes, f"without its tokenizer ({name}): only GPT-2's is exported"]
-
-
-def write_bpe(name: str, block_size: int, folder: str) -> None:
-    """A tokenizer of tiktoken's that splits words as GPT-2's does, in GPT-2's files: vocab.json,
-    merges.txt. Their text has a printable character for each byte."""
-    bpe = Tokenizer(name).bpe
-    ranks = {token: bpe.encode_single_token(token) for token in bpe.token_byte_values()}
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    character = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-    def text(token: bytes) -> str:
-        return "".join(map(character.get, token))
-
-    def merged(token: bytes) -> list[bytes]:
-        """The two tokens that became this one: what its bytes merge to, one merge before."""
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            i = min(range(len(parts) - 1),
-                    key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        return parts
-
-    in_order = sorted(ranks, key=ranks.get)
-    merges = [" ".join(map(text, merged(token))) for token in in_order if len(token) > 1]
-    vocabulary = {text(token): ranks[token] for token in in_order} | {END_OF_TEXT: bpe.eot_token}
-    about = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size,
-             "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
-    for file_name, content in (("vocab.json", json.dumps(vocabulary, ensure_ascii=False)),
-                               ("merges.txt", "\n".join(["#version: 0.2", *merges, ""])),
-                               ("tokenizer_config.json", json.dumps(about, indent=1))):
-        with open(os.path.join(folder, file_name), "w", encoding="utf-8", newline="") as file:
-            file.write(content)
-
-
-def convert(c: BenchConfig) -> str:
-    """A trained GPT as a momentum model, to train on: with velocity_norm=none, gamma = nu = 1 (in
-    Strang's halves gamma h = 1) and mu, beta -> 0, X' = X + h nu (beta V + gamma h g(X + mu V)) is
-    X + h g(X). Returns what was done, and how far the logits are from the GPT's."""
-    if c.template not in ("polyak", "nesterov", "tmm"):
-        fail(f"template={c.template}: convert makes polyak, nesterov or tmm; name one of them")
-    if c.velocity_norm != "none":
-        fail(f"velocity_norm={c.velocity_norm}: N_v rescales every step, so that the logits cannot "
-             f"stay; add --velocity_norm=none")
-    if not (c.out or "").endswith(".pt"):
-        fail("say where to: --out=FILE.pt")
-    if os.path.lexists(c.out) and not (c.overwrite and os.path.isfile(c.out)):
-        fail(f"{c.out} is there already; choose another --out, or --overwrite a file")
-    old, meta = load_source(c)
-    if old.config.template != "gd" or old.config.velocity_init == "add":
-        fail(f"{c.ckpt} has template={old.config.template}, velocity_init="
-             f"{old.config.velocity_init}: only template=gd without second tables is converted")
-    torch.manual_seed(c.seed)
-    new = GPT(replace(old.config, template=c.template, velocity_norm="none",
-                      velocity_init=c.velocity_init, scalar_map=c.scalar_map))
-    new.to(old.lm_head.weight.dtype).load_state_dict(old.state_dict(), strict=False)
-    with torch.no_grad():
-        for block in new.transformer.h:
-            for step, (_, h) in zip(block.steps, block.split(*block.oracles()), strict=True):
-                step.gamma.fill_(math.log(math.expm1(1 / h)))
-                for name in {"mu", "beta"} & step.learned.keys():
-                    getattr(step, name).fill_(c.raw_init)
-        size = old.config.vocab_used or old.config.vocab_size
-        idx = torch.randint(size, (1, min(old.config.block_size, 256)))
-        logits, converted = (model.eval()(idx, idx)[0] for model in (old, new))
-    write_file({"model": new.state_dict(), "model_args": asdict(new.config)}
-               | ({"tokenizer": meta} if meta else {}), c.out)
-    return (f"{c.out}: {c.template}, {new.get_num_params(False):,} parameters\n"
-            f"on random tokens the logits, of up to {logits.abs().max():.3g}, changed by up to "
-            f"{(logits - converted).abs().max():.1e}\n"
-            f"train on: python train.py --init_from={c.out}")
-
-
-# -----------------------------------------------------------------------------
 # Tables and pictures
 
 
@@ -1147,22 +732,6 @@ def machine(device: torch.device) -> str:
            f"{time.strftime('%Y-%m-%d')}"
 
 
-NO_MATPLOTLIB = "plot needs matplotlib: pip install matplotlib"
-
-
-@contextlib.contextmanager
-def picture(path: str, width: float, height: float) -> Iterator:
-    """A matplotlib figure that becomes a PNG."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        fail(NO_MATPLOTLIB)
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    yield figure
-    FigureCanvasAgg(figure).print_png(path)
-
-
 def draw(rows: list[dict], path: str) -> None:
     """A PNG of what was measured."""
     key = next(k for k in ("tokens_per_s", "tokens_per_s_core", "seconds", "peak_mb", "muon_share",
@@ -1198,98 +767,6 @@ def draw_figures(rows: list[dict], figure, key: str) -> None:
 
 
 # -----------------------------------------------------------------------------
-# Pictures of runs
-
-
-def run_name(out_dir: str) -> str:
-    return os.path.basename(os.path.normpath(out_dir))
-
-
-def plot(c: BenchConfig) -> None:
-    """Several runs in one PNG: their losses, learned scalars, or paths of the residual stream."""
-    if not c.runs:
-        fail("name the out_dirs of one run or several: python bench.py plot OUT_DIR...")
-    if importlib.util.find_spec("matplotlib") is None:
-        fail(NO_MATPLOTLIB)
-    path = c.plot or f"{c.draw}.png"
-    if c.draw == "losses":
-        flops = [flops_per_token(run) for run in c.runs] if c.x == "flops" else []
-        plot_losses(list(c.runs), path, c.x, tuple(flops))
-    else:
-        (plot_scalars if c.draw == "scalars" else plot_paths)(c, path)
-    print(f"wrote {path}")
-
-
-def checkpoint_of(out_dir: str, weights: bool = True) -> dict:
-    """A run's latest checkpoint; UserError where there is none."""
-    return read_latest(out_dir, weights) or read_checkpoint(os.path.join(out_dir, "ckpt.pt"))
-
-
-def flops_per_token(out_dir: str) -> int:
-    """Training FLOPs per token of a run's model."""
-    with torch.device("meta"):
-        return GPT(checkpoint_config(checkpoint_of(out_dir, weights=False))).flops_per_token()
-
-
-def plot_scalars(c: BenchConfig, path: str) -> None:
-    """Each learned scalar: by layer as the run ended, and its mean over layers, with the lowest and
-    the highest, during training. The first substep (attention) is drawn solid, the next dashed."""
-    logs = {run: [r for r in read_log(run) if r["type"] == "scalars"] for run in c.runs}
-    names = list(dict.fromkeys(k for log in logs.values() for r in log for k in r
-                               if k not in ("type", "iter")))
-    if not names:
-        fail(f"{', '.join(c.runs)}: no learned scalars in log.jsonl; a momentum template "
-             f"(--template=nesterov) logs them at every evaluation")
-    with picture(path, 9, 2.2 * len(names) + 0.6) as figure:
-        grid = figure.subplots(len(names), 2, squeeze=False)
-        for name, (by_layer, over_time) in zip(names, grid, strict=True):
-            by_layer.set(ylabel=name, xlabel="layer")
-            over_time.set(xlabel="step")
-            for i, (run, log) in enumerate(logs.items()):
-                log = [r for r in log if name in r]
-                values = np.array([r[name] for r in log])  # (evaluations, layers, substeps)
-                for k in range(values.shape[-1]):
-                    style = dict(color=f"C{i}", ls=("-", "--", ":", "-.")[k % 4])
-                    by_layer.plot(range(1, values.shape[1] + 1), values[-1, :, k], marker="o", ms=3,
-                                  label=f"{run_name(run)}, substep {k + 1}", **style)
-                    steps, of_substep = [r["iter"] for r in log], values[:, :, k]
-                    over_time.plot(steps, of_substep.mean(axis=1), **style)
-                    over_time.fill_between(steps, of_substep.min(axis=1), of_substep.max(axis=1),
-                                           color=f"C{i}", alpha=0.1, lw=0)
-            for axes in (by_layer, over_time):
-                axes.grid(alpha=0.3)
-            by_layer.xaxis.get_major_locator().set_params(integer=True)
-        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center",
-                      ncols=2, fontsize="small")
-
-
-def plot_paths(c: BenchConfig, path: str) -> None:
-    """How far x moves in each layer, and by what angle it turns from one to the next: means over
-    the tokens of 16 windows of each run's validation split."""
-    found = {}
-    for run in c.runs:
-        checkpoint = checkpoint_of(run)
-        model, trained = GPT.from_checkpoint(checkpoint).eval(), checkpoint.get("config", {})
-        folder = os.path.join(trained.get("data_dir", c.data_dir), trained.get("dataset", ""))
-        tokens = Tokens(folder, "val", load_meta(folder), model.config.block_size)
-        starts = range(0, len(tokens) - model.config.block_size, model.config.block_size)
-        found[run] = model.residual_path(tokens.read(starts[:16])[:, :-1].long())
-    with picture(path, 8, 3.6) as figure:
-        lengths, turns = figure.subplots(1, 2)
-        lengths.set(xlabel="layer", ylabel="length of the layer's step")
-        turns.set(xlabel="between layers l and l + 1", ylabel="turning angle (degrees)")
-        for run, (steps, angles) in found.items():
-            lengths.plot(range(1, len(steps) + 1), steps, marker="o", ms=3,
-                         label=f"{run_name(run)}: {sum(steps):.1f} in all")
-            turns.plot(range(1, len(angles) + 1), angles, marker="o", ms=3)
-        for axes in (lengths, turns):
-            axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.3)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        lengths.legend(fontsize="small")
-
-
-# -----------------------------------------------------------------------------
 # The command line
 
 
@@ -1302,7 +779,7 @@ def measure(argv: list[str]) -> list[dict]:
         configs[words or "nanoYurii"], _ = read_config(BenchConfig, [*argv, *more],
                                                        positional="command")
     commands = {"speed": speed, "decode": decode, "memory": memory, "data": data, "muon": muon,
-                "loss": loss, "prepare": prepare, "start": start, "eval": judge}
+                "loss": loss, "prepare": prepare, "start": start, "eval": lambda _, c: judge(c)}
     return commands[c.command](configs, c)
 
 

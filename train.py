@@ -1021,7 +1021,8 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
     if not (resumed or word) and (c.init_from.endswith(".pt") or os.path.isdir(c.init_from)):
         checkpoint = read_checkpoint(c.init_from)
     tokenizer = {k: meta[k] for k in TOKENIZER_KEYS if meta.get(k)}
-    theirs = (checkpoint or {}).get("tokenizer") or tokenizer
+    theirs = (checkpoint or {}).get("tokenizer") or (
+        {"tokenizer": "gpt2"} if c.init_from.startswith("gpt2") and not checkpoint else tokenizer)
     if theirs != tokenizer:
         fail(f"{folder} was made with another tokenizer than the checkpoint's, "
              f"{theirs.get('tokenizer')}; prepare the data with that one")
@@ -1124,10 +1125,10 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                 evaluated, new, is_best = step, True, val_loss < best_val_loss
                 best_val_loss = val_loss if is_best else best_val_loss
                 if master:
-                    log.record("eval", step, tokens=position * T, val_loss=val_loss,
-                               best_val_loss=best_val_loss, seconds=time.time() - began)
                     if not sharded and (scalars := raw_model.learned_scalars()):
                         log.scalars(step, scalars)
+                    log.record("eval", step, tokens=position * T, val_loss=val_loss,
+                               best_val_loss=best_val_loss, seconds=time.time() - began)
                     plot_losses([c.out_dir], os.path.join(c.out_dir, "loss.png"))
                     show(f"step {step}: val loss {val_loss:.4f}, best {best_val_loss:.4f}", True)
             due = step % (c.save_interval or c.eval_interval) == 0 or last or stopping

@@ -20,6 +20,7 @@ from test_sample import write_checkpoint
 from test_train import refused
 
 import bench
+import tools.judge
 from config import read_config
 from model import GPT, GPTConfig
 from prepare import Tokenizer
@@ -137,31 +138,32 @@ def test_scores(options):
     expected = [one_by_one(model, *pair) for pair in pairs]
     assert expected[-2][1] and expected[-1] == (0.0, True)
     for batch_size in (1, 7, 100):
-        found = bench.score(model, pairs, batch_size)
+        found = tools.judge.score(model, pairs, batch_size)
         assert np.allclose(found, expected, atol=1e-10)
     model.transformer.wte.weight[257:] = 1e3
-    assert np.allclose(bench.score(model, pairs, 7), found, atol=1e-10)
+    assert np.allclose(tools.judge.score(model, pairs, 7), found, atol=1e-10)
 
 
 @torch.no_grad()
 def test_the_batch_does_not_matter_in_fp32():
-    assert np.allclose(*(bench.score(tiny(), some_pairs(), n) for n in (1, 32)), atol=1e-5)
+    assert np.allclose(*(tools.judge.score(tiny(), some_pairs(), n) for n in (1, 32)), atol=1e-5)
 
 
 def test_completions():
     """Up to the stop, in a batch of several lengths; the draws are seeded."""
     model, tokenizer = tiny().double(), Tokenizer("bytes")
     prompts = [list(b"one"), list(b"a longer prompt"), list(b"x")]
-    alone = [bench.complete(model, tokenizer, [p], 30, [], 0, 0.0)[0] for p in prompts]
-    assert bench.complete(model, tokenizer, prompts, 30, [], 0, 0.0) == alone
+    alone = [tools.judge.complete(model, tokenizer, [p], 30, [], 0, 0.0)[0] for p in prompts]
+    assert tools.judge.complete(model, tokenizer, prompts, 30, [], 0, 0.0) == alone
     for prompt, text in zip(prompts, alone, strict=True):
         ids = model.generate(torch.tensor([prompt]), 30, temperature=0)[0, len(prompt):].tolist()
         assert tokenizer.decode(ids).startswith(text)
         assert len(text) == len(tokenizer.decode(ids)) or 256 in ids
     stop = alone[1][4:6]
-    assert bench.complete(model, tokenizer, prompts, 30, ["", stop], 0, 0.0) == [
+    assert tools.judge.complete(model, tokenizer, prompts, 30, ["", stop], 0, 0.0) == [
         text.split(stop)[0] for text in alone]
-    drawn = [bench.complete(model, tokenizer, prompts, 30, [], seed, 1.0) for seed in (0, 0, 1)]
+    drawn = [tools.judge.complete(model, tokenizer, prompts, 30, [], seed, 1.0)
+             for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -206,7 +208,7 @@ def gpt2(tmp_path_factory):
 
 
 def ours(gpt2, batch_size=8):
-    return bench.harness_model(*gpt2[:2], config(f"--batch_size={batch_size}"))
+    return tools.judge.harness_model(*gpt2[:2], config(f"--batch_size={batch_size}"))
 
 
 LONG = "It was the best of times, it was the worst of times. " * 20
@@ -259,11 +261,11 @@ def test_a_character_model(tmp_path):
     """Its texts begin after a newline, for want of an end of text."""
     pytest.importorskip("lm_eval")
     model, tokenizer = tiny(vocab_size=7, vocab_used=7), Tokenizer("char", CHARS["alphabet"])
-    judged = bench.harness_model(model, tokenizer, config())
+    judged = tools.judge.harness_model(model, tokenizer, config())
     assert np.allclose(judged.loglikelihood([Request("", "abc"), Request(" ", "d")]),
-                       bench.score(model, [([0], [2, 3, 4]), ([0], [1, 5])], 2))
+                       tools.judge.score(model, [([0], [2, 3, 4]), ([0], [1, 5])], 2))
     refused(lambda: judged.loglikelihood([Request("", "xyz")]), "'xyz'")
-    bare = bench.harness_model(model, Tokenizer("char", "abc"), config())
+    bare = tools.judge.harness_model(model, Tokenizer("char", "abc"), config())
     refused(lambda: bare.loglikelihood([Request("", "abc")]), "alphabet")
 
 
@@ -334,7 +336,7 @@ def test_tasks_are_those_of_the_hf_backend(gpt2, local_tasks, monkeypatch):
     """HellaSwag 0-shot and ARC-Easy with an example, 30 items each: the figures, every item."""
     import lm_eval
 
-    monkeypatch.setattr(bench, "load_model", lambda c: gpt2[:2])
+    monkeypatch.setattr(tools.judge, "load_model", lambda c: gpt2[:2])
     simple_evaluate, both = lm_eval.simple_evaluate, []
 
     def watched(model, log_samples, **how):

@@ -865,6 +865,11 @@ def test_other_data_is_refused(run, tmp_path):
     assert load(tmp_path / "a")["iter_num"] == 3
 
 
+def test_openais_weights_ask_for_their_tokenizer(run, tmp_path):
+    refused(lambda: run(tmp_path / "a", init_from="gpt2"), "another tokenizer", "gpt2")
+    assert not (tmp_path / "a").exists()
+
+
 def test_nanogpts_and_our_gpt2_data_have_the_same_tokenizer(run, tmp_path, monkeypatch):
     """A model of the one may be trained on the other."""
     monkeypatch.setattr(train, "evaluate", lambda *_: 1.0)

@@ -1,0 +1,200 @@
+"""Models in and out: for transformers, as safetensors; a trained GPT as a momentum model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from config import UserError, fail
+from model import GPT, conv1d, read_pretrained
+from prepare import END_OF_TEXT, Tokenizer
+from sample import SampleConfig, load_checkpoint, nanogpt_tokenizer
+from train import TOKENIZER_KEYS, write_file
+
+if TYPE_CHECKING:
+    from bench import BenchConfig
+
+
+def named(c: BenchConfig) -> SampleConfig:
+    """--ckpt as sample.py has it: the out_dir of a run, or what init_from can be."""
+    a_run = any(os.path.isfile(os.path.join(c.ckpt, name)) for name in ("ckpt.pt", "best.pt"))
+    return SampleConfig(data_dir=c.data_dir, **{"out_dir" if a_run else "init_from": c.ckpt})
+
+
+PLAIN = dict(template="gd", splitting="lie_trotter", ffn="mlp", norm="layernorm",
+             position="learned", qk_norm=False)  # what GPT-2 is
+
+
+def load_source(c: BenchConfig) -> tuple[GPT, dict | None]:
+    """The model that --ckpt names, on the CPU, and what a checkpoint says of its tokenizer; None
+    where that is not known."""
+    if c.ckpt is None:
+        fail("say of which model: --ckpt=FOLDER of a run, or --ckpt=FILE.pt")
+    hub = c.ckpt.startswith("gpt2") and not os.path.exists(c.ckpt)
+    checkpoint = read_pretrained(c.ckpt) if hub else load_checkpoint(named(c))
+    model, meta = GPT.from_checkpoint(checkpoint), checkpoint.get("tokenizer")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        fail(f"the weights of {c.ckpt} are nan or infinite: its run broke; use another one")
+    if not meta:
+        with contextlib.suppress(UserError):
+            meta = Tokenizer.from_meta(nanogpt_tokenizer(checkpoint, c.data_dir)).to_meta()
+            meta = {k: meta[k] for k in TOKENIZER_KEYS if meta.get(k)}
+    return model.eval(), meta or None
+
+
+@contextlib.contextmanager
+def new_folder(path: str, overwrite: bool) -> Iterator[str]:
+    """A folder to fill, which then gets its name: it is whole, or not there. Only an exported
+    folder is overwritten."""
+    path = os.path.abspath(path)
+    there = os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path))
+    exported = os.path.isfile(os.path.join(path, "model.safetensors"))
+    if there and not (overwrite and exported):
+        fail(f"{path} is there already; choose another --out" + ", or --overwrite" * exported)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix=".partial-") as folder:
+        new, old = os.path.join(folder, "new"), os.path.join(folder, "old")
+        os.mkdir(new)
+        yield new
+        if os.path.lexists(path):
+            os.rename(path, old)
+        os.rename(new, path)
+
+
+def export(c: BenchConfig) -> str:
+    """Write a model to a folder; returns what was done."""
+    if c.out is None:
+        fail("say where to: --out=FOLDER")
+    model, meta = load_source(c)
+    with new_folder(c.out, c.overwrite) as folder:
+        try:
+            notes = (to_hf if c.format == "hf" else to_safetensors)(model, meta, folder)
+        except ImportError:
+            fail(f"--format={c.format} needs a package: pip install transformers safetensors")
+        names = ("config.json", "model.safetensors")
+        shutil.copymode(*(os.path.join(folder, name) for name in names))  # safetensors' is 0600
+    return "\n".join([f"{c.out}: {model.get_num_params(False):,} parameters", *notes])
+
+
+def to_safetensors(model: GPT, meta: dict | None, folder: str) -> list[str]:
+    """The weights as they are, the tied ones once; model_args and tokenizer in config.json."""
+    from safetensors.torch import save_file
+
+    weights = {n: w.contiguous() for n, w in model.state_dict().items() if n != "lm_head.weight"}
+    save_file(weights, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+    about = {"model_args": asdict(model.config)} | ({"tokenizer": meta} if meta else {})
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+        json.dump(about, file, indent=1)
+    return [f"tokenizer {meta['tokenizer']}" if meta else "its tokenizer is not known: left out"]
+
+
+def to_hf(model: GPT, meta: dict | None, folder: str) -> list[str]:
+    """A plain GPT as a GPT-2 of transformers; biases that it does not have are zeros."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    m = model.config
+    odd = [f"{n}={getattr(m, n)}" for n, plain in PLAIN.items() if getattr(m, n) != plain]
+    odd += [f"head_dim={m.head_dim}"] * (m.d_attn != m.n_embd)
+    odd += ["velocity_init=add"] * (m.velocity_init == "add")
+    if odd:
+        fail(f"transformers' GPT-2 has no {', '.join(odd)}; use --format=safetensors")
+    eot = Tokenizer.from_meta(meta).eot if meta else None
+    hf = GPT2LMHeadModel(GPT2Config(
+        vocab_size=m.vocab_size, n_positions=m.block_size, n_embd=m.n_embd, n_layer=m.n_layer,
+        n_head=m.n_head, n_inner=m.ffn_hidden, resid_pdrop=m.dropout, embd_pdrop=m.dropout,
+        attn_pdrop=m.dropout, bos_token_id=eot, eos_token_id=eot,
+        activation_function="gelu" if m.activation == "gelu" else "gelu_new"))
+    hf.to(model.lm_head.weight.dtype)
+    ours = conv1d(model.state_dict())
+    hf.load_state_dict({n: ours.get(n, torch.zeros_like(w)) for n, w in hf.state_dict().items()})
+    notes, used = [], m.vocab_used or m.vocab_size
+    if used < m.vocab_size:
+        hf.generation_config.suppress_tokens = list(range(used, m.vocab_size))
+        notes = [f"vocab_size {m.vocab_size}: the padding from {used} on stays, so that the logits "
+                 f"are the same; generate() never draws it"]
+    hf.save_pretrained(folder, max_shard_size="1TB")
+    if meta and meta["tokenizer"] in ("gpt2", "r50k_base"):
+        write_bpe(meta["tokenizer"], m.block_size, folder)
+        return [*notes, "with its tokenizer, GPT-2's"]
+    name = meta["tokenizer"] if meta else "unknown"
+    return [*notes, f"without its tokenizer ({name}): only GPT-2's is exported"]
+
+
+def write_bpe(name: str, block_size: int, folder: str) -> None:
+    """A tokenizer of tiktoken's that splits words as GPT-2's does, in GPT-2's files: vocab.json,
+    merges.txt. Their text has a printable character for each byte."""
+    bpe = Tokenizer(name).bpe
+    ranks = {token: bpe.encode_single_token(token) for token in bpe.token_byte_values()}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    character = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+    def text(token: bytes) -> str:
+        return "".join(map(character.get, token))
+
+    def merged(token: bytes) -> list[bytes]:
+        """The two tokens that became this one: what its bytes merge to, one merge before."""
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            i = min(range(len(parts) - 1),
+                    key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        return parts
+
+    in_order = sorted(ranks, key=ranks.get)
+    merges = [" ".join(map(text, merged(token))) for token in in_order if len(token) > 1]
+    vocabulary = {text(token): ranks[token] for token in in_order} | {END_OF_TEXT: bpe.eot_token}
+    about = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size,
+             "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+    for file_name, content in (("vocab.json", json.dumps(vocabulary, ensure_ascii=False)),
+                               ("merges.txt", "\n".join(["#version: 0.2", *merges, ""])),
+                               ("tokenizer_config.json", json.dumps(about, indent=1))):
+        with open(os.path.join(folder, file_name), "w", encoding="utf-8", newline="") as file:
+            file.write(content)
+
+
+def convert(c: BenchConfig) -> str:
+    """A trained GPT as a momentum model, to train on: with velocity_norm=none, gamma = nu = 1 (in
+    Strang's halves gamma h = 1) and mu, beta -> 0, X' = X + h nu (beta V + gamma h g(X + mu V)) is
+    X + h g(X). Returns what was done, and how far the logits are from the GPT's."""
+    if c.template not in ("polyak", "nesterov", "tmm"):
+        fail(f"template={c.template}: convert makes polyak, nesterov or tmm; name one of them")
+    if c.velocity_norm != "none":
+        fail(f"velocity_norm={c.velocity_norm}: N_v rescales every step, so that the logits cannot "
+             f"stay; add --velocity_norm=none")
+    if not (c.out or "").endswith(".pt"):
+        fail("say where to: --out=FILE.pt")
+    if os.path.lexists(c.out) and not (c.overwrite and os.path.isfile(c.out)):
+        fail(f"{c.out} is there already; choose another --out, or --overwrite a file")
+    old, meta = load_source(c)
+    if old.config.template != "gd" or old.config.velocity_init == "add":
+        fail(f"{c.ckpt} has template={old.config.template}, velocity_init="
+             f"{old.config.velocity_init}: only template=gd without second tables is converted")
+    torch.manual_seed(c.seed)
+    new = GPT(replace(old.config, template=c.template, velocity_norm="none",
+                      velocity_init=c.velocity_init, scalar_map=c.scalar_map))
+    new.to(old.lm_head.weight.dtype).load_state_dict(old.state_dict(), strict=False)
+    with torch.no_grad():
+        for block in new.transformer.h:
+            for step, (_, h) in zip(block.steps, block.split(*block.oracles()), strict=True):
+                step.gamma.fill_(math.log(math.expm1(1 / h)))
+                for name in {"mu", "beta"} & step.learned.keys():
+                    getattr(step, name).fill_(c.raw_init)
+        size = old.config.vocab_used or old.config.vocab_size
+        idx = torch.randint(size, (1, min(old.config.block_size, 256)))
+        logits, converted = (model.eval()(idx, idx)[0] for model in (old, new))
+    write_file({"model": new.state_dict(), "model_args": asdict(new.config)}
+               | ({"tokenizer": meta} if meta else {}), c.out)
+    return (f"{c.out}: {c.template}, {new.get_num_params(False):,} parameters\n"
+            f"on random tokens the logits, of up to {logits.abs().max():.3g}, changed by up to "
+            f"{(logits - converted).abs().max():.1e}\n"
+            f"train on: python train.py --init_from={c.out}")

@@ -1,0 +1,246 @@
+"""Judging a checkpoint: the tasks of lm-evaluation-harness, and the perplexity of text."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import fail, reason
+from model import GPT, pick_device, pick_dtype
+from prepare import Tokenizer, load_meta, text_pieces
+from sample import load_model
+from tools.exchange import named
+from train import Tokens, evaluation_starts, tune_allocator
+
+if TYPE_CHECKING:
+    from bench import BenchConfig
+
+
+def judge(c: BenchConfig) -> list[dict]:
+    """How good a checkpoint is, on tasks or on text. On a CPU in fp32, unless dtype says else."""
+    if c.ckpt is None or (c.tasks is None) == (c.data is None):
+        fail("say what to judge and on what: --ckpt=FOLDER or FILE.pt, and either "
+             "--tasks=hellaswag,arc_easy or --data=NAME or TEXTFILE")
+    if c.tasks and importlib.util.find_spec("lm_eval") is None:
+        fail("eval needs lm-eval: pip install lm-eval")
+    model, tokenizer = load_model(named(c))
+    device = pick_device(c.device)
+    if device.type == "cpu":
+        tune_allocator()
+    dtype = pick_dtype(c.dtype or ("float32" if device.type == "cpu" else None), device)
+    model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    model.store_matrices(dtype)
+    return (on_tasks if c.tasks else on_text)(model, tokenizer, c)
+
+
+@torch.no_grad()
+def on_text(model: GPT, tokenizer: Tokenizer, c: BenchConfig) -> list[dict]:
+    """Perplexity of the validation split of a data folder, or of a text file, which is read as
+    prepare.py reads it. A token is predicted from those before it in its window.
+
+    The windows are train.py's: block_size tokens each, without overlap, at most eval_tokens of a
+    split, so that the figure for a folder is train.py's validation loss. Of a text file every
+    token but the first is predicted, so a shorter window may end it. Bits per byte are of the bytes
+    that the predicted tokens decode to; the end-of-text id has bits, but no bytes.
+    """
+    T, tail, folder = model.config.block_size, [], os.path.join(c.data_dir, c.data)
+    if os.path.isfile(c.data):
+        ids = tokenizer.encode_pieces(list(text_pieces(Path(c.data))), tokenizer.eot is not None)
+        if len(ids) < 2:
+            fail(f"data={c.data} has {len(ids)} tokens, and the first is not predicted; give more")
+        whole = (len(ids) - 1) // T * T
+        starts = list(range(0, whole, T))
+        tail = [[whole]] * (whole < len(ids) - 1)
+    elif not os.path.isdir(folder):
+        fail(f"data={c.data}: there is neither such a text file nor the folder {folder}")
+    else:
+        meta = load_meta(folder)
+        theirs = Tokenizer.from_meta(meta)
+        if (theirs.name, theirs.alphabet) != (tokenizer.name, tokenizer.alphabet):
+            fail(f"{folder} was made with another tokenizer than the checkpoint's: {theirs.name}, "
+                 f"not {tokenizer.name}, or of another alphabet; prepare the data with that one")
+        ids = Tokens(folder, "val", meta, T).data
+        starts = evaluation_starts(len(ids), T, c.eval_tokens)
+    sizes = np.array([0 if i == tokenizer.eot else len(tokenizer.token_bytes(i))
+                      for i in range(tokenizer.n_vocab)])
+    device, rows = next(model.parameters()).device, max(1, 4096 // T)
+    begin, total, n_tokens, n_bytes = time.perf_counter(), 0.0, 0, 0
+    batches = [starts[i:i + rows] for i in range(0, len(starts), rows)] + tail
+    for batch in tqdm(batches, desc="predicting", unit="batch"):
+        windows = np.stack([ids[s:s + T + 1] for s in batch]).astype(np.int64)  # (B, T + 1)
+        if windows.max() >= tokenizer.n_vocab:
+            fail(f"data={c.data} has the token id {windows.max()}, and its vocabulary only "
+                 f"{tokenizer.n_vocab}; prepare the data again")
+        x, y = torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
+        losses = model(x.to(device), y.to(device), reduction="none")[1]  # (B, T)
+        total += losses.cpu().double().sum().item()
+        n_tokens, n_bytes = n_tokens + y.numel(), n_bytes + int(sizes[y].sum())
+    nats = total / n_tokens
+    return [{"variant": c.data, "tokens": n_tokens, "nats": nats,
+             "perplexity": math.exp(min(nats, 700)),
+             "bits_per_byte": total / math.log(2) / max(1, n_bytes),
+             "tokens_per_s": n_tokens / (time.perf_counter() - begin)}]
+
+
+def on_tasks(model: GPT, tokenizer: Tokenizer, c: BenchConfig) -> list[dict]:
+    """Tasks of lm-evaluation-harness, its own or those of include_path, one after the other."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    names, shots = c.tasks.split(","), (c.num_fewshot or "").split(",")
+    shots = shots * len(names) if len(shots) == 1 else shots
+    if len(shots) != len(names) or not all(n.isdecimal() for n in shots if c.num_fewshot):
+        fail(f"num_fewshot={c.num_fewshot}: expected one whole number, or one for each of the "
+             f"{len(names)} tasks, with commas between them")
+    if c.include_path and not os.path.isdir(c.include_path):
+        fail(f"include_path={c.include_path}: there is no such folder")
+    manager = TaskManager(include_path=c.include_path, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):  # all of the harness's, which takes seconds
+        manager = TaskManager(include_path=c.include_path)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, 1)
+            fail(f"no task {name}; " + (f"did you mean {near[0]}?" if near else
+                                        "lm-eval ls tasks lists them; --include_path adds yours"))
+    judged, rows = harness_model(model, tokenizer, c), []
+    for name, n in zip(names, shots, strict=True):
+        try:
+            manager.load([name])
+        except Exception as error:  # its file and its data may be broken in any way
+            fail(f"cannot load the task {name}: {reason(error)}")
+        judged.spent = 0.0
+        try:
+            found = simple_evaluate(judged, tasks=[name], num_fewshot=int(n) if n else None,
+                                    limit=c.limit, task_manager=manager, log_samples=False)
+        except ValueError as error:  # more examples than there are; code that is unsafe to run
+            fail(f"task {name}: {reason(error)}")
+        items = {task: n["effective"] for task, n in found["n-samples"].items()}
+        for task, figures in found["results"].items():  # of a group there are several
+            row = {"variant": task, "shots": found["n-shot"].get(task), "items": items.get(task),
+                   "items_per_s": sum(items.values()) / judged.spent}
+            row |= {k.removesuffix(",none"): v for k, v in figures.items() if "," in k}
+            rows.append({k: v for k, v in row.items() if k == "variant"
+                         or isinstance(v, (int, float))})
+    return rows
+
+
+def harness_model(model: GPT, tokenizer: Tokenizer, c: BenchConfig):
+    """The model as lm-evaluation-harness asks for it. Its TemplateLM divides text into context and
+    continuation; <|endoftext|> in a text is the id, as in its own `hf` backend. An empty context
+    is the end-of-text id, or a newline where the tokenizer has none (char)."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    class HarnessModel(TemplateLM):
+        spent = 0.0  # seconds
+
+        @property
+        def eot_token_id(self) -> int:
+            return tokenizer.encode("\n")[0] if tokenizer.eot is None else tokenizer.eot
+
+        def tok_encode(self, string: str, *_, **__) -> list[int]:
+            return tokenizer.encode_prompt(string)
+
+        def _loglikelihood_tokens(self, requests: list, **_) -> list[tuple[float, bool]]:
+            begin = time.perf_counter()
+            pairs = [(context or [self.eot_token_id], continuation)
+                     for _, context, continuation in requests]
+            answers = score(model, pairs, c.batch_size)
+            self.spent += time.perf_counter() - begin
+            return answers
+
+        def loglikelihood_rolling(self, requests: list, **_) -> list[float]:
+            whole = [(None, [], self.tok_encode(request.args[0])) for request in requests]
+            return [log_p for log_p, _ in self._loglikelihood_tokens(whole)]
+
+        def generate_until(self, requests: list, **_) -> list[str]:
+            """Greedily, unless a task says otherwise. Contexts leave room for what is generated."""
+            begin, texts, groups = time.perf_counter(), {}, defaultdict(list)
+            for i, request in enumerate(requests):
+                groups[json.dumps(request.args[1], sort_keys=True)].append(i)
+            for members in groups.values():  # that are generated in the same way
+                how = normalize_gen_kwargs(requests[members[0]].args[1], 256)
+                T, new = model.config.block_size, how["max_gen_toks"]
+                room = T - new if new < T else max(1, T // 2)
+                prompts = {i: (self.tok_encode(requests[i].args[0]) or [self.eot_token_id])[-room:]
+                           for i in members}
+                members.sort(key=lambda i, prompts=prompts: -len(prompts[i]))
+                for k in range(0, len(members), c.batch_size):
+                    batch = members[k:k + c.batch_size]
+                    texts |= zip(batch, complete(
+                        model, tokenizer, [prompts[i] for i in batch], new, how["until"], c.seed,
+                        how.get("temperature", 1.0) if how["do_sample"] else 0.0,
+                        how.get("top_k"), how.get("top_p")), strict=True)
+            self.spent += time.perf_counter() - begin
+            return [texts[i] for i in range(len(requests))]
+
+    return HarnessModel()
+
+
+@torch.no_grad()
+def score(model: GPT, pairs: list[tuple[list[int], list[int]]], batch_size: int,
+          ) -> list[tuple[float, bool]]:
+    """Of each (context, continuation), token ids, the continuation's log-probability in nats (at
+    least fp32, over vocab_used ids), and whether greedy decoding would give it. What exceeds the
+    model's context is cut from the left; a longer continuation is scored in pieces."""
+    T, device = model.config.block_size, next(model.parameters()).device
+    rows = defaultdict(list)  # input -> its (pair, targets); answers of one token share a row
+    for pair, (context, continuation) in enumerate(pairs):
+        whole = context + continuation
+        for start in range(len(context), len(whole), T):
+            end = min(start + T, len(whole))
+            rows[tuple(whole[max(0, end - T - 1):end - 1])].append((pair, whole[start:end]))
+    order = sorted(rows, key=len, reverse=True)
+    log_p = torch.zeros(len(pairs), dtype=torch.float64)
+    misses = torch.zeros(len(pairs), dtype=torch.long)
+    for k in tqdm(range(0, len(order), batch_size), desc="scoring", unit="batch"):
+        batch = order[k:k + batch_size]
+        idx = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)  # padded on the right
+        wanted = []
+        for row, inputs in enumerate(batch):
+            idx[row, :len(inputs)] = torch.tensor(inputs)
+            wanted += [(pair, row, len(inputs) - len(targets) + i, target)
+                       for pair, targets in rows[inputs] for i, target in enumerate(targets)]
+        pair, row, place, target = torch.tensor(wanted).to(device).unbind(1)  # (N,) each
+        x = model.hidden(idx.to(device))[row, place]  # (N, C)
+        for part, i, y in zip(x.split(1024), pair.split(1024), target.split(1024), strict=True):
+            logits = model.lm_head(part)[:, :model.config.vocab_used]
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            found = logits.log_softmax(dim=-1).gather(1, y[:, None])[:, 0]
+            log_p.index_add_(0, i.cpu(), found.cpu().double())
+            misses.index_add_(0, i.cpu(), (logits.argmax(dim=-1) != y).long().cpu())
+    return list(zip(log_p.tolist(), (misses == 0).tolist(), strict=True))
+
+
+def complete(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
+             until: list[str], seed: int, *how) -> list[str]:
+    """The continuation of each prompt, up to the first of the texts `until` or the end of the
+    text; `how` are temperature, top_k and top_p."""
+    device = next(model.parameters()).device
+    idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
+    stops = [stop.encode() for stop in until if stop]
+    found, done = [b""] * len(prompts), [False] * len(prompts)
+    for tokens in model.stream(idx.to(device), max_new_tokens, *how,
+                               generator=torch.Generator(device).manual_seed(seed),
+                               lengths=torch.tensor([len(p) for p in prompts], device=device)):
+        for i, token in enumerate(tokens.tolist()):
+            if not done[i] and token != tokenizer.eot:
+                found[i] += tokenizer.token_bytes(token)
+            done[i] = done[i] or token == tokenizer.eot or any(s in found[i] for s in stops)
+        if all(done):
+            break
+    texts = [text.decode("utf-8", "replace") for text in found]
+    for stop in filter(None, until):
+        texts = [text.split(stop)[0] for text in texts]
+    return texts

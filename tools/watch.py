@@ -1,0 +1,124 @@
+"""Pictures of runs: losses, learned scalars, the path of the residual stream."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from config import fail
+from model import GPT, checkpoint_config, read_checkpoint, read_latest
+from prepare import load_meta
+from train import Tokens, plot_losses, read_log
+
+if TYPE_CHECKING:
+    from bench import BenchConfig
+
+
+NO_MATPLOTLIB = "plot needs matplotlib: pip install matplotlib"
+
+
+@contextlib.contextmanager
+def picture(path: str, width: float, height: float) -> Iterator:
+    """A matplotlib figure that becomes a PNG."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        fail(NO_MATPLOTLIB)
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    yield figure
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def run_name(out_dir: str) -> str:
+    return os.path.basename(os.path.normpath(out_dir))
+
+
+def plot(c: BenchConfig) -> None:
+    """Several runs in one PNG: their losses, learned scalars, or paths of the residual stream."""
+    if not c.runs:
+        fail("name the out_dirs of one run or several: python bench.py plot OUT_DIR...")
+    if importlib.util.find_spec("matplotlib") is None:
+        fail(NO_MATPLOTLIB)
+    path = c.plot or f"{c.draw}.png"
+    if c.draw == "losses":
+        flops = [flops_per_token(run) for run in c.runs] if c.x == "flops" else []
+        plot_losses(list(c.runs), path, c.x, tuple(flops))
+    else:
+        (plot_scalars if c.draw == "scalars" else plot_paths)(c, path)
+    print(f"wrote {path}")
+
+
+def checkpoint_of(out_dir: str, weights: bool = True) -> dict:
+    """A run's latest checkpoint; UserError where there is none."""
+    return read_latest(out_dir, weights) or read_checkpoint(os.path.join(out_dir, "ckpt.pt"))
+
+
+def flops_per_token(out_dir: str) -> int:
+    """Training FLOPs per token of a run's model."""
+    with torch.device("meta"):
+        return GPT(checkpoint_config(checkpoint_of(out_dir, weights=False))).flops_per_token()
+
+
+def plot_scalars(c: BenchConfig, path: str) -> None:
+    """Each learned scalar: by layer as the run ended, and its mean over layers, with the lowest and
+    the highest, during training. The first substep (attention) is drawn solid, the next dashed."""
+    logs = {run: [r for r in read_log(run) if r["type"] == "scalars"] for run in c.runs}
+    names = list(dict.fromkeys(k for log in logs.values() for r in log for k in r
+                               if k not in ("type", "iter")))
+    if not names:
+        fail(f"{', '.join(c.runs)}: no learned scalars in log.jsonl; a momentum template "
+             f"(--template=nesterov) logs them at every evaluation")
+    with picture(path, 9, 2.2 * len(names) + 0.6) as figure:
+        grid = figure.subplots(len(names), 2, squeeze=False)
+        for name, (by_layer, over_time) in zip(names, grid, strict=True):
+            by_layer.set(ylabel=name, xlabel="layer")
+            over_time.set(xlabel="step")
+            for i, (run, log) in enumerate(logs.items()):
+                log = [r for r in log if name in r]
+                values = np.array([r[name] for r in log])  # (evaluations, layers, substeps)
+                for k in range(values.shape[-1]):
+                    style = dict(color=f"C{i}", ls=("-", "--", ":", "-.")[k % 4])
+                    by_layer.plot(range(1, values.shape[1] + 1), values[-1, :, k], marker="o", ms=3,
+                                  label=f"{run_name(run)}, substep {k + 1}", **style)
+                    steps, of_substep = [r["iter"] for r in log], values[:, :, k]
+                    over_time.plot(steps, of_substep.mean(axis=1), **style)
+                    over_time.fill_between(steps, of_substep.min(axis=1), of_substep.max(axis=1),
+                                           color=f"C{i}", alpha=0.1, lw=0)
+            for axes in (by_layer, over_time):
+                axes.grid(alpha=0.3)
+            by_layer.xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center",
+                      ncols=2, fontsize="small")
+
+
+def plot_paths(c: BenchConfig, path: str) -> None:
+    """How far x moves in each layer, and by what angle it turns from one to the next: means over
+    the tokens of 16 windows of each run's validation split."""
+    found = {}
+    for run in c.runs:
+        checkpoint = checkpoint_of(run)
+        model, trained = GPT.from_checkpoint(checkpoint).eval(), checkpoint.get("config", {})
+        folder = os.path.join(trained.get("data_dir", c.data_dir), trained.get("dataset", ""))
+        tokens = Tokens(folder, "val", load_meta(folder), model.config.block_size)
+        starts = range(0, len(tokens) - model.config.block_size, model.config.block_size)
+        found[run] = model.residual_path(tokens.read(starts[:16])[:, :-1].long())
+    with picture(path, 8, 3.6) as figure:
+        lengths, turns = figure.subplots(1, 2)
+        lengths.set(xlabel="layer", ylabel="length of the layer's step")
+        turns.set(xlabel="between layers l and l + 1", ylabel="turning angle (degrees)")
+        for run, (steps, angles) in found.items():
+            lengths.plot(range(1, len(steps) + 1), steps, marker="o", ms=3,
+                         label=f"{run_name(run)}: {sum(steps):.1f} in all")
+            turns.plot(range(1, len(angles) + 1), angles, marker="o", ms=3)
+        for axes in (lengths, turns):
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        lengths.legend(fontsize="small")
