@@ -161,7 +161,7 @@ class TrainConfig(GPTConfig):
              "say the same thing twice", "drop one (--eval_iters=auto)"),
             (self.init_from not in ("scratch", "resume", "auto")
              and not self.init_from.startswith("gpt2") and not self.init_from.endswith(".pt")
-             and not os.path.isdir(self.init_from), f"init_from={self.init_from}",
+             and not holds_weights(self.init_from), f"init_from={self.init_from}",
              "names no weights", "use scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, "
              "gpt2-xl, a .pt file, or a folder that bench.py export or transformers wrote"),
         ]
@@ -176,6 +176,12 @@ def tune_allocator(ours: bool = True) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**22 if ours else 2**25)  # M_MMAP_THRESHOLD: whatever is larger goes back
         mallopt(-1, 2**27 if ours else 2**26)  # M_TRIM_THRESHOLD: so much the heap may keep
+
+
+def holds_weights(folder: str) -> bool:
+    """Whether bench.py export or transformers may have written this folder."""
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    return any(name.startswith(("model.safetensors", "pytorch_model")) for name in names)
 
 
 # -----------------------------------------------------------------------------
@@ -610,17 +616,15 @@ class Log:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
 
-    def record(self, kind: str, step: int, **values: float | None) -> None:
+    def record(self, kind: str, step: int, scalars: dict[str, list[list[float]]] | None = None,
+               **values: float | None) -> None:
+        """scalars: the learned ones, name -> layers -> substeps; elsewhere go their means."""
         values = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
-        self.write({"type": kind, "iter": step, **values})
+        self.write({"type": kind, "iter": step, **values,
+                    **({"scalars": scalars} if scalars else {})})
+        means = {f"scalars/{k}": float(np.mean(v)) for k, v in (scalars or {}).items()}
         for sink in self.sinks:
-            sink({f"{kind}/{k}": v for k, v in values.items() if v is not None}, step)
-
-    def scalars(self, step: int, values: dict[str, list[list[float]]]) -> None:
-        """The learned ones, name -> layers -> substeps; elsewhere their means over layers."""
-        self.write({"type": "scalars", "iter": step, **values})
-        for sink in self.sinks:
-            sink({f"scalars/{k}": float(np.mean(v)) for k, v in values.items()}, step)
+            sink({f"{kind}/{k}": v for k, v in values.items() if v is not None} | means, step)
 
     def length(self) -> int:
         """Bytes so far, on the disk."""
@@ -1125,9 +1129,8 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                 evaluated, new, is_best = step, True, val_loss < best_val_loss
                 best_val_loss = val_loss if is_best else best_val_loss
                 if master:
-                    if not sharded and (scalars := raw_model.learned_scalars()):
-                        log.scalars(step, scalars)
-                    log.record("eval", step, tokens=position * T, val_loss=val_loss,
+                    log.record("eval", step, {} if sharded else raw_model.learned_scalars(),
+                               tokens=position * T, val_loss=val_loss,
                                best_val_loss=best_val_loss, seconds=time.time() - began)
                     plot_losses([c.out_dir], os.path.join(c.out_dir, "loss.png"))
                     show(f"step {step}: val loss {val_loss:.4f}, best {best_val_loss:.4f}", True)

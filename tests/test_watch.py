@@ -57,7 +57,8 @@ def test_the_picture_is_refreshed_at_every_evaluation(run, tmp_path, monkeypatch
     ("gd", []), ("polyak", ["beta", "gamma"]), ("tmm", ["mu", "beta", "gamma", "nu"]),
     ("imex", ["gamma_a", "gamma_m", "beta"])])
 def test_learned_scalars_are_logged_at_evaluations(run, tmp_path, template, names):
-    records = [r for r in run(tmp_path, template=template, scalar_lr=0.3) if r["type"] == "scalars"]
+    records = [r["scalars"] | {"iter": r["iter"]} for r in run(
+        tmp_path, template=template, scalar_lr=0.3) if "scalars" in r]
     assert [r["iter"] for r in records] == ([0, 3, 6] if names else [])
     weights = read_checkpoint(tmp_path / "ckpt.pt")["model"]
     for name in names:
@@ -110,7 +111,8 @@ def test_scalars_of_two_runs(run, tmp_path, drawn):
     assert (tmp_path / "scalars.png").stat().st_size > 10_000
     axes = drawn[0].axes
     assert [a.get_ylabel() for a in axes[::2]] == ["mu", "beta", "gamma", "nu"]
-    last = {name: [r for r in records if r["type"] == "scalars"] for name, records in runs.items()}
+    last = {name: [r["scalars"] for r in records if "scalars" in r]
+            for name, records in runs.items()}
     by_layer, over_time = axes[2:4]  # beta, of both
     assert lines(by_layer)["tmm, substep 1"][1].tolist() == [row[0] for row in
                                                              last["tmm"][-1]["beta"]]

@@ -1,2 +1,2 @@
 """What bench.py does with checkpoints and runs, one file for each: judge (eval), exchange (export,
-convert), watch (plot)."""
+convert), watch (plot); options has them all."""

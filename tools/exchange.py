@@ -1,7 +1,5 @@
 """Models in and out: for transformers, as safetensors; a trained GPT as a momentum model."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -10,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,10 +15,8 @@ from config import UserError, fail
 from model import GPT, conv1d, read_pretrained
 from prepare import END_OF_TEXT, Tokenizer
 from sample import SampleConfig, load_checkpoint, nanogpt_tokenizer
+from tools.options import BenchConfig
 from train import TOKENIZER_KEYS, write_file
-
-if TYPE_CHECKING:
-    from bench import BenchConfig
 
 
 def named(c: BenchConfig) -> SampleConfig:

@@ -1,7 +1,5 @@
 """Judging a checkpoint: the tasks of lm-evaluation-harness, and the perplexity of text."""
 
-from __future__ import annotations
-
 import difflib
 import importlib.util
 import json
@@ -10,7 +8,6 @@ import os
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,10 +18,8 @@ from model import GPT, pick_device, pick_dtype
 from prepare import Tokenizer, load_meta, text_pieces
 from sample import load_model
 from tools.exchange import named
+from tools.options import BenchConfig
 from train import Tokens, evaluation_starts, tune_allocator
-
-if TYPE_CHECKING:
-    from bench import BenchConfig
 
 
 def judge(c: BenchConfig) -> list[dict]:

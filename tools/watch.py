@@ -1,12 +1,9 @@
 """Pictures of runs: losses, learned scalars, the path of the residual stream."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,11 +11,8 @@ import torch
 from config import fail
 from model import GPT, checkpoint_config, read_checkpoint, read_latest
 from prepare import load_meta
+from tools.options import BenchConfig
 from train import Tokens, plot_losses, read_log
-
-if TYPE_CHECKING:
-    from bench import BenchConfig
-
 
 NO_MATPLOTLIB = "plot needs matplotlib: pip install matplotlib"
 
@@ -69,9 +63,9 @@ def flops_per_token(out_dir: str) -> int:
 def plot_scalars(c: BenchConfig, path: str) -> None:
     """Each learned scalar: by layer as the run ended, and its mean over layers, with the lowest and
     the highest, during training. The first substep (attention) is drawn solid, the next dashed."""
-    logs = {run: [r for r in read_log(run) if r["type"] == "scalars"] for run in c.runs}
-    names = list(dict.fromkeys(k for log in logs.values() for r in log for k in r
-                               if k not in ("type", "iter")))
+    logs = {run: [r["scalars"] | {"step": r["iter"]} for r in read_log(run) if "scalars" in r]
+            for run in c.runs}
+    names = list(dict.fromkeys(k for log in logs.values() for r in log for k in r if k != "step"))
     if not names:
         fail(f"{', '.join(c.runs)}: no learned scalars in log.jsonl; a momentum template "
              f"(--template=nesterov) logs them at every evaluation")
@@ -87,7 +81,7 @@ def plot_scalars(c: BenchConfig, path: str) -> None:
                     style = dict(color=f"C{i}", ls=("-", "--", ":", "-.")[k % 4])
                     by_layer.plot(range(1, values.shape[1] + 1), values[-1, :, k], marker="o", ms=3,
                                   label=f"{run_name(run)}, substep {k + 1}", **style)
-                    steps, of_substep = [r["iter"] for r in log], values[:, :, k]
+                    steps, of_substep = [r["step"] for r in log], values[:, :, k]
                     over_time.plot(steps, of_substep.mean(axis=1), **style)
                     over_time.fill_between(steps, of_substep.min(axis=1), of_substep.max(axis=1),
                                            color=f"C{i}", alpha=0.1, lw=0)

@@ -1,0 +1,41 @@
+"""The options of bench.py."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from train import TrainConfig
+
+
+@dataclass
+class BenchConfig(TrainConfig):
+    """Every option of bench.py: train.py's, and these."""
+
+    command: Literal["speed", "decode", "memory", "data", "muon", "loss", "prepare", "start",
+                     "eval", "all", "plot", "export", "convert"] | None = None  # the first word
+    variants: tuple[str, ...] = ("",)  # the options of each variant, as one word: "template=gd"
+    nanogpt: str | None = None  # folder of nanoGPT's code: its model is one more variant
+    repeats: int = 5  # measurements of each variant
+    steps: int = 5  # speed: optimiser steps in each measurement
+    num_samples: int = 1  # decode: sequences at once
+    max_new_tokens: int = 256  # decode: tokens for each
+    input: str | None = None  # prepare: a text file of documents, with <|endoftext|> between them
+    ckpt: str | None = None  # eval, export, convert: a run's or exported folder, a .pt file, gpt2*
+    tasks: str | None = None  # eval: names of lm-evaluation-harness, with commas between them
+    num_fewshot: str | None = None  # eval: examples in the prompt, one number or one for each task
+    include_path: str | None = None  # eval: a folder with task files (YAML) of your own
+    limit: int | None = None  # eval: only the first items of each task
+    data: str | None = None  # eval: perplexity of this folder in data_dir, or of a UTF-8 text file
+    json: str | None = None  # a file to write the figures to
+    plot: str | None = None  # a PNG to draw them in
+    runs: tuple[str, ...] = ()  # plot: the out_dirs to draw together
+    draw: Literal["losses", "scalars", "path"] = "losses"  # plot: what to draw of them
+    x: Literal["steps", "tokens", "seconds", "flops"] = "steps"  # plot: what losses are drawn over
+    format: Literal["hf", "safetensors"] = "hf"  # export: for transformers, or for us, any model
+    out: str | None = None  # export: the folder to write; convert: the .pt file
+    raw_init: float = -20.0  # convert: raw mu and beta; -10 learns faster, from less exact logits
+
+    def _rules(self) -> list[tuple[bool, str, str, str]]:
+        counts = ("repeats", "steps", "num_samples", "max_new_tokens", "limit")
+        one = [(n, v) for n in counts if (v := getattr(self, n)) is not None]
+        return super()._rules() + [
+            (v < 1, f"{n}={v}", "must be at least 1", "choose more") for n, v in one]
