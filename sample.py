@@ -98,7 +98,8 @@ def load_checkpoint(config: SampleConfig) -> dict:
 
 def nanogpt_tokenizer(checkpoint: dict, data_dir: str) -> dict:
     """A nanoGPT checkpoint does not say its tokenizer: its data folder does, or its vocabulary."""
-    folder = os.path.join(data_dir, str(checkpoint.get("config", {}).get("dataset")))
+    dataset = checkpoint.get("config", {}).get("dataset")
+    folder = os.path.join(data_dir, str(dataset))
     size = checkpoint["model_args"]["vocab_size"]
     if os.path.isfile(os.path.join(folder, "train.bin")):
         meta = load_meta(folder)
@@ -106,8 +107,9 @@ def nanogpt_tokenizer(checkpoint: dict, data_dir: str) -> dict:
             return meta
     if size in (50257, 50304):
         return {"tokenizer": "gpt2"}
-    fail(f"the checkpoint has {size} token ids and does not say which; put the data that it was "
-         f"trained on, with its meta.pkl, in {folder}")
+    fail(f"the checkpoint has {size} token ids and does not say which; " + (
+        f"put the data that it was trained on, with its meta.pkl, in {folder}" if dataset else
+        "sample from the run's own checkpoint, or export that with --format=safetensors"))
 
 
 def read_prompt(start: str) -> str:

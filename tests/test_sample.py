@@ -141,6 +141,11 @@ def test_end_of_text_in_a_prompt_is_the_token(out, tmp_path, monkeypatch):
     assert seen[0].tolist() == [[256, ord("a")]]
 
 
+def test_an_unknown_vocabulary_says_what_to_do(tmp_path, out):
+    write_checkpoint(tmp_path / "bare.pt", None, vocab_size=70)
+    refused(lambda: out(init_from=tmp_path / "bare.pt"), "does not say which", "safetensors")
+
+
 @pytest.fixture
 def scripted(monkeypatch, tmp_path, out):
     """scripted(*rows, **options): the pieces to print when the model's tokens are these bytes (256
