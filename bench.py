@@ -25,8 +25,8 @@ The options are train.py's and a few more. A variant is a word of further option
 dropout=0.1"); all are measured in turn (A B A B ...): a machine that slows down slows all of
 them. The figures are medians with the lowest and the highest; warm-up and compilation are stated
 apart. nanoGPT's own model, from a folder that you name, runs in the same process. The data are
-random ids, whatever the dataset: give --vocab_size, or have GPT-2's. Only eval reads a checkpoint;
-its tasks are lm-evaluation-harness's (pip install lm-eval).
+random ids, whatever the dataset: give --vocab_size, or have GPT-2's. eval's tasks are those of
+lm-evaluation-harness (pip install lm-eval).
 """
 
 import contextlib
@@ -365,23 +365,29 @@ def memory(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
 
 def peak_memory(c: BenchConfig, theirs: bool) -> tuple[int, int]:
     """(bytes above those before the model was made, parameters); on a CPU of resident memory."""
-    try:
-        import resource
-    except ImportError:
-        fail("bench.py memory measures with Python's module resource, which Windows does not have")
-
     c.steps = 2
     if not theirs:
         tune_allocator()  # as train.py does
-    scale = 1 if platform.system() == "Darwin" else 1024
     with random_data(c.vocab_size or 50304, 200_000) as folder:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+        before = peak_resident()
         variant = nanogpt_training(c, folder, False) if theirs else training("", c, folder)
         variant.run()
         if variant.device.type == "cuda":
             return torch.cuda.max_memory_allocated(), variant.parameters
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale - before, \
-            variant.parameters
+        return peak_resident() - before, variant.parameters
+
+
+def peak_resident() -> int:
+    """The most bytes that were resident so far. (On Linux getrusage's figure begins with that of
+    the process that started this one.)"""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    try:
+        import resource
+    except ImportError:
+        fail("bench.py memory measures with Python's module resource, which Windows does not have")
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if platform.system() == "Darwin" else 1024)
 
 
 def data(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:

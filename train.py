@@ -665,7 +665,7 @@ def read_log(out_dir: str) -> list[dict]:
     path = os.path.join(out_dir, "log.jsonl")
     try:
         with open(path, encoding="utf-8") as file:
-            records = [json.loads(line) for line in file if line.endswith("\n")]
+            records = [json.loads(line) for line in file if line.endswith("}\n")]
         before = latest = 0.0
         for record in records:
             if "seconds" in record:
@@ -674,6 +674,8 @@ def read_log(out_dir: str) -> list[dict]:
                 record["seconds"] += before
     except (OSError, ValueError, TypeError) as error:
         fail(f"{path}: {reason(error)}; name the out_dir of a run")
+    if not any(record.get("type") in ("train", "eval") for record in records):
+        fail(f"{path} has no losses yet; name the out_dir of a run that has begun")
     return records
 
 
@@ -1022,6 +1024,9 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
         fail(f"{c.out_dir} holds a run; go on with --init_from=resume, begin anew with "
              f"--overwrite, or choose another --out_dir")
     word = c.init_from in ("scratch", "resume", "auto")  # perhaps a folder's name, too
+    if holds_weights(c.out_dir) and not c.eval_only:
+        fail(f"{c.out_dir} holds exported weights, which a run would spoil; choose another "
+             f"--out_dir")
     if not (resumed or word) and (c.init_from.endswith(".pt") or os.path.isdir(c.init_from)):
         checkpoint = read_checkpoint(c.init_from)
     tokenizer = {k: meta[k] for k in TOKENIZER_KEYS if meta.get(k)}

@@ -3,7 +3,9 @@
 import json
 import os
 import statistics
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,3 +236,20 @@ def test_all(kind, monkeypatch, capsys):
     bench.main(["all"])
     printed = capsys.readouterr().out
     assert ("not measured: it needs --input" in printed) == (kind == "cpu")
+
+
+def test_memory_does_not_count_what_the_parent_had(tmp_path):
+    """Linux carries getrusage's maximum over to a started process."""
+    program = """
+import sys, bench
+if __name__ == "__main__":
+    held = bytearray(2 * 10**9)
+    del held
+    bench.main(sys.argv[1:])
+"""
+    (tmp_path / "big.py").write_text(program)
+    argv = ["memory", *TINY, f"--json={tmp_path}/figures.json"]
+    subprocess.run([sys.executable, tmp_path / "big.py", *argv], check=True,
+                   env=os.environ | {"PYTHONPATH": str(Path(bench.HERE))})
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert all(1 < row["peak_mb"] < 1000 for row in rows)

@@ -482,3 +482,12 @@ def test_option_words_are_the_options():
     c, _ = bench.read_config(bench.BenchConfig, ["convert", *option_words(raw_init=-10)],
                              positional="command")
     assert c.raw_init == -10
+
+
+def test_a_run_does_not_spoil_an_export(run, tmp_path):
+    run(tmp_path / "run", max_iters=1)
+    export(tmp_path / "run", tmp_path / "out", "--format=safetensors")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    refused(lambda: run(tmp_path / "out", init_from=tmp_path / "out"), "--out_dir")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()
+            if p.name != ".lock"} == before

@@ -114,9 +114,9 @@ def test_scalars_of_two_runs(run, tmp_path, drawn):
     last = {name: [r["scalars"] for r in records if "scalars" in r]
             for name, records in runs.items()}
     by_layer, over_time = axes[2:4]  # beta, of both
-    assert lines(by_layer)["tmm, substep 1"][1].tolist() == [row[0] for row in
+    assert lines(by_layer)["tmm, attention"][1].tolist() == [row[0] for row in
                                                              last["tmm"][-1]["beta"]]
-    assert lines(by_layer)["polyak, substep 2"][1].tolist() == [row[1] for row in
+    assert lines(by_layer)["polyak, FFN"][1].tolist() == [row[1] for row in
                                                                 last["polyak"][-1]["beta"]]
     first = over_time.lines[0].get_data()
     assert first[0].tolist() == [0, 3, 6]
@@ -161,7 +161,10 @@ def test_paths_of_two_runs(run, tmp_path, drawn):
 @pytest.mark.parametrize("command, said", [
     ("plot", "plot OUT_DIR"), ("plot none", "none"), ("plot none --x=miles", "miles"),
     ("plot gd --draw=scalars", "momentum"), ("plot gd --plot=no/x.png", "no/x.png"),
-    ("plot lone --x=flops", "checkpoint"), ("plot lone --draw=path", "checkpoint")])
+    ("plot lone --x=flops", "checkpoint"), ("plot lone --draw=path", "checkpoint"),
+    ("plot lone", "no losses"), ("plot gd --plot=x.pdf", ".png"),
+    ("eval --ckpt=gd --tasks=", "--tasks=hellaswag"),
+    ("eval --ckpt=gd --data=x --limit=3", "eval_tokens")])
 def test_what_cannot_be_drawn_is_one_line(run, tmp_path, monkeypatch, command, said):
     run(tmp_path / "gd", max_iters=1)
     (tmp_path / "lone").mkdir()

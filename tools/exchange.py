@@ -121,7 +121,8 @@ def to_hf(model: GPT, meta: dict | None, folder: str) -> list[str]:
         write_bpe(meta["tokenizer"], m.block_size, folder)
         return [*notes, "with its tokenizer, GPT-2's"]
     name = meta["tokenizer"] if meta else "unknown"
-    return [*notes, f"without its tokenizer ({name}): only GPT-2's is exported"]
+    return [*notes, f"without its tokenizer ({name}): only GPT-2's is exported; for sample.py use "
+                    f"--format=safetensors"]
 
 
 def write_bpe(name: str, block_size: int, folder: str) -> None:
@@ -192,4 +193,4 @@ def convert(c: BenchConfig) -> str:
     return (f"{c.out}: {c.template}, {new.get_num_params(False):,} parameters\n"
             f"on random tokens the logits, of up to {logits.abs().max():.3g}, changed by up to "
             f"{(logits - converted).abs().max():.1e}\n"
-            f"train on: python train.py --init_from={c.out}")
+            f"train on: python train.py --init_from={c.out}, with the data and options of a run")

@@ -24,9 +24,11 @@ from train import Tokens, evaluation_starts, tune_allocator
 
 def judge(c: BenchConfig) -> list[dict]:
     """How good a checkpoint is, on tasks or on text. On a CPU in fp32, unless dtype says else."""
-    if c.ckpt is None or (c.tasks is None) == (c.data is None):
+    if not c.ckpt or bool(c.tasks) == bool(c.data):
         fail("say what to judge and on what: --ckpt=FOLDER or FILE.pt, and either "
              "--tasks=hellaswag,arc_easy or --data=NAME or TEXTFILE")
+    if c.data and c.limit:
+        fail(f"limit={c.limit} is of tasks; for text use --eval_tokens")
     if c.tasks and importlib.util.find_spec("lm_eval") is None:
         fail("eval needs lm-eval: pip install lm-eval")
     model, tokenizer = load_model(named(c))

@@ -26,7 +26,7 @@ class BenchConfig(TrainConfig):
     limit: int | None = None  # eval: only the first items of each task
     data: str | None = None  # eval: perplexity of this folder in data_dir, or of a UTF-8 text file
     json: str | None = None  # a file to write the figures to
-    plot: str | None = None  # a PNG to draw them in
+    plot: str | None = None  # a PNG to draw them in; auto, for plot: losses.png, ...
     runs: tuple[str, ...] = ()  # plot: the out_dirs to draw together
     draw: Literal["losses", "scalars", "path"] = "losses"  # plot: what to draw of them
     x: Literal["steps", "tokens", "seconds", "flops"] = "steps"  # plot: what losses are drawn over
@@ -38,4 +38,6 @@ class BenchConfig(TrainConfig):
         counts = ("repeats", "steps", "num_samples", "max_new_tokens", "limit")
         one = [(n, v) for n in counts if (v := getattr(self, n)) is not None]
         return super()._rules() + [
-            (v < 1, f"{n}={v}", "must be at least 1", "choose more") for n, v in one]
+            (v < 1, f"{n}={v}", "must be at least 1", "choose more") for n, v in one] + [
+            (self.plot is not None and not self.plot.endswith(".png"), f"plot={self.plot}",
+             "a picture is a PNG", "end the name in .png")]

@@ -62,7 +62,7 @@ def flops_per_token(out_dir: str) -> int:
 
 def plot_scalars(c: BenchConfig, path: str) -> None:
     """Each learned scalar: by layer as the run ended, and its mean over layers, with the lowest and
-    the highest, during training. The first substep (attention) is drawn solid, the next dashed."""
+    the highest, during training. The first substep is drawn solid, the next dashed."""
     logs = {run: [r["scalars"] | {"step": r["iter"]} for r in read_log(run) if "scalars" in r]
             for run in c.runs}
     names = list(dict.fromkeys(k for log in logs.values() for r in log for k in r if k != "step"))
@@ -77,10 +77,12 @@ def plot_scalars(c: BenchConfig, path: str) -> None:
             for i, (run, log) in enumerate(logs.items()):
                 log = [r for r in log if name in r]
                 values = np.array([r[name] for r in log])  # (evaluations, layers, substeps)
-                for k in range(values.shape[-1]):
+                substeps = {1: ["layer"], 2: ["attention", "FFN"]}.get(
+                    values.shape[-1], [f"substep {k + 1}" for k in range(values.shape[-1])])
+                for k, substep in enumerate(substeps):
                     style = dict(color=f"C{i}", ls=("-", "--", ":", "-.")[k % 4])
                     by_layer.plot(range(1, values.shape[1] + 1), values[-1, :, k], marker="o", ms=3,
-                                  label=f"{run_name(run)}, substep {k + 1}", **style)
+                                  label=f"{run_name(run)}, {substep}", **style)
                     steps, of_substep = [r["step"] for r in log], values[:, :, k]
                     over_time.plot(steps, of_substep.mean(axis=1), **style)
                     over_time.fill_between(steps, of_substep.min(axis=1), of_substep.max(axis=1),
