@@ -107,9 +107,10 @@ def nanogpt_tokenizer(checkpoint: dict, data_dir: str) -> dict:
             return meta
     if size in (50257, 50304):
         return {"tokenizer": "gpt2"}
-    fail(f"the checkpoint has {size} token ids and does not say which; " + (
-        f"put the data that it was trained on, with its meta.pkl, in {folder}" if dataset else
-        "sample from the run's own checkpoint, or export that with --format=safetensors"))
+    fail(f"the checkpoint has {size} token ids and does not say which" + (
+        f"; put the data that it was trained on, with its meta.pkl, in {folder}" if dataset else
+        ", nor names its data; sample from the run's own checkpoint, or export that with "
+        "--format=safetensors"))
 
 
 def read_prompt(start: str) -> str:
