@@ -703,7 +703,7 @@ def plot_losses(out_dirs: list[str], path: str, x: str = "steps",
         for kind, name, style in (("train", "loss", dict(lw=0.7, alpha=0.4)),
                                   ("eval", "val_loss", dict(marker="o", ms=3.5))):
             points = [(r[key], r[name]) for r in records
-                      if r["type"] == kind and r[name] and key in r]
+                      if r.get("type") == kind and r.get(name) and key in r]
             if points:
                 run = os.path.basename(os.path.normpath(out_dir))
                 axes.plot(*zip(*points, strict=True), label=f"{run}, {kind}: {points[-1][1]:.4f}",
@@ -713,6 +713,12 @@ def plot_losses(out_dirs: list[str], path: str, x: str = "steps",
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     FigureCanvasAgg(figure).print_png(path)
+
+
+def refresh_picture(out_dir: str) -> None:
+    """Draw loss.png anew. A picture, or a log that was damaged, is no reason to end a run."""
+    with contextlib.suppress(OSError, UserError):
+        plot_losses([out_dir], os.path.join(out_dir, "loss.png"))
 
 
 PEAK_FLOPS = {  # dense bf16 (fp16 on V100 and T4) FLOP/s by card, the makers' data sheets
@@ -1137,7 +1143,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                     log.record("eval", step, {} if sharded else raw_model.learned_scalars(),
                                tokens=position * T, val_loss=val_loss,
                                best_val_loss=best_val_loss, seconds=time.time() - began)
-                    plot_losses([c.out_dir], os.path.join(c.out_dir, "loss.png"))
+                    refresh_picture(c.out_dir)
                     show(f"step {step}: val loss {val_loss:.4f}, best {best_val_loss:.4f}", True)
             due = step % (c.save_interval or c.eval_interval) == 0 or last or stopping
             if step > 0 and new and (due or is_best) and streak < 10:  # else: broken weights?
@@ -1236,7 +1242,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             names = ("model", "model_args", "config", "tokenizer")
             write_file({name: whole[name] for name in names}, os.path.join(c.out_dir, "model.pt"))
         if master:
-            plot_losses([c.out_dir], os.path.join(c.out_dir, "loss.png"))
+            refresh_picture(c.out_dir)
             left_out = f", {skipped} left out" if skipped else ""
             left_out += f"; {last_good(c.out_dir, saved)}" if streak >= 10 else ""
             show(f"stopped by a signal at step {step}{left_out}; go on with the same command and "

@@ -80,6 +80,17 @@ def test_seconds_go_on_over_an_interruption(tmp_path):
     assert [r["seconds"] for r in train.read_log(tmp_path)[1:]] == [1.0, 4.0, 4.5, 6.0, 7.0]
 
 
+def test_a_damaged_log_or_picture_does_not_end_a_run(run, words, tmp_path):
+    run(tmp_path, max_iters=3)
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b"#" + log.read_bytes()[1:])  # of the same length
+    (tmp_path / "loss.png").unlink()
+    (tmp_path / "loss.png").mkdir()
+    train.main(["--init_from=resume", *words(tmp_path)])
+    assert read_checkpoint(tmp_path / "ckpt.pt")["iter_num"] == 6
+    refused(lambda: bench.main(["plot", str(tmp_path), f"--plot={tmp_path}/x.png"]), "log.jsonl")
+
+
 @pytest.mark.parametrize("x, label", [("steps", "step"), ("tokens", "tokens"),
                                       ("seconds", "wall time"), ("flops", "FLOPs")])
 def test_losses_of_several_runs(run, tmp_path, drawn, monkeypatch, x, label):
