@@ -1,11 +1,12 @@
 # make demo   prepare a text that every Python ships, train a small YuriiFormer, sample, draw
 # make test   the whole test suite
 # make torture   the tests that take minutes: runs killed at random moments, and the like
+# make reproduce-tinystories, make reproduce-owt   the papers' tables, from download to table: days
 # All make .venv with the pinned requirements first. PYTHON=python3.12 make demo picks the Python.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test torture clean
+.PHONY: demo test torture reproduce-tinystories reproduce-owt clean
 
 demo: .venv/demo
 	$(BIN)/python prepare.py pydoc
@@ -18,6 +19,15 @@ test: .venv/test
 
 torture: .venv/test
 	$(BIN)/python -m pytest -m torture -s
+
+# PREPARE="--input=stories.txt" and COMPARE="--seeds=3 --max_iters=100" add options of the programs
+reproduce-tinystories: .venv/test
+	$(BIN)/python prepare.py tinystories --val_fraction=0.005 $(PREPARE)
+	$(BIN)/python bench.py compare config/study_paper_tinystories.py $(COMPARE)
+
+reproduce-owt: .venv/test
+	$(BIN)/python prepare.py openwebtext --val_fraction=0.05 $(PREPARE)
+	$(BIN)/python bench.py compare config/study_paper_owt.py $(COMPARE)
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

@@ -14,6 +14,8 @@ convert: to other formats, to another template.
     python bench.py eval --ckpt=out --data=shakespeare_char   perplexity of its val split
     python bench.py eval --ckpt=out/best.pt --data=book.txt   or of a text file
     python bench.py all --nanogpt=../nanoGPT --input=documents.txt   the README's whole table
+    python bench.py compare config/study_suite.py --seeds=5    a study: variants x seeds, with a
+        table of paired differences and their intervals, in docs/results/
     python bench.py plot out-a out-b --x=tokens --plot=losses.png    runs together; also
         --draw=scalars (mu, beta, ... as learned), --draw=path (the residual stream's way)
 
@@ -62,6 +64,7 @@ from model import (
     read_checkpoint,
 )
 from prepare import END_OF_TEXT
+from tools.compare import compare
 from tools.exchange import convert, export
 from tools.judge import judge
 from tools.options import BenchConfig
@@ -73,6 +76,7 @@ from train import (
     accumulate,
     make_optimizers,
     model_args,
+    peak_resident,
     prefetch,
     try_compile,
     tune_allocator,
@@ -369,25 +373,13 @@ def peak_memory(c: BenchConfig, theirs: bool) -> tuple[int, int]:
     if not theirs:
         tune_allocator()  # as train.py does
     with random_data(c.vocab_size or 50304, 200_000) as folder:
-        before = peak_resident()
+        if (before := peak_resident()) is None:
+            fail("bench.py memory cannot tell a process's memory on Windows")
         variant = nanogpt_training(c, folder, False) if theirs else training("", c, folder)
         variant.run()
         if variant.device.type == "cuda":
             return torch.cuda.max_memory_allocated(), variant.parameters
         return peak_resident() - before, variant.parameters
-
-
-def peak_resident() -> int:
-    """The most bytes that were resident so far. (On Linux getrusage's figure begins with that of
-    the process that started this one.)"""
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    try:
-        import resource
-    except ImportError:
-        fail("bench.py memory measures with Python's module resource, which Windows does not have")
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most * (1 if platform.system() == "Darwin" else 1024)
 
 
 def data(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
@@ -739,14 +731,24 @@ def draw_figures(rows: list[dict], figure, key: str) -> None:
 # The command line
 
 
+def named_variants(argv: list[str], c: BenchConfig) -> dict[str, BenchConfig]:
+    """Every variant with its options. A word is "label: options", or options alone."""
+    configs: dict[str, BenchConfig] = {}
+    for words in c.variants:
+        label, colon, options = f"{words} ".partition(": ")
+        label, options = (label, options) if colon else (words or "nanoYurii", words)
+        if label in configs:
+            fail(f"two variants have the name {label}; put another before a colon: \"{label} 2: "
+                 f"{options.strip()}\"")
+        more = [f"--{word.removeprefix('--')}" for word in shlex.split(options)]
+        configs[label], _ = read_config(BenchConfig, [*argv, *more], positional="command")
+    return configs
+
+
 def measure(argv: list[str]) -> list[dict]:
     """What a command line asks for."""
     c, _ = read_config(BenchConfig, argv, positional="command", usage=__doc__)
-    configs = {}
-    for words in c.variants:
-        more = [f"--{word.removeprefix('--')}" for word in shlex.split(words)]
-        configs[words or "nanoYurii"], _ = read_config(BenchConfig, [*argv, *more],
-                                                       positional="command")
+    configs = named_variants(argv, c)
     commands = {"speed": speed, "decode": decode, "memory": memory, "data": data, "muon": muon,
                 "loss": loss, "prepare": prepare, "start": start, "eval": lambda _, c: judge(c)}
     return commands[c.command](configs, c)
@@ -773,7 +775,7 @@ def run(argv: list[str]) -> None:
     c, _ = read_config(BenchConfig, argv, positional="command", usage=__doc__)
     if c.command is None:
         fail("say what to measure: python bench.py speed | decode | memory | data | muon | loss | "
-             "prepare | start | eval | all | plot | export | convert")
+             "prepare | start | eval | all | compare | plot | export | convert")
     if c.command == "plot":
         return plot(c)
     if c.command in ("export", "convert"):
@@ -781,6 +783,8 @@ def run(argv: list[str]) -> None:
         return
     where = machine(pick_device(c.device))
     print(where)
+    if c.command == "compare":
+        return compare(named_variants(argv, c), c, where, speed)
     if c.command == "all":
         rows = everything(c)
     else:

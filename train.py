@@ -736,6 +736,25 @@ def peak_flops(device: torch.device) -> float | None:
     return next((PEAK_FLOPS[word] for word in words if word in PEAK_FLOPS), None)
 
 
+def peak_resident() -> int | None:
+    """The most bytes that were resident so far; None on Windows. (On Linux getrusage's figure
+    begins with that of the process that started this one.)"""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    try:
+        import resource
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_mb(device: torch.device) -> int | None:
+    """The most memory that this process has had so far: of the GPU, or resident."""
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident()
+    return peak and round(peak / 1e6)
+
+
 def clock(seconds: float) -> str:
     """h:mm:ss."""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
@@ -1142,7 +1161,8 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
                 if master:
                     log.record("eval", step, {} if sharded else raw_model.learned_scalars(),
                                tokens=position * T, val_loss=val_loss,
-                               best_val_loss=best_val_loss, seconds=time.time() - began)
+                               best_val_loss=best_val_loss, seconds=time.time() - began,
+                               peak_mb=peak_mb(device))
                     refresh_picture(c.out_dir)
                     show(f"step {step}: val loss {val_loss:.4f}, best {best_val_loss:.4f}", True)
             due = step % (c.save_interval or c.eval_interval) == 0 or last or stopping

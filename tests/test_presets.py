@@ -16,7 +16,8 @@ from config import read_config
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
-PRESETS = {p.stem: p for p in sorted((ROOT / "config").glob("*.py")) if p.stem != "__init__"}
+PRESETS = {p.stem: p for p in sorted((ROOT / "config").glob("*.py")) if p.stem != "__init__"
+           and not p.stem.startswith("study_")}  # which tests/test_compare.py has
 every_preset = pytest.mark.parametrize("name", PRESETS)
 
 # GPT: L (12 d^2 + 2 d) + V d + T d + d. Velocity tables: (V + T) d; velocity norms: 2 L d; scalars:

@@ -31,7 +31,7 @@ from model import GPT, GPTConfig
 ROOT = Path(__file__).parent.parent
 HOURGLASS = dict(ffn="hourglass", ffn_depth=2, head_dim=8, norm="rmsnorm", position="rope",
                  qk_norm=True, residual_init_scale=False)
-TIMES = {"tokens_per_s", "mfu", "seconds"}  # of a log record
+TIMES = {"tokens_per_s", "mfu", "seconds", "peak_mb"}  # what a log record has of the machine
 
 
 def load(out, name="ckpt.pt") -> dict:

@@ -10,9 +10,11 @@ from train import TrainConfig
 class BenchConfig(TrainConfig):
     """Every option of bench.py: train.py's, and these."""
 
+    # the first word
     command: Literal["speed", "decode", "memory", "data", "muon", "loss", "prepare", "start",
-                     "eval", "all", "plot", "export", "convert"] | None = None  # the first word
-    variants: tuple[str, ...] = ("",)  # the options of each variant, as one word: "template=gd"
+                     "eval", "all", "compare", "plot", "export", "convert"] | None = None
+    # the options of each variant, as one word: "template=gd", or named: "GPT: template=gd"
+    variants: tuple[str, ...] = ("",)
     nanogpt: str | None = None  # folder of nanoGPT's code: its model is one more variant
     repeats: int = 5  # measurements of each variant
     steps: int = 5  # speed: optimiser steps in each measurement
@@ -32,10 +34,22 @@ class BenchConfig(TrainConfig):
     x: Literal["steps", "tokens", "seconds", "flops"] = "steps"  # plot: what losses are drawn over
     format: Literal["hf", "safetensors"] = "hf"  # export: for transformers, or for us, any model
     out: str | None = None  # export: the folder to write; convert: the .pt file
+    study: str | None = None  # compare: its name
+    seeds: int = 3  # compare: runs of each variant, with seeds 1, 2, ...
+    match: Literal["width", "parameters", "matrices", "flops"] = "width"  # compare: to the first
+    solve: Literal["n_embd", "n_layer", "ffn_hidden"] = "n_embd"  # compare: what match changes
+    # compare: what all spend as much of as the first one in its max_iters
+    budget: Literal["tokens", "flops", "seconds"] = "tokens"
+    only: tuple[str, ...] = ()  # compare: run only these variants
+    jobs: int | None = None  # compare: runs at once; auto: one for each GPU, or one
+    dry_run: bool = False  # compare: print the plan and stop
+    results: str = "docs/results"  # compare: the folder for results/STUDY/
+    published: tuple[str, ...] = ()  # compare: "variant: loss", to print beside ours
     raw_init: float = -20.0  # convert: raw mu and beta; -10 learns faster, from less exact logits
 
     def _rules(self) -> list[tuple[bool, str, str, str]]:
-        counts = ("repeats", "steps", "num_samples", "max_new_tokens", "limit")
+        counts = ("repeats", "steps", "num_samples", "max_new_tokens", "limit", "seeds",
+                  "jobs")
         one = [(n, v) for n in counts if (v := getattr(self, n)) is not None]
         return super()._rules() + [
             (v < 1, f"{n}={v}", "must be at least 1", "choose more") for n, v in one] + [

@@ -34,6 +34,13 @@ def run_name(out_dir: str) -> str:
     return os.path.basename(os.path.normpath(out_dir))
 
 
+def run_names(out_dirs: tuple[str, ...]) -> dict[str, str]:
+    """out_dir -> its name in a picture: the last folder's, if no other one's is the same."""
+    names = list(map(run_name, out_dirs))
+    return {run: name if names.count(name) == 1 else run
+            for run, name in zip(out_dirs, names, strict=True)}
+
+
 def plot(c: BenchConfig) -> None:
     """Several runs in one PNG: their losses, learned scalars, or paths of the residual stream."""
     if not c.runs:
@@ -61,14 +68,22 @@ def flops_per_token(out_dir: str) -> int:
 
 
 def plot_scalars(c: BenchConfig, path: str) -> None:
-    """Each learned scalar: by layer as the run ended, and its mean over layers, with the lowest and
-    the highest, during training. The first substep is drawn solid, the next dashed."""
-    logs = {run: [r["scalars"] | {"step": r["iter"]} for r in read_log(run) if "scalars" in r]
-            for run in c.runs}
-    names = list(dict.fromkeys(k for log in logs.values() for r in log for k in r if k != "step"))
-    if not names:
+    """The learned scalars that these runs have logged."""
+    names = run_names(c.runs)
+    logs = {name: [r["scalars"] | {"step": r["iter"]} for r in read_log(run) if "scalars" in r]
+            for run, name in names.items()}
+    if not any(logs.values()):
         fail(f"{', '.join(c.runs)}: no learned scalars in log.jsonl; a momentum template "
              f"(--template=nesterov) logs them at every evaluation")
+    draw_scalars(logs, path)
+
+
+def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
+    """Each learned scalar: by layer as the run ended, and its mean over layers, with the lowest and
+    the highest, during training. The first substep is drawn solid, the next dashed.
+
+    logs: name of a run -> records of its step and, by name, its scalars: layers -> substeps."""
+    names = list(dict.fromkeys(k for log in logs.values() for r in log for k in r if k != "step"))
     with picture(path, 9, 2.2 * len(names) + 0.6) as figure:
         grid = figure.subplots(len(names), 2, squeeze=False)
         for name, (by_layer, over_time) in zip(names, grid, strict=True):
@@ -82,7 +97,7 @@ def plot_scalars(c: BenchConfig, path: str) -> None:
                 for k, substep in enumerate(substeps):
                     style = dict(color=f"C{i}", ls=("-", "--", ":", "-.")[k % 4])
                     by_layer.plot(range(1, values.shape[1] + 1), values[-1, :, k], marker="o", ms=3,
-                                  label=f"{run_name(run)}, {substep}", **style)
+                                  label=f"{run}, {substep}", **style)
                     steps, of_substep = [r["step"] for r in log], values[:, :, k]
                     over_time.plot(steps, of_substep.mean(axis=1), **style)
                     over_time.fill_between(steps, of_substep.min(axis=1), of_substep.max(axis=1),

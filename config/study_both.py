@@ -1,0 +1,20 @@
+"""Study: hourglass and momentum in one model, with one momentum substep for the whole stack of
+sub-MLPs (joint) or one for each.
+
+Data:     as study_suite
+Run:      python bench.py compare config/study_both.py
+Cost:     25 runs of 1.0 M tokens, of which study_hourglass has 5.
+"""
+
+from config.study_hourglass import *
+
+study = "both"
+out_dir = "out-study-both"
+match = "width"
+variants = (
+    "gd: template=gd",
+    "nesterov, joint: template=nesterov",
+    "nesterov, each: template=nesterov ffn_substeps=each",
+    "tmm, joint: template=tmm",
+    "tmm, each: template=tmm ffn_substeps=each",
+)

@@ -1,0 +1,379 @@
+"""bench.py compare: the plan, the grid, the statistics, and what is written. Most runs are scripted
+logs; one study really trains."""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY, option_words
+from test_train import refused
+
+import bench
+from config import UserError, read_config
+from tools import compare
+from tools.options import BenchConfig
+
+ROOT = Path(__file__).parent.parent
+STUDIES = {p.stem: p for p in sorted((ROOT / "config").glob("study_*.py"))}
+
+
+@pytest.fixture
+def study(tmp_path, data_dir, monkeypatch):
+    """study(variants, **options) runs bench.py compare, whose cells write logs with the losses of
+    `script`: (label, seed) -> loss, or the reason of a failure. `launched` has their commands."""
+    monkeypatch.chdir(tmp_path)
+
+    def go(*variants, script=None, **options):
+        go.launched = []
+
+        def launch(argv, slot, c, out_dir, running):
+            options = dict(word[2:].split("=", 1) for word in argv[1:])
+            go.launched.append(options)
+            name = Path(out_dir).name
+            loss = (script or {}).get(name, 1.0)
+            if isinstance(loss, str):
+                raise UserError(loss)
+            steps = int(options["max_iters"])
+            tokens = steps * 128
+            records = [{"type": "eval", "iter": 0, "tokens": 0, "val_loss": 5.0, "seconds": 0.0},
+                       {"type": "train", "iter": 0, "tokens": 128, "tokens_per_s": 100.0},
+                       {"type": "train", "iter": 1, "tokens": 256, "tokens_per_s": 300.0},
+                       {"type": "eval", "iter": steps, "tokens": tokens, "val_loss": loss,
+                        "seconds": 2.0, "peak_mb": 50}]
+            lines = "\n".join(map(json.dumps, records))
+            Path(out_dir, "log.jsonl").write_text(lines + "\n")
+
+        monkeypatch.setattr(compare, "launch", launch)
+        if not go.pictures:
+            monkeypatch.setattr(compare, "draw", lambda runs, folder, c: ["curves.png"])
+        words = option_words(**{**TINY, "data_dir": data_dir, "dataset": "tiny", "study": "s",
+                                "out_dir": "runs", "results": "found", "seeds": 2, **options})
+        bench.main(["compare", *words, "--variants", *variants])
+        return json.loads(Path("found/s/results.json").read_text())["runs"]
+
+    go.pictures = False  # they take a second
+    return go
+
+
+# -----------------------------------------------------------------------------
+# The statistics
+
+
+@pytest.mark.parametrize("df, t", [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (11, 2.201),
+                                   (15, 2.131), (30, 2.042), (120, 1.980)])  # printed tables
+def test_t_quantiles(df, t):
+    assert compare.t_quantile(df) == pytest.approx(t, abs=6e-4)
+
+
+def test_paired_intervals_are_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    own = dict(enumerate([1.02, 0.97, 1.05, 1.01, 0.99]))
+    first = dict(enumerate([1.00, 0.98, 1.01, 1.00, 0.95]))
+    mean, half = compare.paired(own, first)
+    interval = stats.ttest_rel(list(own.values()), list(first.values())).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high), abs=1e-5)
+
+
+def test_only_seeds_that_both_have_are_paired():
+    """Without pairing, seed 9 alone would make the difference."""
+    mean, half = compare.paired({1: 1.5, 2: 2.5, 9: -90.0}, {1: 1.0, 2: 2.0, 7: 3.0})
+    assert mean == 0.5 and half == 0
+    assert compare.paired({1: 1.5, 9: 3.0}, {1: 1.0}) is None
+
+
+@pytest.mark.parametrize("difference, words", [
+    ((-0.1, 0.09), "lower"), ((0.1, 0.09), "higher"), ((-0.1, 0.11), "no difference shown"),
+    ((0.0, 0.0), "no difference shown"), (None, "one seed")])
+def test_an_interval_with_zero_is_no_difference(difference, words):
+    assert compare.verdict(difference) == words
+
+
+# -----------------------------------------------------------------------------
+# The plan
+
+
+def gpt_parameters(L, d, V=257, T=16):
+    return L * (12 * d * d + 2 * d) + V * d + T * d + d
+
+
+def plan_of(*variants, **options):
+    words = [*option_words(**{**TINY, **options}), "--variants", *variants]
+    c, _ = read_config(BenchConfig, ["compare", *words], positional="command")
+    configs = bench.named_variants(["compare", *words], c)
+    return compare.plan(configs, {"padded_vocab_size": 257})
+
+
+def test_the_width_that_matches_the_parameters():
+    """By hand, over all widths."""
+    plan = plan_of("a: template=nesterov", "b: template=gd match=parameters",
+                   "c: template=gd n_layer=3 match=parameters", "d: template=gd")
+    target = compare.model_size(plan["a"])["parameters"]
+    for label, layers in (("b", 2), ("c", 3)):
+        best = min(range(2, 200, 2), key=lambda d: abs(gpt_parameters(layers, d) - target))
+        assert (plan[label].n_embd, plan[label].n_layer) == (best, layers)
+    assert plan["a"].n_embd == plan["d"].n_embd == 32
+
+
+def test_the_bottleneck_that_matches_the_matrices():
+    """N = L (4 d d_a + 3 K d d_h)."""
+    plan = plan_of("a: ffn=swiglu ffn_hidden=128", "b: ffn=hourglass ffn_depth=2",
+                   match="matrices", solve="ffn_hidden")
+    assert plan["b"].ffn_hidden == 64
+    assert compare.model_size(plan["b"])["matrices"] == 2 * (4 * 32**2 + 3 * 32 * 128)
+
+
+def test_the_depth_that_matches_the_flops():
+    plan = plan_of("a: n_layer=6 n_embd=16", "b: template=imex imex_steps=2 n_embd=16",
+                   match="flops", solve="n_layer")
+    assert plan["b"].n_layer == 3  # each evaluates twice
+
+
+def test_widths_that_cannot_be_are_passed_over():
+    """Attention of width 16 needs as much of the residual stream."""
+    plan = plan_of("a: template=gd n_embd=24", "b: head_dim=8 n_embd=64", match="parameters")
+    assert plan["b"].n_embd >= 16
+
+
+@pytest.mark.parametrize("budget, steps", [("tokens", 60), ("flops", 30), ("seconds", 45)])
+def test_budgets(study, monkeypatch, budget, steps):
+    """b has twice the layers; a head so small that they are nearly all; it is measured once, at
+    three quarters of the speed."""
+    asked = []
+
+    def speed(configs, c):
+        asked.append(list(configs))
+        return [{"variant": "a", "ratio": 1.0}, {"variant": "b", "ratio": 0.75}]
+
+    monkeypatch.setattr(bench, "speed", speed)
+    size = compare.model_size
+    monkeypatch.setattr(compare, "model_size", lambda c: size(c) | {
+        "flops_per_token": 10 * c.n_layer})
+    for _ in range(2):
+        runs = study("a: n_layer=2", "b: n_layer=4", budget=budget, max_iters=60, seeds=1)
+        assert [r["steps"] for r in runs] == [60, steps]
+    assert asked == ([["a", "b"]] if budget == "seconds" else [])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_a_plan(name, data_dir, monkeypatch, capsys, tmp_path):
+    """Its options are train.py's; sizes that were to match do, within two per cent; its docstring
+    counts its runs."""
+    argv = ["compare", str(STUDIES[name]), f"--data_dir={data_dir}", "--dataset=tiny", "--dry_run",
+            f"--out_dir={tmp_path}/out", f"--results={tmp_path}"]
+    monkeypatch.setattr(bench, "speed", lambda configs, c: [
+        {"variant": label, "ratio": 1.0} for label in configs])
+    c, _ = read_config(BenchConfig, argv, positional="command")
+    configs = bench.named_variants(argv, c)
+    assert c.study == name.removeprefix("study_")
+    planned = compare.plan(configs, {"padded_vocab_size": 257})
+    sizes = {label: compare.model_size(own) for label, own in planned.items()}
+    first = next(iter(sizes.values()))
+    for label, own in planned.items():
+        if own.match != "width":
+            key = compare.SIZES[own.match]
+            assert sizes[label][key] == pytest.approx(first[key], rel=0.02)
+    bench.main(argv)
+    printed = capsys.readouterr().out
+    assert all(f"| {label} |" in printed for label in configs)
+    assert not any(tmp_path.glob("*/results.json")) or c.budget == "seconds"
+    text = STUDIES[name].read_text()
+    assert f"config/{name}.py" in text and "Cost:" in text
+    counts = {"three": 3, "six": 6}
+    said = next(line for line in text.splitlines() if line.startswith("Cost:")).split()[1]
+    assert int(counts.get(said, said)) == len(configs) * c.seeds
+
+
+# -----------------------------------------------------------------------------
+# The grid
+
+
+def test_what_is_written(study, capsys):
+    """Two variants, three seeds: the differences 0.1, 0.2, 0.3, by hand 0.2 +- 4.303 * 0.1 / √3."""
+    script = {f"{label}-seed{seed}": loss for label, losses in (
+        ("a", (1.0, 1.1, 1.2)), ("b", (1.1, 1.3, 1.5)), ("c", (0.9, 1.0, 1.1)))
+        for seed, loss in enumerate(losses, 1)}
+    study.pictures = True
+    runs = study("a: template=gd", "b: template=tmm", "c:", script=script, seeds=3)
+    assert [(r["variant"], r["seed"]) for r in runs] == [(v, s) for v in "abc" for s in (1, 2, 3)]
+    assert [r["val_loss"] for r in runs] == list(script.values())
+    b = runs[3]
+    assert b["options"]["template"] == "tmm" and "seed" not in b["options"]
+    assert (b["tokens_per_s"], b["peak_mb"], b["steps"]) == (200, 50, 6)
+    assert b["curve"] == [[0, 5.0], [6, 1.1]]
+    table = Path("found/s/table.md").read_text()
+    row = next(line for line in table.splitlines() if line.startswith("| b |"))
+    assert "| 1.3000 ± 0.2000 | +0.2000 ± 0.2484 | no difference shown |" in row
+    row = next(line for line in table.splitlines() if line.startswith("| c |"))
+    assert "| -0.1000 ± 0.0000 | lower |" in row
+    assert table in capsys.readouterr().out or "| b |" in table
+    assert all(name in table for name in ("curves.png", "differences.png"))
+    assert Path("found/s/differences.png").stat().st_size > 5000
+    assert str(Path.cwd()) not in Path("found/s/results.json").read_text() + table
+
+
+def test_it_goes_on_where_it_stopped(study):
+    refused(lambda: study("a: template=gd", "b: template=tmm", script={"b-seed2": "loss is nan"}),
+            "b, seed 2: loss is nan", "the same command tries these again", "output.txt")
+    assert len(study.launched) == 4
+    runs = study("a: template=gd", "b: template=tmm")
+    assert [c["out_dir"] for c in study.launched] == [os.path.join("runs", "b-seed2")]
+    assert len(runs) == 4
+    assert len(study("a: template=gd", "b: template=tmm", seeds=3)) == 6
+    assert len(study.launched) == 2  # the third seed
+    assert study("a: template=gd", "b: template=tmm", seeds=3) and study.launched == []
+
+
+def test_only_some_variants(study):
+    runs = study("a: template=gd", "b: template=tmm", only="b")
+    assert {r["variant"] for r in runs} == {"b"} and len(runs) == 2
+    refused(lambda: study("a: template=gd", only="c"), "only=c", "the variants are a")
+
+
+def test_runs_that_another_study_has(study):
+    study("a: template=gd", "b: template=tmm")
+    again = ("other: template=tmm", "c: template=polyak")
+    study(*again, study="t")
+    assert len(study.launched) == 2 and all(c["template"] == "polyak" for c in study.launched)
+    runs = json.loads(Path("found/t/results.json").read_text())["runs"]
+    assert [(r["variant"], r["seed"]) for r in runs] == [
+        ("other", 1), ("other", 2), ("c", 1), ("c", 2)]
+
+
+def test_changed_options(study):
+    study("a: template=gd", "b: template=tmm")
+    refused(lambda: study("a: template=gd", "b: template=polyak"), "has runs of b with other",
+            "--overwrite")
+    assert study.launched == []
+    runs = study("a: template=gd", "b: template=polyak", overwrite=True)
+    assert [c["template"] for c in study.launched] == ["polyak"] * 2
+    assert all(c["overwrite"] == "True" for c in study.launched)  # runs/b-seed1 was tmm's
+    assert [r["options"].get("template", "gd") for r in runs] == ["gd", "gd", "polyak", "polyak"]
+
+
+def test_other_data(study, data_dir, tmp_path):
+    study("a: template=gd")
+    shutil.copytree(data_dir / "easy", tmp_path / "d" / "tiny")
+    refused(lambda: study("a: template=gd", data_dir=tmp_path / "d"), "of other data")
+
+
+@pytest.mark.parametrize("variants, options, said", [
+    (("a: template=gd", "a: template=tmm"), {}, "two variants have the name a"),
+    (("a: template=gd",), {"study": "../x"}, "study=../x"),
+    (("a: template=gd",), {"seeds": 0}, "seeds=0"),
+    (("a: template=gd",), {"dataset": "none"}, "none"),
+    (("a: template=quick",), {}, "template=quick"),
+    (("a: template=gd", "b: warmup_iters=5 batch_size=4000"), {"budget": "flops"}, "b: ")])
+def test_what_is_refused(study, variants, options, said):
+    refused(lambda: study(*variants, **options), said)
+    assert study.launched == [] and not Path("found").exists()
+
+
+def test_a_damaged_file_of_results(study):
+    study("a: template=gd")
+    Path("found/s/results.json").write_text("{")
+    refused(lambda: study("a: template=gd"), "results.json is damaged")
+
+
+def test_the_seeds_go_first(study):
+    """After half the time there is a table of all variants."""
+    study("a: template=gd", "b: template=tmm")
+    assert [Path(c["out_dir"]).name for c in study.launched] == [
+        "a-seed1", "b-seed1", "a-seed2", "b-seed2"]
+
+
+def test_published_figures_stand_beside(study):
+    study("a: template=gd", "b: template=tmm", published="b: 1.234")
+    table = Path("found/s/table.md").read_text().splitlines()
+    column = [line.split(" | ") for line in table if line.startswith("| ")]
+    at = column[0].index("published best")
+    assert [line[at] for line in column if line[0] in ("| a", "| b")] == ["", "1.234"]
+
+
+def test_a_study_that_trains(words, tmp_path, data_dir, run):
+    """Two variants, two at a time, in processes of their own. Anyone who runs a cell's options with
+    train.py gets its figure; a cell that was cut off goes on from its checkpoint."""
+    def start():
+        return subprocess.run(
+            [sys.executable, str(ROOT / "bench.py"), "compare", *words("runs"), "--study=s",
+             "--seeds=2", "--jobs=2", "--results=found", "--variants", "gd: template=gd",
+             "tmm: template=tmm"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    done = start()
+    assert done.returncode == 0, done.stderr
+    assert "4 runs to do, 0 there, 2 at a time" in done.stdout
+    path = tmp_path / "found/s/results.json"
+    stored = json.loads(path.read_text())
+    runs = stored["runs"]
+    assert all(r["peak_mb"] > 50 and r["tokens_per_s"] > 0 for r in runs)
+    assert [step for step, _ in runs[0]["curve"]] == [0, 3, 6]
+    assert set(runs[2]["scalars"][-1][1]) == {"mu", "beta", "gamma", "nu"}
+    assert "scalars.png" in (tmp_path / "found/s/table.md").read_text()
+    records = run(tmp_path / "again", seed=2, **runs[3]["options"] | {"data_dir": data_dir})
+    assert records[-1]["val_loss"] == pytest.approx(runs[3]["val_loss"], abs=6e-6)
+    before = path.read_text()
+    stored["runs"] = runs[:3]
+    path.write_text(json.dumps(stored))
+    done = start()
+    assert "1 runs to do, 3 there" in done.stdout
+    assert "resuming" in (tmp_path / "runs/tmm-seed2/output.txt").read_text()
+
+    def losses(text):
+        return [r["val_loss"] for r in json.loads(text)["runs"]]
+
+    assert losses(path.read_text()) == losses(before)
+
+
+# -----------------------------------------------------------------------------
+# The papers' tables, from the download to the last line, scaled down
+
+
+TASK = """task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/mine.jsonl}}, cache_dir: {folder}/cache}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{text}}}}"
+doc_to_target: label
+doc_to_choice: [dog, s, " sat"]
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+@pytest.mark.parametrize("corpus", ["tinystories", "owt"])
+def test_reproduce(corpus, tmp_path, monkeypatch):
+    """The lines of the Makefile, with small options and a text of our own."""
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    stories = "\n".join(f"Once upon a time there were {n} cats.\n<|endoftext|>" for n in range(900))
+    (tmp_path / "stories.txt").write_text(stories)
+    scale = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2",
+             "--gradient_accumulation_steps=1", "--max_iters=4", "--warmup_iters=1",
+             "--eval_interval=2", "--save_interval=2", "--eval_tokens=64", "--device=cpu",
+             f"--results={tmp_path}/results", f"--out_dir={tmp_path}/out",
+             "--only", "gd (GPT)", "nesterov (YuriiFormer)"]
+    prepare = [f"--input={tmp_path}/stories.txt", "--tokenizer=bytes", "--val_fraction=0.1"]
+    if corpus == "owt":  # HellaSwag and ARC-Easy are on the Hub
+        pytest.importorskip("lm_eval")
+        (tmp_path / "mine.yaml").write_text(TASK.format(folder=tmp_path))
+        (tmp_path / "mine.jsonl").write_text('{"text": "cat", "label": 1}\n' * 2)
+        scale += ["--tasks=mine", "--num_fewshot=0", f"--include_path={tmp_path}"]
+    lines = subprocess.run(
+        ["make", "-n", f"reproduce-{corpus}", "PREPARE=" + shlex.join(prepare),
+         "COMPARE=" + shlex.join(scale)], cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()
+    lines = [line for line in lines if line.startswith(".venv/bin/python ")]
+    assert [shlex.split(line)[1] for line in lines] == ["prepare.py", "bench.py"]
+    for line in lines:
+        argv = [sys.executable, *shlex.split(line)[1:], f"--data_dir={tmp_path}/data"]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+    table = next((tmp_path / "results").glob("*/table.md")).read_text()
+    assert "published best" in table and "nesterov (YuriiFormer)" in table
+    assert ("mine" in table) == (corpus == "owt")
+    assert math.isfinite(float(table.split("| gd (GPT) | 1 | ")[1].split(" ")[0]))
