@@ -776,15 +776,19 @@ def run(argv: list[str]) -> None:
     if c.command is None:
         fail("say what to measure: python bench.py speed | decode | memory | data | muon | loss | "
              "prepare | start | eval | all | compare | plot | export | convert")
+    for name, path in (("json", c.json), ("plot", c.plot)):
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            fail(f"{name}={path}: there is no folder {os.path.dirname(path)}; make it first")
     if c.command == "plot":
         return plot(c)
     if c.command in ("export", "convert"):
         print((export if c.command == "export" else convert)(c))
         return
-    where = machine(pick_device(c.device))
-    print(where)
+    device = pick_device(c.device)
     if c.command == "compare":
-        return compare(named_variants(argv, c), c, where, speed)
+        return compare(named_variants(argv, c), c, lambda: machine(device), speed)
+    where = machine(device)
+    print(where)
     if c.command == "all":
         rows = everything(c)
     else:

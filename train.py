@@ -72,7 +72,8 @@ class TrainConfig(GPTConfig):
     out_dir: str = "out"  # checkpoints and logs
     # scratch, resume, auto (resume if possible); or weights: gpt2*, a .pt file, an exported folder
     init_from: str = "scratch"
-    overwrite: bool = False  # start from scratch although out_dir holds a checkpoint
+    # start from scratch although out_dir holds a checkpoint; in bench.py, replace what was written
+    overwrite: bool = False
     # batch
     batch_size: int = 12  # micro-batch: sequences per device and forward pass
     gradient_accumulation_steps: int = 40  # micro-batches per step, the total over all ranks
@@ -672,7 +673,9 @@ def read_log(out_dir: str) -> list[dict]:
                 before += latest if record["seconds"] < latest else 0.0
                 latest = record["seconds"]
                 record["seconds"] += before
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        fail(f"{path}: {error.strerror}; name the out_dir of a run")
+    except (ValueError, TypeError) as error:
         fail(f"{path}: {reason(error)}; name the out_dir of a run")
     if not any(record.get("type") in ("train", "eval") for record in records):
         fail(f"{path} has no losses yet; name the out_dir of a run that has begun")

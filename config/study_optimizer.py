@@ -1,6 +1,6 @@
 """Study: Muon and AdamW for the GPT and the YuriiFormer, in equal wall time.
 
-The paper's warm-up is a tenth of its steps, the short one of a reproduction a 250th: here 26 and 1.
+The paper's warm-up is a tenth of its steps, the short one of a reproduction a 250th: here 49 and 2.
 
 Data:     as study_suite
 Run:      python bench.py compare config/study_optimizer.py
@@ -12,15 +12,15 @@ from config.study_suite import *
 study = "optimizer"
 out_dir = "out-study-optimizer"
 budget = "seconds"
-warmup_iters = 26
+warmup_iters = 49
 x = "seconds"
 variants = (
     "GPT, Muon: template=gd",
     "GPT, Muon, decay 0.1: template=gd muon_weight_decay=0.1",
-    "GPT, Muon, short warm-up: template=gd warmup_iters=1",
+    "GPT, Muon, short warm-up: template=gd warmup_iters=2",
     "GPT, AdamW: template=gd optimizer=adamw",
     "YuriiFormer, Muon: template=nesterov",
     "YuriiFormer, Muon, decay 0.1: template=nesterov muon_weight_decay=0.1",
-    "YuriiFormer, Muon, short warm-up: template=nesterov warmup_iters=1",
+    "YuriiFormer, Muon, short warm-up: template=nesterov warmup_iters=2",
     "YuriiFormer, AdamW: template=nesterov optimizer=adamw",
 )

@@ -29,6 +29,7 @@ if __name__ != "__main__":  # as a program it needs none of these
     from conftest import TINY, option_words, write_data
     from test_train import nanogpt_checkpoint
 
+    import bench
     import prepare
     import sample
     import train
@@ -203,6 +204,7 @@ def test_messages_are_what_the_programs_print(place, monkeypatch, capsys):
     train.main([*tiny, "--max_iters=2"])
     letters = {"tokenizer": "char", "alphabet": "abcdefghijklmnopqrstuvwxyz", "vocab_size": 26}
     torch.save(torch.load("out/ckpt.pt", weights_only=True) | {"tokenizer": letters}, "letters.pt")
+    Path("yurii.pt").touch()
     offline = raising(urllib.error.URLError("no network"))
     new = "train --out_dir=new"
     cases = [  # a command, and what is replaced while it runs
@@ -231,6 +233,9 @@ def test_messages_are_what_the_programs_print(place, monkeypatch, capsys):
         (new, train, "train", raising(torch.OutOfMemoryError())),
         ("train --gradient_accumulation_steps=6", os.environ, "WORLD_SIZE", "4"),
         ("sample --start=",),
+        ("bench convert --ckpt=out --template=tmm --velocity_norm=none --out=yurii.pt",),
+        ("bench eval --ckpt=out --tasks=hellaswag", sys.modules, "lm_eval", None),
+        ("bench plot out --draw=scalars",),
         ("sample", sample, "draw_samples", raising(torch.OutOfMemoryError("out of memory"))),
     ]
     text = read(ROOT / "docs" / "troubleshooting.md")
@@ -245,9 +250,9 @@ def test_messages_are_what_the_programs_print(place, monkeypatch, capsys):
 
     def run(command: str) -> None:
         name, *words = command.split()
-        words = {"train": tiny, "sample": ["--device=cpu"], "prepare": []}[name] + words
+        words = {"train": tiny, "sample": ["--device=cpu"]}.get(name, []) + words
         with pytest.raises(UserError) as error:
-            {"train": train, "sample": sample, "prepare": prepare}[name].main(words)
+            {"train": train, "sample": sample, "prepare": prepare, "bench": bench}[name].main(words)
         check(*(f"error: {line}" for line in str(error.value).splitlines()))
 
     for command, *replaced in cases:

@@ -28,7 +28,7 @@ from model import GPT, GPTConfig
 from prepare import load_meta
 from tools.options import BenchConfig
 from tools.watch import draw_scalars, picture
-from train import TrainConfig, clock, model_args, read_log
+from train import AXES, TrainConfig, clock, model_args, read_log
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZES = {"parameters": "parameters", "matrices": "matrices", "flops": "flops_per_token"}
@@ -195,7 +195,7 @@ def launch(argv: list[str], slot: int, c: BenchConfig, out_dir: str, running: se
     if torch.cuda.device_count() > 1:
         environment["CUDA_VISIBLE_DEVICES"] = visible_devices()[slot]
     elif workers(c) > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers(c))))
+        environment["OMP_NUM_THREADS"] = str(threads(c))
     with open(os.path.join(out_dir, "output.txt"), "ab+") as output:
         start = output.tell()
         process = subprocess.Popen([sys.executable, os.path.join(HERE, argv[0]), *argv[1:]],
@@ -206,7 +206,8 @@ def launch(argv: list[str], slot: int, c: BenchConfig, out_dir: str, running: se
         output.seek(start)
         said = output.read().decode(errors="replace").strip().splitlines() or [""]
     if process.returncode:
-        fail(next((line for line in said if line.startswith("error: ")), said[-1]))
+        fail(next((line for line in said if line.startswith("error: ")),
+                  f"exit code {process.returncode}: {said[-1]}"))
 
 
 def visible_devices() -> list[str]:
@@ -218,6 +219,11 @@ def visible_devices() -> list[str]:
 def workers(c: BenchConfig) -> int:
     """How many cells run at once."""
     return c.jobs or max(1, torch.cuda.device_count())
+
+
+def threads(c: BenchConfig) -> int:
+    """Of torch in each cell: its share of the cores, unless OMP_NUM_THREADS says fewer."""
+    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // workers(c)))
 
 
 # -----------------------------------------------------------------------------
@@ -258,33 +264,43 @@ def verdict(difference: tuple[float, float] | None) -> str:
 # The results: JSON of every run, a table, pictures
 
 
+def by_variant(runs: list[dict]) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for run in runs:
+        found.setdefault(run["variant"], []).append(run)
+    return found
+
+
+def differences(runs: list[dict]) -> dict[str, tuple[float, float] | None]:
+    """Of every variant but the first: its final loss less the first one's, as `paired` has it."""
+    losses = {label: {r["seed"]: r["val_loss"] for r in own}
+              for label, own in by_variant(runs).items()}
+    first, *others = losses
+    return {label: paired(losses[label], losses[first]) for label in others}
+
+
 def summary(runs: list[dict], c: BenchConfig) -> list[dict]:
     """One row for each variant, with what its runs share, and their figures together."""
-    published = dict(text.rsplit(":", 1) for text in c.published)
-    by_label: dict[str, list[dict]] = {}
-    for run in runs:
-        by_label.setdefault(run["variant"], []).append(run)
-    losses = {label: {r["seed"]: r["val_loss"] for r in own} for label, own in by_label.items()}
-    first, rows = next(iter(losses)), []
-    for label, own in by_label.items():
-        difference = paired(losses[label], losses[first]) if label != first else None
+    published = dict(text.rpartition(":")[::2] for text in c.published)
+    found, rows = differences(runs), []
+    for label, own in by_variant(runs).items():
+        losses = [r["val_loss"] for r in own]
         mean = {k: statistics.mean(values) for k in ("tokens_per_s", "peak_mb", "best_val_loss")
                 if all(values := [r[k] for r in own])}
-        spread = f" ± {statistics.stdev(losses[label].values()):.4f}" if len(own) > 1 else ""
-        tasks = {task: f"{100 * statistics.mean(r['tasks'][task] for r in own):.1f}"
-                 for task in own[0].get("tasks", {})}
+        difference = found.get(label)
         rows.append({
             "variant": label, "seeds": str(len(own)),
-            "final loss": f"{statistics.mean(losses[label].values()):.4f}{spread}",
-            **({"- first [95 %]": "" if difference is None else "{:+.4f} ± {:.4f}".format(
-                *difference), "": "" if label == first else verdict(difference)}
-               if len(by_label) > 1 else {}),
+            "final loss": f"{statistics.mean(losses):.4f}" + (
+                f" ± {statistics.stdev(losses):.4f}" if len(own) > 1 else ""),
+            "- first [95 %]": f"{difference[0]:+.4f} ± {difference[1]:.4f}" if difference else "",
+            "": verdict(difference) if label in found else "",
             "best": f"{mean['best_val_loss']:.4f}",
-            **({"published best": published.get(label, "").strip()} if published else {}), **tasks,
+            **({"published best": published.get(label, "").strip()} if published else {}),
+            **{task: f"{100 * statistics.mean(r['tasks'][task] for r in own):.1f}"
+               for task in own[0].get("tasks", {})},
             "parameters": f"{own[0]['parameters']:,}", "matrices": f"{own[0]['matrices']:,}",
             "MFLOP/token": f"{own[0]['flops_per_token'] / 1e6:,.2f}",
-            "tokens": f"{own[0]['tokens']:,}",
-            "tokens/s": f"{mean['tokens_per_s']:,.0f}",
+            "tokens": f"{own[0]['tokens']:,}", "tokens/s": f"{mean['tokens_per_s']:,.0f}",
             "peak MB": f"{mean['peak_mb']:,.0f}" if "peak_mb" in mean else ""})
     return rows
 
@@ -297,57 +313,57 @@ def markdown(rows: list[dict]) -> str:
 
 def draw(runs: list[dict], folder: str, c: BenchConfig) -> list[str]:
     """curves.png, differences.png, scalars.png: those that there is something to show in."""
-    by_label: dict[str, list[dict]] = {}
-    for run in runs:
-        by_label.setdefault(run["variant"], []).append(run)
+    learned = {name: [{"step": step} | scalars for step, scalars in own[0]["scalars"]]
+               for name, own in by_variant(runs).items() if "scalars" in own[0]}
+    shown = {"curves.png": lambda path: draw_curves(runs, path, c.x)}
+    if any(differences(runs).values()):
+        shown["differences.png"] = lambda path: draw_differences(runs, path)
+    if learned:
+        shown["scalars.png"] = lambda path: draw_scalars(learned, path)
+    for name, make in shown.items():
+        make(os.path.join(folder, name))
+    return list(shown)
+
+
+def draw_curves(runs: list[dict], path: str, x: str) -> None:
+    """Validation losses: means over the seeds, with the lowest and the highest."""
     unit = {"steps": lambda r: 1, "tokens": lambda r: r["tokens"] / r["steps"],
             "seconds": lambda r: r["seconds"] / r["steps"],
-            "flops": lambda r: r["tokens"] / r["steps"] * r["flops_per_token"]}[c.x]
-    label = {"steps": "step", "tokens": "training tokens", "seconds": "wall time (s)",
-             "flops": "training FLOPs"}[c.x]
-    names = ["curves.png"]
-    with picture(os.path.join(folder, names[0]), 7, 4.5) as figure:
-        axes = figure.add_subplot(xlabel=label, ylabel="validation loss (nats per token)")
+            "flops": lambda r: r["tokens"] / r["steps"] * r["flops_per_token"]}[x]
+    with picture(path, 7, 4.5) as figure:
+        axes = figure.add_subplot(xlabel=AXES[x][1], ylabel="validation loss (nats per token)")
         low, high = math.inf, 0.0
-        for i, (name, own) in enumerate(by_label.items()):
-            curves = [[loss for _, loss in run["curve"]] for run in own]
+        for i, (name, own) in enumerate(by_variant(runs).items()):
             xs = [step * unit(own[0]) for step, _ in own[0]["curve"]]
-            mean = [statistics.mean(at) for at in zip(*curves, strict=True)]
-            style = dict(color=f"C{i % 10}", ls=("-", "--", ":")[i // 10 % 3])
-            axes.plot(xs, mean, label=f"{name}: {mean[-1]:.4f}", **style)
-            axes.fill_between(xs, [min(at) for at in zip(*curves, strict=True)],
-                              [max(at) for at in zip(*curves, strict=True)],
-                              color=style["color"], alpha=0.12, lw=0)
+            at_step = list(zip(*([loss for _, loss in run["curve"]] for run in own), strict=True))
+            mean, color = list(map(statistics.mean, at_step)), f"C{i % 10}"
+            axes.plot(xs, mean, color=color, ls=("-", "--", ":")[i // 10 % 3],
+                      label=f"{name}: {mean[-1]:.4f}")
+            axes.fill_between(xs, list(map(min, at_step)), list(map(max, at_step)), color=color,
+                              alpha=0.12, lw=0)
             low, high = min(low, *mean), max(high, mean[min(2, len(mean) - 1)])
         axes.set_ylim(low - 0.05 * (high - low or 1), high)
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
-    losses = {name: {r["seed"]: r["val_loss"] for r in own} for name, own in by_label.items()}
-    first = next(iter(losses))
-    found = {name: d for name in losses
-             if name != first and (d := paired(losses[name], losses[first]))}
-    if found:
-        names.append("differences.png")
-        with picture(os.path.join(folder, names[-1]), 7, 1.3 + 0.32 * len(found)) as figure:
-            axes = figure.add_subplot(xlabel=f"final loss - that of {first} (nats per token), with "
-                                             f"95 % interval")
-            for i, (name, (mean, half)) in enumerate(found.items()):
-                shown = verdict((mean, half)) != "no difference shown"
-                axes.errorbar(mean, i, xerr=half, fmt="o", capsize=3,
-                              color=("C2" if mean < 0 else "C3") if shown else "C7")
-                dots = [losses[name][s] - losses[first][s]
-                        for s in losses[name].keys() & losses[first].keys()]
-                axes.plot(dots, [i] * len(dots), "|", color="k", alpha=0.4, ms=7)
-            axes.axvline(0, color="k", lw=0.8)
-            axes.set_yticks(range(len(found)), found)
-            axes.invert_yaxis()
-            axes.grid(axis="x", alpha=0.3)
-    learned = {name: [{"step": step} | scalars for step, scalars in own[0]["scalars"]]
-               for name, own in by_label.items() if "scalars" in own[0]}
-    if learned:
-        names.append("scalars.png")
-        draw_scalars(learned, os.path.join(folder, names[-1]))
-    return names
+
+
+def draw_differences(runs: list[dict], path: str) -> None:
+    """Each variant's difference to the first with its interval, and seed by seed; grey: none."""
+    found = {label: d for label, d in differences(runs).items() if d}
+    first = {r["seed"]: r["val_loss"] for r in runs if r["variant"] == runs[0]["variant"]}
+    with picture(path, 7, 1.2 + 0.32 * len(found)) as figure:
+        axes = figure.add_subplot(xlabel=f"final loss - that of {runs[0]['variant']} (nats per "
+                                         f"token), with 95 % intervals")
+        for i, (name, (mean, half)) in enumerate(found.items()):
+            color = {"lower": "C2", "higher": "C3"}.get(verdict((mean, half)), "C7")
+            axes.errorbar(mean, i, xerr=half, fmt="o", capsize=3, color=color)
+            dots = [r["val_loss"] - first[r["seed"]] for r in runs
+                    if r["variant"] == name and r["seed"] in first]
+            axes.plot(dots, [i] * len(dots), "|", color="k", alpha=0.4, ms=7)
+        axes.axvline(0, color="k", lw=0.8)
+        axes.set_yticks(range(len(found)), found)
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
 
 
 class Results:
@@ -402,16 +418,15 @@ class Results:
         return [r for r in self.runs if now.get(r["variant"], r["options"]) != r["options"]]
 
 
-
 # -----------------------------------------------------------------------------
 # The command
 
 
-def compare(configs: dict[str, BenchConfig], c: BenchConfig, where: str,
+def compare(configs: dict[str, BenchConfig], c: BenchConfig, machine: Callable[[], str],
             speed: Callable[[dict[str, BenchConfig], BenchConfig], list[dict]]) -> None:
     """Run the cells that are missing, then write the table and the pictures.
 
-    where: what the machine is; speed: measures the variants' tokens per second in turn."""
+    machine: says what it is; speed: measures the variants' tokens per second in turn."""
     if not c.study or not re.fullmatch(r"[\w.-]+", c.study):
         fail(f"study={c.study}: compare needs a name for its folder of results, of letters and "
              f"digits; name a preset (config/study_suite.py), or --study=NAME")
@@ -420,6 +435,12 @@ def compare(configs: dict[str, BenchConfig], c: BenchConfig, where: str,
     unknown = set(c.only) - configs.keys()
     if unknown:
         fail(f"only={', '.join(sorted(unknown))}: the variants are {', '.join(configs)}")
+    folders = [Cell(Variant(label, {}, {}), 0, c).out_dir for label in configs]
+    if len(set(folders)) < len(folders):
+        fail(f"two variants would train in one folder of {', '.join(folders)}; name them otherwise")
+    torch.set_num_threads(threads(c))
+    where = f"{machine()}, {workers(c)} at a time"
+    print(where)
     meta = load_meta(os.path.join(c.data_dir, c.dataset))
     data = {"dataset": c.dataset, **{f"{split}_sha256": meta[split].get("sha256")
                                      for split in ("train", "val")}}
@@ -464,7 +485,6 @@ def measured(planned: dict[str, BenchConfig], c: BenchConfig, results: Results, 
     """Tokens per second over the first one's, measured once and then kept with the results."""
     key = json.dumps({label: variant(label, own).options for label, own in planned.items()})
     if results.head.get("measured_for") != key:
-        torch.set_num_threads(max(1, torch.get_num_threads() // (workers(c) or 1)))
         results.head |= {"measured_for": key, "speed": {
             row["variant"]: round(row["ratio"], 4) for row in speed(planned, c)}}
         results.write(list(planned))
@@ -501,7 +521,7 @@ def run_cells(cells: list[Cell], c: BenchConfig, results: Results, order: list[s
                 left = (time.time() - began) / done * (len(cells) - done)
                 try:
                     run = future.result()
-                    results.runs.append(run | {"machine": f"{where}, {workers(c)} at a time"})
+                    results.runs.append(run | {"machine": where})
                     results.write(order)
                     print(f"[{done}/{len(cells)}] {name}: {run['val_loss']:.4f} after "
                           f"{clock(run['seconds'])}; eta {clock(left)}", flush=True)

@@ -7,12 +7,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import torch
 
 from config import UserError, fail
-from model import GPT, conv1d, read_pretrained
+from model import GPT, GPTConfig, conv1d, read_pretrained
 from prepare import END_OF_TEXT, Tokenizer
 from sample import SampleConfig, load_checkpoint, nanogpt_tokenizer
 from tools.options import BenchConfig
@@ -169,12 +169,23 @@ def convert(c: BenchConfig) -> str:
              f"stay; add --velocity_norm=none")
     if not (c.out or "").endswith(".pt"):
         fail("say where to: --out=FILE.pt")
+    if not os.path.isdir(os.path.dirname(c.out) or "."):
+        fail(f"out={c.out}: there is no folder {os.path.dirname(c.out)}; make it first")
+    if c.raw_init > -4:
+        fail(f"raw_init={c.raw_init}: mu and beta begin near 0, so that the logits stay; choose "
+             f"from -20 (exact) to -4")
     if os.path.lexists(c.out) and not (c.overwrite and os.path.isfile(c.out)):
         fail(f"{c.out} is there already; choose another --out, or --overwrite a file")
     old, meta = load_source(c)
     if old.config.template != "gd" or old.config.velocity_init == "add":
         fail(f"{c.ckpt} has template={old.config.template}, velocity_init="
              f"{old.config.velocity_init}: only template=gd without second tables is converted")
+    ours = {"template", "velocity_norm", "velocity_init", "scalar_map"}  # the others stay
+    odd = [f"{f.name}={value}" for f in fields(GPTConfig) if f.name not in ours
+           and (value := getattr(c, f.name)) not in (f.default, getattr(BenchConfig, f.name),
+                                                     getattr(old.config, f.name))]
+    if odd:
+        fail(f"{', '.join(odd)}: the converted model keeps the shape of {c.ckpt}; drop the option")
     torch.manual_seed(c.seed)
     new = GPT(replace(old.config, template=c.template, velocity_norm="none",
                       velocity_init=c.velocity_init, scalar_map=c.scalar_map))
@@ -190,7 +201,9 @@ def convert(c: BenchConfig) -> str:
         logits, converted = (model.eval()(idx, idx)[0] for model in (old, new))
     write_file({"model": new.state_dict(), "model_args": asdict(new.config)}
                | ({"tokenizer": meta} if meta else {}), c.out)
+    name = f"the {meta['tokenizer']} tokenizer's" if meta else "its"
     return (f"{c.out}: {c.template}, {new.get_num_params(False):,} parameters\n"
             f"on random tokens the logits, of up to {logits.abs().max():.3g}, changed by up to "
             f"{(logits - converted).abs().max():.1e}\n"
-            f"train on: python train.py --init_from={c.out}, with the data and options of a run")
+            f"train on: python train.py --init_from={c.out} --dataset=NAME, with {name} data and "
+            f"the options of a run")

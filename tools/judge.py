@@ -100,6 +100,8 @@ def on_tasks(model: GPT, tokenizer: Tokenizer, c: BenchConfig) -> list[dict]:
     if len(shots) != len(names) or not all(n.isdecimal() for n in shots if c.num_fewshot):
         fail(f"num_fewshot={c.num_fewshot}: expected one whole number, or one for each of the "
              f"{len(names)} tasks, with commas between them")
+    if len(set(names)) < len(names):
+        fail(f"tasks={c.tasks} names a task twice; name each once")
     if c.include_path and not os.path.isdir(c.include_path):
         fail(f"include_path={c.include_path}: there is no such folder")
     manager = TaskManager(include_path=c.include_path, include_defaults=False)
@@ -108,14 +110,16 @@ def on_tasks(model: GPT, tokenizer: Tokenizer, c: BenchConfig) -> list[dict]:
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 1)
-            fail(f"no task {name}; " + (f"did you mean {near[0]}?" if near else
-                                        "lm-eval ls tasks lists them; --include_path adds yours"))
+            fail(f"no task {name}; " + (
+                f"did you mean {near[0]}?" if near else "lm-eval ls tasks lists them; "
+                "--include_path adds yours, if they are valid YAML"))
     judged, rows = harness_model(model, tokenizer, c), []
     for name, n in zip(names, shots, strict=True):
         try:
             manager.load([name])
         except Exception as error:  # its file and its data may be broken in any way
-            fail(f"cannot load the task {name}: {reason(error)}")
+            fail(f"cannot load the task {name}: {reason(error)}; its data come from the Hub, "
+                 f"unless a file in --include_path names others")
         judged.spent = 0.0
         try:
             found = simple_evaluate(judged, tasks=[name], num_fewshot=int(n) if n else None,

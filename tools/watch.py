@@ -75,6 +75,8 @@ def plot_scalars(c: BenchConfig, path: str) -> None:
     if not any(logs.values()):
         fail(f"{', '.join(c.runs)}: no learned scalars in log.jsonl; a momentum template "
              f"(--template=nesterov) logs them at every evaluation")
+    if without := [name for name, log in logs.items() if not log]:
+        print(f"no learned scalars in {', '.join(without)}")
     draw_scalars(logs, path)
 
 
@@ -116,7 +118,9 @@ def plot_paths(c: BenchConfig, path: str) -> None:
     for run in c.runs:
         checkpoint = checkpoint_of(run)
         model, trained = GPT.from_checkpoint(checkpoint).eval(), checkpoint.get("config", {})
-        folder = os.path.join(trained.get("data_dir", c.data_dir), trained.get("dataset", ""))
+        folders = [os.path.join(of, trained.get("dataset", ""))
+                   for of in (trained.get("data_dir", c.data_dir), c.data_dir)]
+        folder = next(filter(os.path.isdir, folders), folders[0])
         tokens = Tokens(folder, "val", load_meta(folder), model.config.block_size)
         starts = range(0, len(tokens) - model.config.block_size, model.config.block_size)
         found[run] = model.residual_path(tokens.read(starts[:16])[:, :-1].long())
