@@ -5,6 +5,7 @@ convert: to other formats, to another template.
     python bench.py speed config/shakespeare_char.py --nanogpt=../nanoGPT
     python bench.py decode config/gpt2_124m.py --nanogpt=../nanoGPT --plot=decode.png
     python bench.py memory config/gpt2_124m.py --variants "template=gd" "template=tmm"
+    python bench.py fit config/gpt2_124m.py         the largest micro-batch that a GPU holds
     python bench.py data config/gpt2_124m.py        what reading the data costs
     python bench.py muon config/yurii_owt.py        what the optimiser costs
     python bench.py loss --nanogpt=../nanoGPT       wall time to nanoGPT's loss on Shakespeare
@@ -46,7 +47,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ from model import (
     pick_dtype,
     read_checkpoint,
 )
-from prepare import END_OF_TEXT
+from prepare import END_OF_TEXT, load_meta
 from tools.compare import compare
 from tools.exchange import convert, export
 from tools.judge import judge
@@ -367,6 +368,44 @@ def memory(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
     return rows
 
 
+def fit(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
+    """The largest micro-batch that a GPU's memory holds, each trial in a process of its own."""
+    if pick_device(c.device).type != "cuda":
+        fail("fit fills the memory of a CUDA GPU, and there is none here; see bench.py memory")
+    jobs = [(name, own, False) for name, own in configs.items()]
+    jobs += [("nanogpt", c, True)] if c.nanogpt else []
+    rows: list[dict] = []
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for name, own, theirs in jobs:
+            found = largest(lambda n, own=own, theirs=theirs: pool.apply(
+                fits, (replace(own, batch_size=n), theirs)))
+            first = rows[0]["micro_batch"] if rows else found
+            rows.append({"variant": name, "micro_batch": found, "ratio": found / (first or 1)})
+    return rows
+
+
+def largest(holds: Callable[[int], bool]) -> int:
+    """The largest number, to an eighth, for which it is True; 0 if there is none."""
+    low, high = 0, 1
+    while holds(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 8):
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def fits(c: BenchConfig, theirs: bool) -> bool:
+    """Whether two training steps end without running out of memory."""
+    try:
+        peak_memory(c, theirs)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    return True
+
+
 def peak_memory(c: BenchConfig, theirs: bool) -> tuple[int, int]:
     """(bytes above those before the model was made, parameters); on a CPU of resident memory."""
     c.steps = 2
@@ -498,42 +537,54 @@ def start(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
     return medians([{"variant": name} for name in programs], "seconds", times)
 
 
+NANO_LOSS = {  # nanoGPT's runs: on a CPU its documented one
+    "cpu": ("shakespeare_char", "--device=cpu --compile=False --eval_iters=20 --log_interval=1 "
+            "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
+            "--lr_decay_iters=2000 --dropout=0.0"),
+    "cuda": ("tinystories", "--dataset=tinystories --block_size=256 --batch_size=64 --n_layer=8 "
+             "--n_head=8 --n_embd=512 --max_iters=5000 --lr_decay_iters=5000 --dropout=0.0 "
+             "--eval_interval=1000 --eval_iters=50")}
+
+
 def loss(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
-    """Wall time to nanoGPT's loss: its documented CPU recipe on the characters of Shakespeare, and
-    config/shakespeare_char_fast.py, start-up included; losses on the whole validation split."""
-    data = os.path.abspath(os.path.join(c.data_dir, "shakespeare_char"))
+    """Wall time to nanoGPT's loss: its documented CPU recipe on the characters of Shakespeare and
+    config/shakespeare_char_fast.py; on a GPU a model of 51 M parameters on TinyStories and
+    config/tinystories_fast.py. Start-up included; losses on the whole validation split."""
+    kind = "cuda" if pick_device(c.device).type == "cuda" else "cpu"
+    (dataset, words), fast = NANO_LOSS[kind], {"cpu": "shakespeare_char_fast",
+                                               "cuda": "tinystories_fast"}[kind]
+    data = os.path.abspath(os.path.join(c.data_dir, dataset))
     if not os.path.isfile(os.path.join(data, "meta.json")):
-        fail(f"there is no {data}; make it: python prepare.py shakespeare_char")
+        fail(f"there is no {data}; make it: python prepare.py {dataset}")
+    vocab_size = load_meta(data)["padded_vocab_size"]
     with tempfile.TemporaryDirectory() as folder:
-        ours = ["train.py", "config/shakespeare_char_fast.py", f"--data_dir={c.data_dir}",
-                f"--out_dir={folder}/ours", "--overwrite", *([f"--device={c.device}"] * bool(
-                    c.device))]
-        runs = {"shakespeare_char_fast": (ours, HERE)}
+        device = [f"--device={c.device}"] * bool(c.device)
+        ours = ["train.py", f"config/{fast}.py", f"--data_dir={c.data_dir}",
+                f"--out_dir={folder}/ours", "--overwrite", *device]
+        runs = {fast: (ours, HERE)}
         if c.nanogpt:
             nano = os.path.join(folder, "nanogpt")
             shutil.copytree(c.nanogpt, nano, ignore=shutil.ignore_patterns(".git", "assets"))
-            shutil.copytree(data, os.path.join(nano, "data", "shakespeare_char"),
-                            dirs_exist_ok=True)
-            with open(os.path.join(nano, "data", "shakespeare_char", "meta.pkl"), "wb") as file:
-                pickle.dump({"vocab_size": 65}, file)
-            theirs = ["train.py", "config/train_shakespeare_char.py", "--device=cpu",
-                      "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64",
-                      "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128",
-                      "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
+            there = os.path.join(nano, "data", dataset)
+            os.makedirs(there, exist_ok=True)
+            for split in ("train", "val"):
+                shutil.copy(os.path.join(data, f"{split}.bin"), there)
+            with open(os.path.join(there, "meta.pkl"), "wb") as file:
+                pickle.dump({"vocab_size": vocab_size}, file)
+            theirs = ["train.py", "config/train_shakespeare_char.py", *words.split(),
                       "--out_dir=out"]
             runs = {"nanogpt": (theirs, nano), **runs}
         times = [tuple(program(*argv, cwd=cwd)[0] for argv, cwd in runs.values())
                  for _ in range(c.repeats)]
         rows = []
-        for name, out in (("nanogpt", f"{folder}/nanogpt/out"),
-                          ("shakespeare_char_fast", f"{folder}/ours")):
+        for name, out in (("nanogpt", f"{folder}/nanogpt/out"), (fast, f"{folder}/ours")):
             if name in runs:
                 path = os.path.join(out, "ckpt.pt")
                 model = GPT.from_checkpoint(read_checkpoint(path))
                 _, _, said = program(
-                    "train.py", f"--init_from={path}", "--dataset=shakespeare_char",
-                    f"--data_dir={c.data_dir}", "--eval_only", "--device=cpu",
-                    f"--out_dir={folder}/none", "--eval_tokens=1000000000")
+                    "train.py", f"--init_from={path}", f"--dataset={dataset}",
+                    f"--data_dir={c.data_dir}", "--eval_only", f"--out_dir={folder}/none",
+                    "--eval_tokens=1000000000", *(device or [f"--device={kind}"]))
                 rows.append({"variant": name, "parameters": model.get_num_params(False),
                              "val_loss": float(said.split("val loss")[1].split()[0])})
     return medians(rows, "seconds", times)
@@ -623,7 +674,10 @@ CUDA_TABLE = [
      f"decode {SMALL} --num_samples=64 --variants template=gd template=nesterov"),
     ("memory of training, 124 M parameters", "momentum at most 10 % more than GPT",
      f"memory {SMALL} --batch_size=32 --gradient_accumulation_steps=1 --variants template=gd "
-     f"loss_chunk=4096 activation_checkpointing=True template=nesterov NANOGPT")]
+     f"loss_chunk=4096 activation_checkpointing=True template=nesterov NANOGPT"),
+    ("largest micro-batch, 124 M parameters", "at least 1.5 x nanoGPT's",
+     f"fit {SMALL} --gradient_accumulation_steps=1 --variants template=gd loss_chunk=4096 NANOGPT"),
+    ("time to a loss, 51 M parameters", "at most 0.5 x nanoGPT", "loss NANOGPT DATA")]
 
 
 def everything(c: BenchConfig) -> list[dict]:
@@ -661,6 +715,7 @@ COLUMNS = {  # figure -> heading and format
     "torch_muon_ms": ("ms torch's", ",.1f"), "muon_share": ("Muon", ".2%"),
     "mflop_per_token": ("MFLOP/token", ",.1f"), "mb_per_token": ("MB/token", ",.1f"),
     "share_of_peak": ("of the limit", ".1%"), "peak_mb": ("peak MB", ",.0f"),
+    "micro_batch": ("largest micro-batch", ",d"),
     "reading_us": ("us to read a micro-batch", ",.0f"), "step_ms": ("ms a step", ",.1f"),
     "waiting_share": ("waiting for data", ".2%"), "warm_up_s": ("s warm-up", ".1f"),
     "nats": ("nats/token", ".4f"), "perplexity": ("perplexity", ",.3f"),
@@ -750,7 +805,8 @@ def measure(argv: list[str]) -> list[dict]:
     c, _ = read_config(BenchConfig, argv, positional="command", usage=__doc__)
     configs = named_variants(argv, c)
     commands = {"speed": speed, "decode": decode, "memory": memory, "data": data, "muon": muon,
-                "loss": loss, "prepare": prepare, "start": start, "eval": lambda _, c: judge(c)}
+                "fit": fit, "loss": loss, "prepare": prepare, "start": start,
+                "eval": lambda _, c: judge(c)}
     return commands[c.command](configs, c)
 
 
@@ -774,8 +830,8 @@ def run(argv: list[str]) -> None:
         argv = ["plot", *argv[n:], *(["--runs", *argv[1:n]] if n > 1 else [])]
     c, _ = read_config(BenchConfig, argv, positional="command", usage=__doc__)
     if c.command is None:
-        fail("say what to measure: python bench.py speed | decode | memory | data | muon | loss | "
-             "prepare | start | eval | all | compare | plot | export | convert")
+        fail("say what to measure: python bench.py speed | decode | memory | fit | data | muon | "
+             "loss | prepare | start | eval | all | compare | plot | export | convert")
     for name, path in (("json", c.json), ("plot", c.plot)):
         if path and not os.path.isdir(os.path.dirname(path) or "."):
             fail(f"{name}={path}: there is no folder {os.path.dirname(path)}; make it first")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_data
 from test_train import refused
 
 import bench
@@ -97,8 +98,7 @@ def test_mistakes(tmp_path):
     refused(lambda: bench.main(["speed", *TINY, "--variants", "n_layr=1"]), "n_layr", "n_layer")
     refused(lambda: bench.main(["prepare", f"--input={tmp_path}/none.txt", "--repeats=1",
                                 f"--nanogpt={tmp_path}"]), "none.txt", "No such file")
-    (tmp_path / "shakespeare_char").mkdir()
-    (tmp_path / "shakespeare_char" / "meta.json").write_text("{}")
+    write_data(tmp_path / "shakespeare_char", range(65), vocab_size=65)
     refused(lambda: bench.main(["loss", f"--data_dir={tmp_path}", f"--nanogpt={tmp_path}/none"]),
             "none", "No such file")
 
@@ -163,8 +163,7 @@ def test_time_to_a_loss(monkeypatch, tmp_path, capsys):
     (tmp_path / "nano" / "data").mkdir(parents=True)
     argv = ["loss", f"--nanogpt={tmp_path}/nano", f"--data_dir={tmp_path}", "--repeats=3"]
     refused(lambda: bench.measure(argv), "prepare.py shakespeare_char")
-    (tmp_path / "shakespeare_char").mkdir()
-    (tmp_path / "shakespeare_char" / "meta.json").write_text("{}")
+    write_data(tmp_path / "shakespeare_char", range(65), vocab_size=65)
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, vocab_size=65, block_size=4))
 
     def on_run(argv, cwd):
@@ -181,6 +180,45 @@ def test_time_to_a_loss(monkeypatch, tmp_path, capsys):
     assert (theirs["seconds"], ours["seconds"], ours["ratio"]) == (20, 4, 0.2)
     assert (theirs["val_loss"], ours["val_loss"]) == (1.75, 1.5)
     assert ours["parameters"] == model.get_num_params(False)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 40, 1000])
+def test_the_largest_micro_batch(limit):
+    """By a search: at most an eighth below the truth, never above it, in few trials."""
+    tried = []
+    found = bench.largest(lambda n: tried.append(n) or n <= limit)
+    assert found <= limit and limit - found <= max(0, found // 8) and len(tried) <= 16
+
+
+def test_fitting(monkeypatch):
+    """Out of memory is an answer, other errors are not; without a GPU it says so."""
+    refused(lambda: bench.measure(["fit", *TINY]), "CUDA")
+
+    def memory(c, theirs):
+        if c.batch_size * c.n_layer > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    class Pool:
+        apply = staticmethod(lambda function, args: function(*args))
+
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(bench, "peak_memory", memory)
+    monkeypatch.setattr(bench, "pick_device", lambda _: torch.device("cuda"))
+    context = type("Context", (), {"Pool": Pool})
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda _: context)
+    rows = bench.measure(["fit", *TINY])  # two layers, one layer
+    assert [(r["micro_batch"], r["ratio"]) for r in rows] == [(5, 1.0), (10, 2.0)]
+    monkeypatch.setattr(bench, "peak_memory", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.measure(["fit", *TINY])
 
 
 def test_preparing(monkeypatch, tmp_path, capsys):

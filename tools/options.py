@@ -11,8 +11,8 @@ class BenchConfig(TrainConfig):
     """Every option of bench.py: train.py's, and these."""
 
     # the first word
-    command: Literal["speed", "decode", "memory", "data", "muon", "loss", "prepare", "start",
-                     "eval", "all", "compare", "plot", "export", "convert"] | None = None
+    command: Literal["speed", "decode", "memory", "fit", "data", "muon", "loss", "prepare",
+                     "start", "eval", "all", "compare", "plot", "export", "convert"] | None = None
     # the options of each variant, as one word: "template=gd", or named: "GPT: template=gd"
     variants: tuple[str, ...] = ("",)
     nanogpt: str | None = None  # folder of nanoGPT's code: its model is one more variant
