@@ -331,13 +331,13 @@ def _comments(cls) -> dict[str, str]:
 
 
 def help_text(cls, usage: str = "") -> str:
-    """The options of `cls` with default, type and comment; its own before the inherited ones."""
+    """The options of `cls` with default, type and comment."""
     comments: dict[str, str] = {}
-    for base in cls.__mro__[:-1]:
-        comments |= {k: v for k, v in _comments(base).items() if k not in comments}
+    for base in reversed(cls.__mro__[:-1]):
+        comments |= _comments(base)
     kinds = get_type_hints(cls)
     rows = [usage.strip(), "", "options (--name=value or --name value):"]
-    for field in sorted(fields(cls), key=lambda field: list(comments).index(field.name)):
+    for field in fields(cls):
         default = "auto" if field.default is None else str(field.default)
         default = default if default.isprintable() else repr(default)  # a newline
         rows.append(f"  --{field.name}={default}   [{describe(kinds[field.name])}]")
