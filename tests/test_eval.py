@@ -420,6 +420,7 @@ def test_mistaken_tasks(tmp_path, monkeypatch):
         assert len(refused(lambda: judge(tmp_path, *argv), *said)) == 1
 
     line("--tasks=a,b", "--num_fewshot=1,2,3", said=["num_fewshot=1,2,3", "2 tasks"])
+    line("--tasks=a,b,a", said=["tasks=a,b,a names a task twice"])
     line("--tasks=a", "--num_fewshot=-1", said=["num_fewshot=-1"])
     line("--tasks=a", f"--include_path={tmp_path}/none", said=["none"])
     line("--tasks=local_copy", f"--include_path={tmp_path}", said=["local_copy", "copy.jsonl"])

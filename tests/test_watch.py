@@ -157,6 +157,28 @@ def test_the_residual_path_by_hand(options):
     assert not any(block._forward_hooks for block in model.transformer.h)
 
 
+def test_runs_of_one_name_and_runs_without_scalars(run, tmp_path, drawn, capsys):
+    run(tmp_path / "a" / "out", template="tmm")
+    run(tmp_path / "b" / "out", template="polyak")
+    run(tmp_path / "gpt")
+    drawn.clear()
+    runs = [str(tmp_path / name) for name in ("a/out", "b/out", "gpt")]
+    bench.main(["plot", *runs, "--draw=scalars", f"--plot={tmp_path}/scalars.png"])
+    (legend,) = drawn[0].legends
+    assert {text.get_text().split(",")[0] for text in legend.get_texts()} <= set(runs[:2])
+    assert "no learned scalars in gpt" in capsys.readouterr().out
+
+
+def test_a_path_of_data_that_moved(run, tmp_path, data_dir, monkeypatch):
+    run(tmp_path / "gpt", n_layer=3)
+    log = torch.load(tmp_path / "gpt" / "ckpt.pt", weights_only=True)
+    log["config"]["data_dir"] = str(tmp_path / "gone")
+    torch.save(log, tmp_path / "gpt" / "ckpt.pt")
+    bench.main(["plot", str(tmp_path / "gpt"), "--draw=path", f"--data_dir={data_dir}",
+                f"--plot={tmp_path}/path.png"])
+    assert (tmp_path / "path.png").exists()
+
+
 def test_paths_of_two_runs(run, tmp_path, drawn):
     for name, template in (("gpt", "gd"), ("yurii", "nesterov")):
         run(tmp_path / name, template=template, n_layer=3)
@@ -175,6 +197,7 @@ def test_paths_of_two_runs(run, tmp_path, drawn):
     ("plot lone --x=flops", "checkpoint"), ("plot lone --draw=path", "checkpoint"),
     ("plot lone", "no losses"), ("plot gd --plot=x.pdf", ".png"),
     ("eval --ckpt=gd --tasks=", "--tasks=hellaswag"),
+    ("eval --ckpt=gd --data=x --json=none/x.json", "json=none/x.json: there is no folder none"),
     ("eval --ckpt=gd --data=x --limit=3", "eval_tokens")])
 def test_what_cannot_be_drawn_is_one_line(run, tmp_path, monkeypatch, command, said):
     run(tmp_path / "gd", max_iters=1)
