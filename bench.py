@@ -378,7 +378,7 @@ def fit(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for name, own, theirs in jobs:
             found = largest(lambda n, own=own, theirs=theirs: pool.apply(
-                fits, (replace(own, batch_size=n), theirs)))
+                fits, (replace(own, batch_size=n, eval_iters=None), theirs)))
             first = rows[0]["micro_batch"] if rows else found
             rows.append({"variant": name, "micro_batch": found, "ratio": found / (first or 1)})
     return rows
@@ -387,7 +387,7 @@ def fit(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
 def largest(holds: Callable[[int], bool]) -> int:
     """The largest number, to an eighth, for which it is True; 0 if there is none."""
     low, high = 0, 1
-    while holds(high):
+    while high < 2**19 and holds(high):
         low, high = high, 2 * high
     while high - low > max(1, low // 8):
         middle = (low + high) // 2
@@ -414,7 +414,8 @@ def peak_memory(c: BenchConfig, theirs: bool) -> tuple[int, int]:
     with random_data(c.vocab_size or 50304, 200_000) as folder:
         if (before := peak_resident()) is None:
             fail("bench.py memory cannot tell a process's memory on Windows")
-        variant = nanogpt_training(c, folder, False) if theirs else training("", c, folder)
+        variant = training("", c, folder) if not theirs else nanogpt_training(
+            c, folder, can_compile(c.compile, pick_device(c.device)))  # as ours
         variant.run()
         if variant.device.type == "cuda":
             return torch.cuda.max_memory_allocated(), variant.parameters
@@ -559,7 +560,7 @@ def loss(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
     vocab_size = load_meta(data)["padded_vocab_size"]
     with tempfile.TemporaryDirectory() as folder:
         device = [f"--device={c.device}"] * bool(c.device)
-        ours = ["train.py", f"config/{fast}.py", f"--data_dir={c.data_dir}",
+        ours = ["train.py", f"config/{fast}.py", f"--data_dir={os.path.abspath(c.data_dir)}",
                 f"--out_dir={folder}/ours", "--overwrite", *device]
         runs = {fast: (ours, HERE)}
         if c.nanogpt:
@@ -582,8 +583,8 @@ def loss(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
                 path = os.path.join(out, "ckpt.pt")
                 model = GPT.from_checkpoint(read_checkpoint(path))
                 _, _, said = program(
-                    "train.py", f"--init_from={path}", f"--dataset={dataset}",
-                    f"--data_dir={c.data_dir}", "--eval_only", f"--out_dir={folder}/none",
+                    "train.py", f"--init_from={path}", f"--dataset={dataset}", "--eval_only",
+                    f"--data_dir={os.path.abspath(c.data_dir)}", f"--out_dir={folder}/none",
                     "--eval_tokens=1000000000", *(device or [f"--device={kind}"]))
                 rows.append({"variant": name, "parameters": model.get_num_params(False),
                              "val_loss": float(said.split("val loss")[1].split()[0])})
@@ -795,7 +796,10 @@ def named_variants(argv: list[str], c: BenchConfig) -> dict[str, BenchConfig]:
         if label in configs:
             fail(f"two variants have the name {label}; put another before a colon: \"{label} 2: "
                  f"{options.strip()}\"")
-        more = [f"--{word.removeprefix('--')}" for word in shlex.split(options)]
+        try:
+            more = [f"--{word.removeprefix('--')}" for word in shlex.split(options)]
+        except ValueError as error:
+            fail(f"variant {label}: {error}; mend its quotation marks")
         configs[label], _ = read_config(BenchConfig, [*argv, *more], positional="command")
     return configs
 
@@ -842,7 +846,7 @@ def run(argv: list[str]) -> None:
         return
     device = pick_device(c.device)
     if c.command == "compare":
-        return compare(named_variants(argv, c), c, lambda: machine(device), speed)
+        return compare(named_variants(argv, c), c, argv, lambda: machine(device), speed)
     where = machine(device)
     print(where)
     if c.command == "all":

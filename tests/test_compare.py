@@ -8,16 +8,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import TINY, option_words
+import torch
+from conftest import TINY, option_words, write_data
 from test_train import refused
 
 import bench
 from config import UserError, read_config
-from tools import compare
+from tools import compare, findings
 from tools.options import BenchConfig
+from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 STUDIES = {p.stem: p for p in sorted((ROOT / "config").glob("study_*.py"))}
@@ -32,9 +35,13 @@ def study(tmp_path, data_dir, monkeypatch):
     def go(*variants, script=None, **options):
         go.launched = []
 
-        def launch(argv, slot, c, out_dir, running):
+        def launch(_, argv, out_dir):
             options = dict(word[2:].split("=", 1) for word in argv[1:])
             go.launched.append(options)
+            kinds = {f.name: f.type for f in fields(TrainConfig)}
+            config, _ = read_config(TrainConfig, [w for w in argv[1:] if "init_from" not in w])
+            assert options.keys() <= kinds.keys()
+            Path(out_dir, "config.json").write_text(json.dumps(vars(config)))
             name = Path(out_dir).name
             loss = (script or {}).get(name, 1.0)
             if isinstance(loss, str):
@@ -49,13 +56,14 @@ def study(tmp_path, data_dir, monkeypatch):
             lines = "\n".join(map(json.dumps, records))
             Path(out_dir, "log.jsonl").write_text(lines + "\n")
 
-        monkeypatch.setattr(compare, "launch", launch)
+        monkeypatch.setattr(compare.Workers, "launch", launch)
         if not go.pictures:
-            monkeypatch.setattr(compare, "draw", lambda runs, folder, c: ["curves.png"])
+            monkeypatch.setattr(compare, "draw", lambda *_: None)
         words = option_words(**{**TINY, "data_dir": data_dir, "dataset": "tiny", "study": "s",
                                 "out_dir": "runs", "results": "found", "seeds": 2, **options})
         bench.main(["compare", *words, "--variants", *variants])
-        return json.loads(Path("found/s/results.json").read_text())["runs"]
+        path = Path("found", options.get("study", "s"), "results.json")
+        return json.loads(path.read_text())["runs"]
 
     go.pictures = False  # they take a second
     return go
@@ -68,30 +76,30 @@ def study(tmp_path, data_dir, monkeypatch):
 @pytest.mark.parametrize("df, t", [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (11, 2.201),
                                    (15, 2.131), (30, 2.042), (120, 1.980)])  # printed tables
 def test_t_quantiles(df, t):
-    assert compare.t_quantile(df) == pytest.approx(t, abs=6e-4)
+    assert findings.t_quantile(df) == pytest.approx(t, abs=6e-4)
 
 
 def test_paired_intervals_are_scipys():
     stats = pytest.importorskip("scipy.stats")
     own = dict(enumerate([1.02, 0.97, 1.05, 1.01, 0.99]))
     first = dict(enumerate([1.00, 0.98, 1.01, 1.00, 0.95]))
-    mean, half = compare.paired(own, first)
+    mean, half = findings.paired(own, first)
     interval = stats.ttest_rel(list(own.values()), list(first.values())).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high), abs=1e-5)
 
 
 def test_only_seeds_that_both_have_are_paired():
     """Without pairing, seed 9 alone would make the difference."""
-    mean, half = compare.paired({1: 1.5, 2: 2.5, 9: -90.0}, {1: 1.0, 2: 2.0, 7: 3.0})
+    mean, half = findings.paired({1: 1.5, 2: 2.5, 9: -90.0}, {1: 1.0, 2: 2.0, 7: 3.0})
     assert mean == 0.5 and half == 0
-    assert compare.paired({1: 1.5, 9: 3.0}, {1: 1.0}) is None
+    assert findings.paired({1: 1.5, 9: 3.0}, {1: 1.0}) is None
 
 
 @pytest.mark.parametrize("difference, words", [
     ((-0.1, 0.09), "lower"), ((0.1, 0.09), "higher"), ((-0.1, 0.11), "no difference shown"),
     ((0.0, 0.0), "no difference shown"), (None, "one seed")])
 def test_an_interval_with_zero_is_no_difference(difference, words):
-    assert compare.verdict(difference) == words
+    assert findings.verdict(difference) == words
 
 
 # -----------------------------------------------------------------------------
@@ -106,7 +114,7 @@ def plan_of(*variants, **options):
     words = [*option_words(**{**TINY, **options}), "--variants", *variants]
     c, _ = read_config(BenchConfig, ["compare", *words], positional="command")
     configs = bench.named_variants(["compare", *words], c)
-    return compare.plan(configs, {"padded_vocab_size": 257})
+    return compare.plan(configs, c, {"padded_vocab_size": 257})
 
 
 def test_the_width_that_matches_the_parameters():
@@ -136,8 +144,8 @@ def test_the_depth_that_matches_the_flops():
 
 def test_widths_that_cannot_be_are_passed_over():
     """Attention of width 16 needs as much of the residual stream."""
-    plan = plan_of("a: template=gd n_embd=24", "b: head_dim=8 n_embd=64", match="parameters")
-    assert plan["b"].n_embd >= 16
+    plan = plan_of("a: n_embd=96", "b: head_dim=32 n_embd=64", match="parameters")
+    assert 64 <= plan["b"].n_embd < 128
 
 
 @pytest.mark.parametrize("budget, steps", [("tokens", 60), ("flops", 30), ("seconds", 45)])
@@ -148,7 +156,8 @@ def test_budgets(study, monkeypatch, budget, steps):
 
     def speed(configs, c):
         asked.append(list(configs))
-        return [{"variant": "a", "ratio": 1.0}, {"variant": "b", "ratio": 0.75}]
+        return [{"variant": label, "ratio": {"a": 1.0, "b": 0.75, "c": 2.0}[label]}
+                for label in configs]
 
     monkeypatch.setattr(bench, "speed", speed)
     size = compare.model_size
@@ -158,6 +167,11 @@ def test_budgets(study, monkeypatch, budget, steps):
         runs = study("a: n_layer=2", "b: n_layer=4", budget=budget, max_iters=60, seeds=1)
         assert [r["steps"] for r in runs] == [60, steps]
     assert asked == ([["a", "b"]] if budget == "seconds" else [])
+    study("a: n_layer=2", "b: n_layer=4", "c: n_layer=1", budget=budget, max_iters=60, seeds=1,
+          dry_run=True)
+    runs = study("a: n_layer=2", "b: n_layer=4", budget=budget, max_iters=60, seeds=1)
+    assert [r["steps"] for r in runs] == [60, steps]
+    assert asked[1:] == ([["a", "c"]] if budget == "seconds" else [])
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -171,7 +185,7 @@ def test_every_study_has_a_plan(name, data_dir, monkeypatch, capsys, tmp_path):
     c, _ = read_config(BenchConfig, argv, positional="command")
     configs = bench.named_variants(argv, c)
     assert c.study == name.removeprefix("study_")
-    planned = compare.plan(configs, {"padded_vocab_size": 257})
+    planned = compare.plan(configs, c, {"padded_vocab_size": 257})
     sizes = {label: compare.model_size(own) for label, own in planned.items()}
     first = next(iter(sizes.values()))
     for label, own in planned.items():
@@ -181,7 +195,7 @@ def test_every_study_has_a_plan(name, data_dir, monkeypatch, capsys, tmp_path):
     bench.main(argv)
     printed = capsys.readouterr().out
     assert all(f"| {label} |" in printed for label in configs)
-    assert not any(tmp_path.glob("*/results.json")) or c.budget == "seconds"
+    assert not list(tmp_path.iterdir())
     text = STUDIES[name].read_text()
     assert f"config/{name}.py" in text and "Cost:" in text
     counts = {"three": 3, "six": 6}
@@ -222,7 +236,7 @@ def test_it_goes_on_where_it_stopped(study):
             "b, seed 2: loss is nan", "the same command tries these again", "output.txt")
     assert len(study.launched) == 4
     runs = study("a: template=gd", "b: template=tmm")
-    assert [c["out_dir"] for c in study.launched] == [os.path.join("runs", "b-seed2")]
+    assert [c["out_dir"] for c in study.launched] == [os.path.join("runs", "s", "b-seed2")]
     assert len(runs) == 4
     assert len(study("a: template=gd", "b: template=tmm", seeds=3)) == 6
     assert len(study.launched) == 2  # the third seed
@@ -236,13 +250,16 @@ def test_only_some_variants(study):
 
 
 def test_runs_that_another_study_has(study):
-    study("a: template=gd", "b: template=tmm")
+    study("a: template=gd", "b: template=tmm", "b again: template=tmm")
+    assert len(study.launched) == 6  # not from itself
     again = ("other: template=tmm", "c: template=polyak")
     study(*again, study="t")
     assert len(study.launched) == 2 and all(c["template"] == "polyak" for c in study.launched)
     runs = json.loads(Path("found/t/results.json").read_text())["runs"]
     assert [(r["variant"], r["seed"]) for r in runs] == [
         ("other", 1), ("other", 2), ("c", 1), ("c", 2)]
+    assert [r.get("study") for r in runs] == ["s", "s", None, None]
+    assert "from s." in Path("found/t/table.md").read_text()
 
 
 def test_changed_options(study):
@@ -252,7 +269,7 @@ def test_changed_options(study):
     assert study.launched == []
     runs = study("a: template=gd", "b: template=polyak", overwrite=True)
     assert [c["template"] for c in study.launched] == ["polyak"] * 2
-    assert all(c["overwrite"] == "True" for c in study.launched)  # runs/b-seed1 was tmm's
+    assert all(c["overwrite"] == "True" for c in study.launched)  # runs/s/b-seed1 was tmm's
     assert [r["options"].get("template", "gd") for r in runs] == ["gd", "gd", "polyak", "polyak"]
 
 
@@ -268,16 +285,148 @@ def test_other_data(study, data_dir, tmp_path):
     (("a: template=gd",), {"seeds": 0}, "seeds=0"),
     (("a: template=gd",), {"dataset": "none"}, "none"),
     (("a: template=quick",), {}, "template=quick"),
+    (("a: template='gd",), {}, "variant a: No closing quotation"),
+    (("a: template=gd", "b: block_size=8"), {}, "b: block_size must be the same in all"),
+    (("a: template=gd", "b: eval_tokens=32"), {}, "eval_tokens"),
+    (("a: template=gd", "b: dataset=easy"), {}, "dataset"),
+    (("a: template=gd", "b: seed=4 max_iters=3"), {}, "b: max_iters, seed must"),
+    (("a: template=gd", "b: init_from=x.pt"), {}, "init_from"),
+    (("a: template=gd",), {"seed": 4}, "no use for --seed"),
+    (("a: template=gd",), {"init_from": "gpt2"}, "no use for --init_from"),
+    (("a: template=gd",), {"study": ".."}, "study=.."),
+    (("GPT: template=gd", "gpt: template=tmm"), {}, "one folder"),
+    (("a: template=gd",), {"published": "b: 1"}, "published=b"),
+    (("a: template=gd",), {"published": "1.2"}, "published="),
+    (("a: template=gd", "b: n_embd=128 match=matrices solve=ffn_hidden"), {}, "b: match=matrices"),
+    (("a: n_embd=512 n_layer=8", "b: n_embd=2 n_head=1 match=parameters solve=n_layer"), {},
+     "b: match=parameters: the nearest n_layer"),
+    (("a: n_embd=2147483646 n_head=2",), {}, "n_embd=2147483646"),
     (("a: template=gd", "b: warmup_iters=5 batch_size=4000"), {"budget": "flops"}, "b: ")])
 def test_what_is_refused(study, variants, options, said):
     refused(lambda: study(*variants, **options), said)
     assert study.launched == [] and not Path("found").exists()
 
 
-def test_a_damaged_file_of_results(study):
+@pytest.mark.parametrize("text", ["{", "null", "3", '"x"', '{"runs": 5}', '{"runs": [5]}',
+                                  '{"runs": [{}], "data": {}, "study": "s"}', '{"runs": []}'])
+def test_a_damaged_file_of_results(study, text):
     study("a: template=gd")
-    Path("found/s/results.json").write_text("{")
+    Path("found/s/results.json").write_text(text)
     refused(lambda: study("a: template=gd"), "results.json is damaged")
+    assert Path("found/s/results.json").read_text() == text
+
+
+def test_results_that_cannot_be_written(study):
+    """It is known before anything trains."""
+    Path("found").write_text("")
+    refused(lambda: study("a: template=gd"), "found")
+    assert study.launched == []
+
+
+def test_a_damaged_log_is_one_cells_failure(study, monkeypatch):
+    real = compare.read_log
+    monkeypatch.setattr(compare, "read_log", lambda folder: [
+        {k: v for k, v in r.items() if k != "seconds" or "a-seed1" not in folder}
+        for r in real(folder)])
+    refused(lambda: study("a: template=gd", "b: template=tmm"), "a, seed 1: the log.jsonl or eval",
+            "is damaged: KeyError")
+    assert len(study.launched) == 4
+
+
+def test_seeds_that_are_missing_are_no_verdict(study):
+    script = {f"{name}-seed{seed}": {"a": 1.0, "b": 0.5}[name] + seed / 10
+              for name in "ab" for seed in (1, 2, 3)} | {"b-seed3": "the loss is nan"}
+    refused(lambda: study("a: template=gd", "b: template=tmm", script=script, seeds=3), "nan")
+    table = Path("found/s/table.md").read_text()
+    assert "| b | 2 of 3 |" in table and "seeds are missing" in table and "lower" not in table
+
+
+def test_a_plan_that_changed_under_a_cut_off_run(study):
+    """Whose run it is, its own config.json says."""
+    refused(lambda: study("a: learning_rate=1e-3", seeds=1, script={"a-seed1": "killed"}), "killed")
+    study("a: learning_rate=1e-3", seeds=1)
+    assert study.launched[0]["init_from"] == "auto"
+    Path("found/s/results.json").unlink()
+    study("a: learning_rate=2e-3", seeds=1)
+    assert study.launched[0]["overwrite"] == "True" and "init_from" not in study.launched[0]
+
+
+def test_studies_have_folders_of_their_own(study):
+    study("a: template=gd", study="one")
+    study("a: template=tmm", study="two")
+    assert {c["out_dir"] for c in study.launched} == {
+        os.path.join("runs", "two", f"a-seed{n}") for n in (1, 2)}
+
+
+def test_what_changes_no_figure_is_no_other_variant(study):
+    study("a: template=gd")
+    study("a: template=gd", log_interval=3, tensorboard=True)
+    assert study.launched == []
+    study("a: template=gd", log_interval=3, seeds=3)
+    assert study.launched[0]["log_interval"] == "3"
+
+
+def test_only_and_overwrite_keep_the_others(study):
+    study("a: template=gd", "b: template=tmm")
+    runs = study("a: template=gd dropout=0.1", "b: template=polyak", overwrite=True, only="b")
+    assert [c["template"] for c in study.launched] == ["polyak"] * 2
+    assert len(runs) == 4
+
+
+def test_scores_of_tasks(study, monkeypatch):
+    """A finished study is judged when tasks are named, and again when they change; a variant's
+    missing score is an empty cell."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(compare.Cell, "judged", lambda self, _: (
+        {"x": 0.5} if self.study.limit is None else {"x": 0.25, "y": None}))
+    study("a: template=gd", "b: template=tmm")
+    study("a: template=gd", "b: template=tmm", tasks="x", only="a")
+    assert len(study.launched) == 2 and all(c["init_from"] == "auto" for c in study.launched)
+    header, _, a, b = [line.split(" | ") for line in
+                       Path("found/s/table.md").read_text().splitlines() if line[:1] == "|"]
+    assert len({len(line) for line in (header, a, b)}) == 1
+    assert (a[header.index("x")], b[header.index("x")]) == ("50.0", "")
+    study("a: template=gd", "b: template=tmm", tasks="x", limit=3)
+    assert len(study.launched) == 4
+    assert "| 25.0 |  |" in Path("found/s/table.md").read_text()
+
+
+def test_bins_without_sums_are_told_apart(study, data_dir, tmp_path):
+    for name, ids in (("one", range(300)), ("two", range(7, 307))):
+        folder = write_data(tmp_path / name / "tiny", ids, vocab_size=310)
+        meta = json.loads((folder / "meta.json").read_text())
+        for split in ("train", "val"):
+            del meta[split]["sha256"]
+        (folder / "meta.json").write_text(json.dumps(meta))
+    study("a: template=gd", data_dir=tmp_path / "one")
+    refused(lambda: study("a: template=gd", data_dir=tmp_path / "two"), "of other data",
+            "another --study")
+
+
+def test_workers(monkeypatch):
+    """Cards are dealt out, unless the device names one; cores are divided."""
+    def workers(cards, visible=None, **options):
+        monkeypatch.setattr(compare, "pick_device", lambda name: torch.device(name or "cuda"))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        found = compare.Workers(BenchConfig(**options))
+        return found.cards, found.count, found.threads
+
+    assert workers(4) == (["0", "1", "2", "3"], 4, 2)
+    assert workers(2, "GPU-a,GPU-b", jobs=3) == (["GPU-a", "GPU-b"], 3, 2)
+    assert workers(4, device="cuda:1") == ([], 1, 8)
+    assert workers(4, device="cpu", jobs=2) == ([], 2, 4)
+    assert workers(1) == ([], 1, 8)
+
+
+def test_nothing_starts_after_a_stop(tmp_path):
+    workers = compare.Workers(BenchConfig(device="cpu"))
+    workers.stop()
+    refused(lambda: workers.launch(["train.py"], str(tmp_path)), "interrupted")
 
 
 def test_the_seeds_go_first(study):
@@ -298,12 +447,16 @@ def test_published_figures_stand_beside(study):
 def test_a_study_that_trains(words, tmp_path, data_dir, run):
     """Two variants, two at a time, in processes of their own. Anyone who runs a cell's options with
     train.py gets its figure; a cell that was cut off goes on from its checkpoint."""
-    def start():
+    def start(*more):
         return subprocess.run(
             [sys.executable, str(ROOT / "bench.py"), "compare", *words("runs"), "--study=s",
              "--seeds=2", "--jobs=2", "--results=found", "--variants", "gd: template=gd",
-             "tmm: template=tmm"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+             "tmm: template=tmm", *more], cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
+    for folder in ("runs", "found"):
+        assert not (tmp_path / folder).exists()
+    done = start("--dry_run")
+    assert done.returncode == 0 and not (tmp_path / "runs").exists(), done.stderr
     done = start()
     assert done.returncode == 0, done.stderr
     assert "4 runs to do, 0 there, 2 at a time" in done.stdout
@@ -321,7 +474,7 @@ def test_a_study_that_trains(words, tmp_path, data_dir, run):
     path.write_text(json.dumps(stored))
     done = start()
     assert "1 runs to do, 3 there" in done.stdout
-    assert "resuming" in (tmp_path / "runs/tmm-seed2/output.txt").read_text()
+    assert "resuming" in (tmp_path / "runs/s/tmm-seed2/output.txt").read_text()
 
     def losses(text):
         return [r["val_loss"] for r in json.loads(text)["runs"]]

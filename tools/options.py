@@ -47,6 +47,11 @@ class BenchConfig(TrainConfig):
     published: tuple[str, ...] = ()  # compare: "variant: loss", to print beside ours
     raw_init: float = -20.0  # convert: raw mu and beta; -10 learns faster, from less exact logits
 
+    @property
+    def judged_by(self) -> str:
+        """What the scores of its tasks depend on."""
+        return f"{self.tasks} {self.num_fewshot} {self.limit}"
+
     def _rules(self) -> list[tuple[bool, str, str, str]]:
         counts = ("repeats", "steps", "num_samples", "max_new_tokens", "limit", "seeds",
                   "jobs")
