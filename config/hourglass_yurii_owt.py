@@ -1,4 +1,5 @@
-"""Both seeds in one model: the 113M hourglass as YuriiFormer on OpenWebText, with gpt_owt's recipe.
+"""Hourglass and momentum in one model: hourglass_113m as YuriiFormer on OpenWebText, with gpt_owt's
+recipe.
 Nobody has published this combination. The other reading, a momentum substep for every sub-MLP, is
 --ffn_substeps=each.
 

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import queue
@@ -396,6 +397,10 @@ def compare(configs: dict[str, BenchConfig], c: BenchConfig, argv: list[str],
     costed = {label: budgeted(label, own, first, ratios.get(label, 1.0))
               for label, own in planned.items()}
     variants = [variant(label, own) for label, own in costed.items()]
+    for one, two in itertools.combinations(variants, 2):
+        if one.options == two.options:
+            fail(f"{names([one.label, two.label])} are the same; a variant is matched to the first "
+                 f"one: which is that to be?")
     print(markdown([{"variant": v.label, **{k: f"{n:,}" for k, n in v.size.items()},
                      "tokens": f"{v.tokens:,}",
                      "total FLOP": f"{v.tokens * v.size['flops_per_token']:.2e}",
@@ -414,17 +419,24 @@ def compare(configs: dict[str, BenchConfig], c: BenchConfig, argv: list[str],
             shutil.rmtree(results.folder)
 
 
+def names(labels: Iterable[str]) -> str:
+    """Labels, which may have commas."""
+    return ", ".join(f'"{label}"' for label in dict.fromkeys(labels))
+
+
 def check(configs: dict[str, BenchConfig], c: BenchConfig) -> None:
     """Raise UserError for what would be found out too late."""
     if not re.fullmatch(r"\w[\w.-]*", c.study or ""):
-        fail(f"study={c.study}: compare needs a name for its folder of results, of letters and "
-             f"digits; name a preset (config/study_suite.py), or --study=NAME")
+        fail(f"study={c.study}: its folder of results needs a name of letters and digits; name a "
+             f"preset (config/study_suite.py), or --study=NAME")
+    if c.variants == BenchConfig.variants:
+        fail('say what to compare: --variants "GPT: template=gd" "YuriiFormer: template=nesterov"')
     if c.tasks and importlib.util.find_spec("lm_eval") is None:  # not after days of training
         fail("tasks need lm-eval: pip install lm-eval")
     for name, labels in (("only", c.only), ("published", [text.rpartition(":")[0]
                                                            for text in c.published])):
         if unknown := [label for label in labels if label not in configs]:
-            fail(f"{name}={', '.join(unknown)}: the variants are {', '.join(configs)}")
+            fail(f"{name}={', '.join(unknown)}: the variants are {names(configs)}")
     unused = [f"--{k}" for k, usual in (("init_from", "scratch"), ("seed", TrainConfig.seed),
                                         ("json", None), ("plot", None), ("nanogpt", None))
               if getattr(c, k) != usual]
@@ -433,7 +445,7 @@ def check(configs: dict[str, BenchConfig], c: BenchConfig) -> None:
              f"1, 2, ... (--seeds), and what it writes is in --results")
     folders = [Cell(Variant(label, {}, {}), 0, c).out_dir.lower() for label in configs]
     if len(set(folders)) < len(folders):
-        fail(f"two variants would train in one folder of {', '.join(folders)}; name them otherwise")
+        fail(f"two of {names(configs)} would train in one folder; name them otherwise")
 
 
 def study(variants: list[Variant], planned: dict[str, BenchConfig], c: BenchConfig,
@@ -444,7 +456,7 @@ def study(variants: list[Variant], planned: dict[str, BenchConfig], c: BenchConf
     now = {v.label: v.options for v in chosen}
     stale = [r for r in results.runs if now.get(r["variant"], r["options"]) != r["options"]]
     if stale and not c.overwrite:
-        fail(f"{results.path} has runs of {', '.join(dict.fromkeys(r['variant'] for r in stale))} "
+        fail(f"{results.path} has runs of {names(r['variant'] for r in stale)} "
              f"with other options; add --overwrite to replace them, or choose another --study")
     results.runs = [r for r in results.runs if r not in stale]
     results.borrow(cells)
@@ -489,6 +501,7 @@ def run_cells(cells: list[Cell], results: Results, order: list[str], workers: Wo
                 print(f"[{done}/{len(cells)}] {name}: {run['val_loss']:.4f} after "
                       f"{clock(run['seconds'])}; eta {clock(left)}", flush=True)
         except BaseException:
+            print("stopping; the same command goes on", flush=True)
             pool.shutdown(wait=False, cancel_futures=True)
             workers.stop()
             raise
@@ -511,22 +524,24 @@ def report(results: Results, variants: list[Variant], planned: dict[str, BenchCo
                                                   "--device", "--only", "--overwrite"))]
     machines = "; ".join(dict.fromkeys(r["machine"] for r in runs))
     borrowed = ", ".join(dict.fromkeys(r["study"] for r in runs if "study" in r))
-    names = ["curves.png", *(["differences.png"] if any(differences(runs).values()) else []),
-             *(["scalars.png"] if any("scalars" in r for r in runs) else [])]
+    pictures = ["curves.png", *(["differences.png"] if any(differences(runs).values()) else []),
+                *(["scalars.png"] if any("scalars" in r for r in runs) else [])]
     drawing = importlib.util.find_spec("matplotlib") is not None
     with open(os.path.join(results.folder, "table.md"), "w", encoding="utf-8") as file:
         file.write(
             f"# {c.study}\n\n`python bench.py {shlex.join(words)}`\n\n"
             f"{results.head['data']['dataset']}, equal {c.budget}; {machines}."
             + f" Runs of the same options are from {borrowed}." * bool(borrowed) + f"\n\n{table}\n"
-            f"Losses are final, in nats per token, on the same windows: mean ± standard deviation "
-            f"over the seeds. \"- first\" is the difference to the first row, paired by seed, with "
-            f"the half width of its 95 % t-interval; where that contains zero, no difference is "
-            f"shown. Each interval is for itself: of twenty, one misses on average.\n"
-            + "".join(f"\n![{name[:-4]}]({name})" for name in names if drawing) + "\n")
+            f"Losses are those at the end of training, in nats per token (lower is better), on the "
+            f"same windows: mean ± standard deviation over the seeds. Differences to the first row "
+            f"are paired by seed, ± the half width of their 95 % t-interval; where that contains "
+            f"zero, no difference is shown. Each interval is for itself: of twenty, one misses on "
+            f"average. Matrices are the parameters without tables, norms and scalars; FLOPs are "
+            f"those of training.\n"
+            + "".join(f"\n![{name[:-4]}]({name})" for name in pictures if drawing) + "\n")
     print(table)
     if drawing:
-        draw(runs, results.folder, names, c.x)
+        draw(runs, results.folder, pictures, c.x)
     else:
         print("no pictures: pip install matplotlib")
     print(f"wrote {results.folder}")

@@ -82,8 +82,8 @@ def summary(runs: list[dict], c: BenchConfig, planned: dict[str, BenchConfig]) -
             "variant": label, "seeds": f"{len(own)}" + f" of {most}" * bool(missing),
             "final loss": f"{statistics.mean(losses):.4f}" + (
                 f" ± {statistics.stdev(losses):.4f}" if len(own) > 1 else ""),
-            "- first": f"{difference[0]:+.4f} ± {difference[1]:.4f}" if difference else "",
-            "": "" if label not in found else "seeds are missing" if missing else
+            "difference to the first": difference and "{:+.4f} ± {:.4f}".format(*difference) or "",
+            "verdict": "" if label not in found else "seeds are missing" if missing else
                 verdict(difference),
             "best": f"{mean('best_val_loss'):.4f}"}
         if published:
@@ -130,6 +130,7 @@ def draw_curves(runs: list[dict], path: str, x: str) -> None:
             "flops": lambda r: r["tokens"] / r["steps"] * r["flops_per_token"]}[x]
     with picture(path, 7, 4.5) as figure:
         axes = figure.add_subplot(xlabel=AXES[x][1], ylabel="validation loss (nats per token)")
+        axes.set_title("means over the seeds, from the lowest to the highest", fontsize="small")
         low, high = math.inf, 0.0
         for i, (name, own) in enumerate(by_variant(runs).items()):
             curves = [dict(run["curve"]) for run in own]  # step -> loss
@@ -141,7 +142,7 @@ def draw_curves(runs: list[dict], path: str, x: str) -> None:
                       label=f"{name}: {mean[-1]:.4f}")
             axes.fill_between(xs, list(map(min, at_step)), list(map(max, at_step)), color=color,
                               alpha=0.12, lw=0)
-            low, high = min(low, *mean), max(high, mean[min(2, len(mean) - 1)])
+            low, high = min(low, *mean), max(high, *mean[1:2])
         axes.set_ylim(low - 0.05 * (high - low or 1), high)
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
@@ -160,6 +161,9 @@ def draw_differences(runs: list[dict], path: str) -> None:
             dots = [r["val_loss"] - first[r["seed"]] for r in runs
                     if r["variant"] == name and r["seed"] in first]
             axes.plot(dots, [i] * len(dots), "|", color="k", alpha=0.4, ms=7)
+        axes.set_title("dots: means; ticks: single seeds; grey: no difference shown",
+                       fontsize="small")
+        axes.set_ylim(-0.6, len(found) - 0.4)
         axes.axvline(0, color="k", lw=0.8)
         axes.set_yticks(range(len(found)), found)
         axes.invert_yaxis()

@@ -118,8 +118,9 @@ def on_tasks(model: GPT, tokenizer: Tokenizer, c: BenchConfig) -> list[dict]:
         try:
             manager.load([name])
         except Exception as error:  # its file and its data may be broken in any way
-            fail(f"cannot load the task {name}: {reason(error)}; its data come from the Hub, "
-                 f"unless a file in --include_path names others")
+            offline = isinstance(error, ConnectionError) or "Hub" in str(error)
+            fail(f"cannot load the task {name}: {reason(error)}" + offline * (
+                "; without a network, give a task of your own with files: --include_path"))
         judged.spent = 0.0
         try:
             found = simple_evaluate(judged, tasks=[name], num_fewshot=int(n) if n else None,

@@ -35,7 +35,7 @@ class BenchConfig(TrainConfig):
     format: Literal["hf", "safetensors"] = "hf"  # export: for transformers, or for us, any model
     out: str | None = None  # export: the folder to write; convert: the .pt file
     study: str | None = None  # compare: its name
-    seeds: int = 3  # compare: runs of each variant, with seeds 1, 2, ...
+    seeds: int = 3  # compare: runs of each variant, with seeds 1, 2, 3
     match: Literal["width", "parameters", "matrices", "flops"] = "width"  # compare: to the first
     solve: Literal["n_embd", "n_layer", "ffn_hidden"] = "n_embd"  # compare: what match changes
     # compare: what all spend as much of as the first one in its max_iters
@@ -43,7 +43,7 @@ class BenchConfig(TrainConfig):
     only: tuple[str, ...] = ()  # compare: run only these variants
     jobs: int | None = None  # compare: runs at once; auto: one for each GPU, or one
     dry_run: bool = False  # compare: print the plan and stop
-    results: str = "docs/results"  # compare: the folder for results/STUDY/
+    results: str = "docs/results"  # compare: the folder of the STUDY folders
     published: tuple[str, ...] = ()  # compare: "variant: loss", to print beside ours
     raw_init: float = -20.0  # convert: raw mu and beta; -10 learns faster, from less exact logits
 

@@ -107,8 +107,11 @@ def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
             for axes in (by_layer, over_time):
                 axes.grid(alpha=0.3)
             by_layer.xaxis.get_major_locator().set_params(integer=True)
-        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center",
-                      ncols=2, fontsize="small")
+            over_time.xaxis.get_major_locator().set_params(integer=True)
+        lines = {label: line for by_layer, _ in grid
+                 for line, label in zip(*by_layer.get_legend_handles_labels(), strict=True)}
+        figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=2,
+                      fontsize="small")
 
 
 def plot_paths(c: BenchConfig, path: str) -> None:
