@@ -8,8 +8,10 @@ skipped where these are missing.
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -375,6 +377,23 @@ def test_a_checkpoint_on_tasks(local_tasks, capsys):
     refused(lambda: judge(local_tasks, f"--ckpt={local_tasks}/run", "--tasks=local_arc",
                           "--num_fewshot=61", f"--include_path={local_tasks}"), "local_arc")
     assert all(word in printed for word in ("local_hellaswag", "acc_norm", "exact_match", "+-"))
+
+
+def test_the_task_in_the_readme(tmp_path, monkeypatch):
+    """Its YAML and the line of JSON beside it are a task."""
+    pytest.importorskip("lm_eval")
+    text = textwrap.dedent(re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(),
+                                     re.DOTALL)[1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    Path("tasks").mkdir()
+    Path("tasks/endings.yaml").write_text(text)
+    Path("endings.jsonl").write_text((re.search(r"# (\{.*\})", text)[1] + "\n") * 3)
+    write_checkpoint(tmp_path / "ckpt.pt")
+    (row,) = judge(tmp_path, f"--ckpt={tmp_path}/ckpt.pt", "--tasks=endings",
+                   "--include_path=tasks")
+    assert row["items"] == 3 and row["acc"] in (0.0, 1.0) and "acc_norm" in row
 
 
 # -----------------------------------------------------------------------------
