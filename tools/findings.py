@@ -142,7 +142,8 @@ def draw_curves(runs: list[dict], path: str, x: str) -> None:
                       label=f"{name}: {mean[-1]:.4f}")
             axes.fill_between(xs, list(map(min, at_step)), list(map(max, at_step)), color=color,
                               alpha=0.12, lw=0)
-            low, high = min(low, *mean), max(high, *mean[1:2])
+            early = max(1, 2 * (len(mean) - 1) // 5)  # what is above would flatten the rest
+            low, high = min(low, *mean), max(high, *mean[early:early + 1])
         axes.set_ylim(low - 0.05 * (high - low or 1), high)
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)

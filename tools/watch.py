@@ -18,14 +18,14 @@ NO_MATPLOTLIB = "plot needs matplotlib: pip install matplotlib"
 
 
 @contextlib.contextmanager
-def picture(path: str, width: float, height: float) -> Iterator:
-    """A matplotlib figure that becomes a PNG."""
+def picture(path: str, width: float, height: float, dpi: int = 120) -> Iterator:
+    """A matplotlib figure, in inches, that becomes a PNG."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         fail(NO_MATPLOTLIB)
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     yield figure
     FigureCanvasAgg(figure).print_png(path)
 
@@ -86,7 +86,8 @@ def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
 
     logs: name of a run -> records of its step and, by name, its scalars: layers -> substeps."""
     names = list(dict.fromkeys(k for log in logs.values() for r in log for k in r if k != "step"))
-    with picture(path, 9, 2.2 * len(names) + 0.6) as figure:
+    dpi = 120 if len(names) < 5 else 80  # a file of moderate size
+    with picture(path, 9, 2.2 * len(names) + 0.6, dpi) as figure:
         grid = figure.subplots(len(names), 2, squeeze=False)
         for name, (by_layer, over_time) in zip(names, grid, strict=True):
             by_layer.set(ylabel=name, xlabel="layer")
