@@ -4,6 +4,7 @@ logs; one study really trains."""
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -532,3 +533,35 @@ def test_reproduce(corpus, tmp_path, monkeypatch):
     assert "published best" in table and "nesterov (YuriiFormer)" in table
     assert ("mine" in table) == (corpus == "owt")
     assert math.isfinite(float(table.split("| gd (GPT) | 1 | ")[1].split(" ")[0]))
+
+
+# -----------------------------------------------------------------------------
+# The committed results
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "docs/results").glob("*/")), ids=lambda p: p.name)
+def test_committed_results(folder, data_dir, tmp_path):
+    """They are of the presets as these are now, and the table is that of the runs."""
+    preset = STUDIES[f"study_{folder.name}"]
+    _, runs = compare.read_results(folder / "results.json")
+    argv = ["compare", str(preset), f"--data_dir={data_dir}"]
+    c, _ = read_config(BenchConfig, argv, positional="command")
+    planned = compare.plan(bench.named_variants(argv, c), c, {"padded_vocab_size": 65})
+    free = {"max_iters"} if c.budget != "tokens" else set()
+    for run in runs:
+        options = compare.variant(run["variant"], planned[run["variant"]]).options
+        assert {k: v for k, v in options.items() if k not in free} == {
+            k: v for k, v in run["options"].items() if k not in free}
+    table = (folder / "table.md").read_text()
+    assert findings.markdown(findings.summary(runs, c, planned)) in table
+    for name in set(re.findall(r"\]\((\w+\.png)\)", table)):
+        assert (folder / name).stat().st_size < 400_000
+    assert not re.search(r"(/work|/home|/tmp|/root)", table + (folder / "results.json").read_text())
+
+
+def test_the_page_says_what_the_tables_say():
+    """Every figure with its spread, and every verdict beside one."""
+    page = (ROOT / "docs/results/README.md").read_text()
+    tables = "\n".join(p.read_text() for p in (ROOT / "docs/results").glob("*/table.md"))
+    figures = set(re.findall(r"[+-]?\d\.\d{4} ± \d\.\d{4}", page))
+    assert figures and not {f for f in figures if f not in tables}
