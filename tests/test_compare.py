@@ -229,6 +229,9 @@ def test_what_is_written(study, capsys):
     assert table in capsys.readouterr().out or "| b |" in table
     assert all(name in table for name in ("curves.png", "differences.png"))
     assert Path("found/s/differences.png").stat().st_size > 5000
+    command = table.splitlines()[2]  # what another one would type
+    assert "--n_layer=2 " in command and "'c: dropout=0.1'" in command
+    assert not any(word in command for word in ("--out_dir", "--results", "--data_dir", "device"))
     assert str(Path.cwd()) not in Path("found/s/results.json").read_text() + table
 
 
@@ -245,6 +248,8 @@ def test_it_goes_on_where_it_stopped(study):
 
 
 def test_only_some_variants(study):
+    runs = study("a: template=gd", "b: template=tmm", only="a", study="t")
+    assert "only" not in Path("found/t/table.md").read_text()
     runs = study("a: template=gd", "b: template=tmm", only="b")
     assert {r["variant"] for r in runs} == {"b"} and len(runs) == 2
     refused(lambda: study("a: template=gd", only="c"), "only=c", 'the variants are "a"')

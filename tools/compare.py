@@ -520,8 +520,10 @@ def report(results: Results, variants: list[Variant], planned: dict[str, BenchCo
         return print(f"no table yet: nothing of {variants[0].label}, to which the others are "
                      f"compared")
     table = markdown(summary(runs, c, planned))
-    words = [w for w in argv if not w.startswith(("--data_dir", "--out_dir", "--results", "--jobs",
-                                                  "--device", "--only", "--overwrite"))]
+    words, local, here = [], CELL | ASIDE | {"results", "jobs", "only"}, False
+    for word in argv:  # without what is of this machine or this call
+        here = word[2:].split("=")[0] in local if word.startswith("--") else here
+        words += [word] * (not here)
     machines = "; ".join(dict.fromkeys(r["machine"] for r in runs))
     borrowed = ", ".join(dict.fromkeys(r["study"] for r in runs if "study" in r))
     pictures = ["curves.png", *(["differences.png"] if any(differences(runs).values()) else []),
