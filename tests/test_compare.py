@@ -431,6 +431,18 @@ def test_workers(monkeypatch):
     assert workers(1) == ([], 1, 8)
 
 
+def test_a_program_that_cannot_start_gives_its_place_back(tmp_path, monkeypatch):
+    workers = compare.Workers(BenchConfig(device="cpu"))
+
+    def full(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(compare.subprocess, "Popen", full)
+    for _ in range(2):  # the second would wait for ever
+        with pytest.raises(OSError, match="memory"):
+            workers.launch(["train.py"], str(tmp_path))
+
+
 def test_nothing_starts_after_a_stop(tmp_path):
     workers = compare.Workers(BenchConfig(device="cpu"))
     workers.stop()

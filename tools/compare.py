@@ -279,23 +279,30 @@ class Workers:
             environment["CUDA_VISIBLE_DEVICES"] = self.cards[slot % len(self.cards)]
         elif self.count > 1:
             environment["OMP_NUM_THREADS"] = str(self.threads)
+        try:
+            code, said = self.end_of(
+                [sys.executable, os.path.join(HERE, argv[0]), *argv[1:]], environment, out_dir)
+        finally:
+            self.free.put(slot)
+        if code:
+            fail(next((line[7:] for line in said if line.startswith("error: ")),
+                      f"exit code {code}: {said[-1]}"))
+
+    def end_of(self, argv: list[str], environment: dict, out_dir: str) -> tuple[int, list[str]]:
+        """(exit code, lines of output) of a process."""
         with open(os.path.join(out_dir, "output.txt"), "ab+") as output:
             start = output.tell()
             with self.lock:
                 if self.stopping:
                     fail("interrupted")
-                process = subprocess.Popen(
-                    [sys.executable, os.path.join(HERE, argv[0]), *argv[1:]], env=environment,
-                    stdout=output, stderr=subprocess.STDOUT)
+                process = subprocess.Popen(argv, env=environment, stdout=output,
+                                           stderr=subprocess.STDOUT)
                 self.running.add(process)
             process.wait()
             self.running.discard(process)
-            self.free.put(slot)
             output.seek(start)
-            said = output.read().decode(errors="replace").strip().splitlines() or [""]
-        if process.returncode:
-            fail(next((line[7:] for line in said if line.startswith("error: ")),
-                      f"exit code {process.returncode}: {said[-1]}"))
+            lines = output.read().decode(errors="replace").strip().splitlines()
+            return process.returncode, lines or [""]
 
     def stop(self) -> None:
         """Start nothing more, and end what runs: train.py saves first."""
@@ -413,6 +420,7 @@ def compare(configs: dict[str, BenchConfig], c: BenchConfig, argv: list[str],
     try:
         with locked(results.folder, f"another command is writing to {results.folder}; stop it or "
                                     f"choose another --study"):
+            results.runs = Results(c, data).runs  # another command may have just ended
             study(variants, planned, c, argv, results, workers, where)
     finally:
         if new and os.listdir(results.folder) in ([], [".lock"]):
