@@ -153,9 +153,9 @@ def draw_differences(runs: list[dict], path: str) -> None:
     """Each variant's difference to the first with its interval, and seed by seed; grey: none."""
     found = {label: d for label, d in differences(runs).items() if d}
     first = {r["seed"]: r["val_loss"] for r in runs if r["variant"] == runs[0]["variant"]}
-    with picture(path, 7, 1.2 + 0.32 * len(found)) as figure:
-        axes = figure.add_subplot(xlabel=f"final loss - that of {runs[0]['variant']} (nats per "
-                                         f"token), with 95 % intervals")
+    with picture(path, 7, 1.4 + 0.32 * len(found)) as figure:
+        axes = figure.add_subplot(xlabel=f"final loss - that of {runs[0]['variant']}\n"
+                                         f"(nats per token, with 95 % intervals)")
         for i, (name, (mean, half)) in enumerate(found.items()):
             color = {"lower": "C2", "higher": "C3"}.get(verdict((mean, half)), "C7")
             axes.errorbar(mean, i, xerr=half, fmt="o", capsize=3, color=color)
