@@ -267,9 +267,9 @@ def test_all(kind, monkeypatch, capsys):
     monkeypatch.setattr(bench, "pick_device", lambda _: torch.device(kind))
     monkeypatch.setattr(bench, "machine", lambda _: "a machine")
     bench.main(["all", "--nanogpt=../nanoGPT", "--input=documents.txt"])
-    expected = {"speed", "decode", "memory", "data", "muon"}
+    expected = {"speed", "decode", "memory", "data", "muon", "loss"}
     assert {command for command, _ in asked} == expected | (
-        {"loss", "prepare", "start"} if kind == "cpu" else set())
+        {"prepare", "start"} if kind == "cpu" else {"fit"})
     assert {nano for command, nano in asked if command == "loss"} <= {"../nanoGPT"}
     bench.main(["all"])
     printed = capsys.readouterr().out
