@@ -175,6 +175,13 @@ def test_budgets(study, monkeypatch, budget, steps):
     assert asked[1:] == ([["a", "c"]] if budget == "seconds" else [])
 
 
+def test_seconds_are_measured(study):
+    """By bench.py's own speed, on the data's vocabulary: the wider one has fewer steps."""
+    small, wide = study("a: n_embd=8", "b: n_embd=256 n_layer=6", budget="seconds", seeds=1,
+                        max_iters=1000, repeats=1, steps=1)
+    assert small["steps"] == 1000 > wide["steps"]
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_has_a_plan(name, data_dir, monkeypatch, capsys, tmp_path):
     """Its options are train.py's; sizes that were to match do, within two per cent; its docstring
