@@ -179,6 +179,19 @@ def test_a_path_of_data_that_moved(run, tmp_path, data_dir, monkeypatch):
     assert (tmp_path / "path.png").exists()
 
 
+def test_the_path_of_a_file_and_of_a_folder(run, tmp_path, data_dir, drawn, monkeypatch):
+    run(tmp_path / "run", template="nesterov", n_layer=3)
+    draw = ["--draw=path", f"--data_dir={data_dir}", "--plot=path.png"]
+    with folder(tmp_path, monkeypatch):
+        bench.main(["export", "--ckpt=run", "--format=safetensors", "--out=folder"])
+        drawn.clear()
+        bench.main(["plot", "run", "run/ckpt.pt", "folder", "--data=tiny", *draw])
+        first, *others = [line.get_ydata().tolist() for line in drawn[0].axes[0].lines]
+        assert others == [first, first]
+        refused(lambda: bench.main(["plot", "folder", *draw]), "--data=NAME")
+        refused(lambda: bench.main(["plot", "run", "--data=count", *draw]), "343 token ids")
+
+
 def test_paths_of_two_runs(run, tmp_path, drawn):
     for name, template in (("gpt", "gd"), ("yurii", "nesterov")):
         run(tmp_path / name, template=template, n_layer=3)

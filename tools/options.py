@@ -26,7 +26,8 @@ class BenchConfig(TrainConfig):
     num_fewshot: str | None = None  # eval: examples in the prompt, one number or one for each task
     include_path: str | None = None  # eval: a folder with task files (YAML) of your own
     limit: int | None = None  # eval: only the first items of each task
-    data: str | None = None  # eval: perplexity of this folder in data_dir, or of a UTF-8 text file
+    # eval: perplexity of this folder in data_dir, or of a UTF-8 text file; plot: a folder for path
+    data: str | None = None
     json: str | None = None  # a file to write the figures to
     plot: str | None = None  # a PNG to draw them in; auto, for plot: losses.png, ...
     runs: tuple[str, ...] = ()  # plot: the out_dirs to draw together

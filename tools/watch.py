@@ -12,7 +12,7 @@ from config import fail
 from model import GPT, checkpoint_config, read_checkpoint, read_latest
 from prepare import load_meta
 from tools.options import BenchConfig
-from train import Tokens, plot_losses, read_log
+from train import Tokens, holds_weights, plot_losses, read_log
 
 NO_MATPLOTLIB = "plot needs matplotlib: pip install matplotlib"
 
@@ -56,9 +56,12 @@ def plot(c: BenchConfig) -> None:
     print(f"wrote {path}")
 
 
-def checkpoint_of(out_dir: str, weights: bool = True) -> dict:
-    """A run's latest checkpoint; UserError where there is none."""
-    return read_latest(out_dir, weights) or read_checkpoint(os.path.join(out_dir, "ckpt.pt"))
+def checkpoint_of(run: str, weights: bool = True) -> dict:
+    """A run's latest checkpoint, or that of a file or an exported folder; UserError where there is
+    none."""
+    if os.path.isfile(run) or holds_weights(run):
+        return read_checkpoint(run, weights)
+    return read_latest(run, weights) or read_checkpoint(os.path.join(run, "ckpt.pt"), weights)
 
 
 def flops_per_token(out_dir: str) -> int:
@@ -117,15 +120,21 @@ def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
 
 def plot_paths(c: BenchConfig, path: str) -> None:
     """How far x moves in each layer, and by what angle it turns from one to the next: means over
-    the tokens of 16 windows of each run's validation split."""
+    the tokens of 16 windows of each run's validation split, or of --data's."""
     found = {}
     for run in c.runs:
         checkpoint = checkpoint_of(run)
         model, trained = GPT.from_checkpoint(checkpoint).eval(), checkpoint.get("config", {})
-        folders = [os.path.join(of, trained.get("dataset", ""))
-                   for of in (trained.get("data_dir", c.data_dir), c.data_dir)]
+        if not (dataset := c.data or trained.get("dataset")):
+            fail(f"{run} does not say its data; name a folder in {c.data_dir}: --data=NAME")
+        data_dirs = [c.data_dir] if c.data else [trained.get("data_dir", c.data_dir), c.data_dir]
+        folders = [os.path.join(data_dir, dataset) for data_dir in data_dirs]
         folder = next(filter(os.path.isdir, folders), folders[0])
-        tokens = Tokens(folder, "val", load_meta(folder), model.config.block_size)
+        meta = load_meta(folder)
+        if meta["vocab_size"] > model.config.vocab_size:
+            fail(f"{folder} has {meta['vocab_size']} token ids, and {run} only "
+                 f"{model.config.vocab_size}; name its own data: --data=NAME")
+        tokens = Tokens(folder, "val", meta, model.config.block_size)
         starts = range(0, len(tokens) - model.config.block_size, model.config.block_size)
         found[run] = model.residual_path(tokens.read(starts[:16])[:, :-1].long())
     with picture(path, 8, 3.6) as figure:
