@@ -19,9 +19,10 @@ from test_train import refused
 
 import bench
 from config import UserError, read_config
+from model import GPT, GPTConfig
 from tools import compare, findings
 from tools.options import BenchConfig
-from train import TrainConfig
+from train import TrainConfig, model_args
 
 ROOT = Path(__file__).parent.parent
 STUDIES = {p.stem: p for p in sorted((ROOT / "config").glob("study_*.py"))}
@@ -116,6 +117,20 @@ def plan_of(*variants, **options):
     c, _ = read_config(BenchConfig, ["compare", *words], positional="command")
     configs = bench.named_variants(["compare", *words], c)
     return compare.plan(configs, c, {"padded_vocab_size": 257})
+
+
+@pytest.mark.parametrize("shape", [
+    "template=gd", "template=nesterov splitting=strang", "template=imex", "template=adamw",
+    "template=tmm ffn=hourglass ffn_depth=3 ffn_substeps=each", "ffn=swiglu position=rope",
+    "template=polyak n_layer=1 bias=True velocity_init=zero"])
+def test_sizes_are_those_of_the_whole_model(shape):
+    own = plan_of(f"a: n_layer=5 {shape}")["a"]
+    model = GPT(GPTConfig(**model_args(own)))
+    matrices = sum(p.numel() for block in model.transformer.h for p in block.parameters()
+                   if p.ndim == 2 and min(p.shape) > 3)
+    assert compare.model_size(own) == {
+        "parameters": sum(p.numel() for p in model.parameters()), "matrices": matrices,
+        "flops_per_token": model.flops_per_token()}
 
 
 def test_the_width_that_matches_the_parameters():
@@ -563,7 +578,10 @@ def test_reproduce(corpus, tmp_path, monkeypatch):
 # The committed results
 
 
-@pytest.mark.parametrize("folder", sorted((ROOT / "docs/results").glob("*/")), ids=lambda p: p.name)
+RESULTS = sorted(path.parent for path in (ROOT / "docs/results").glob("*/results.json"))
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda p: p.name)
 def test_committed_results(folder, data_dir, tmp_path):
     """They are of the presets as these are now, and the table is that of the runs."""
     preset = STUDIES[f"study_{folder.name}"]

@@ -68,14 +68,20 @@ class Variant:
 
 
 def model_size(c: BenchConfig) -> dict[str, int]:
-    try:
+    """Parameters, matrices and FLOPs per token. Each layer adds the same, so that models of one and
+    two layers tell them of any."""
+    def of(n_layer: int) -> dict[str, int]:
         with torch.device("meta"):
-            model = GPT(GPTConfig(**model_args(c)))
+            model = GPT(GPTConfig(**model_args(c) | {"n_layer": n_layer}))
+        matrices = sum(p.numel() for p in model.parameter_roles()["matrix"].values())
+        return {"parameters": model.get_num_params(False), "matrices": matrices,
+                "flops_per_token": model.flops_per_token()}
+
+    try:
+        one, two = of(1), of(2)
     except RuntimeError:
-        fail(f"n_layer={c.n_layer}, n_embd={c.n_embd} make too large a model; choose smaller ones")
-    matrices = sum(p.numel() for p in model.parameter_roles()["matrix"].values())
-    return {"parameters": model.get_num_params(False), "matrices": matrices,
-            "flops_per_token": model.flops_per_token()}
+        fail(f"n_embd={c.n_embd} makes too large a model; choose a smaller one")
+    return {name: one[name] + (c.n_layer - 1) * (two[name] - one[name]) for name in one}
 
 
 def matched(label: str, c: BenchConfig, target: int) -> BenchConfig:
