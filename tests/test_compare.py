@@ -540,7 +540,8 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 
 
-@pytest.mark.parametrize("corpus", ["tinystories", "owt"])
+@pytest.mark.parametrize("corpus", [
+    pytest.param("tinystories", marks=pytest.mark.torture), "owt"])
 def test_reproduce(corpus, tmp_path, monkeypatch):
     """The lines of the Makefile, with small options and a text of our own."""
     if shutil.which("make") is None:
