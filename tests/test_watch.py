@@ -135,6 +135,14 @@ def test_scalars_of_two_runs(run, tmp_path, drawn):
     assert len(axes[0].lines) == 2  # only tmm has mu
 
 
+def test_every_substep_has_a_line_of_its_own(run, tmp_path, drawn):
+    run(tmp_path, template="tmm", ffn="hourglass", ffn_depth=5, ffn_substeps="each", max_iters=2)
+    drawn.clear()
+    bench.main(["plot", str(tmp_path), "--draw=scalars", f"--plot={tmp_path}/scalars.png"])
+    styles = [(line.get_color(), line._dash_pattern) for line in drawn[0].axes[0].lines]
+    assert len(styles) == 6 == len(set(map(str, styles)))
+
+
 @pytest.mark.parametrize("options", [{}, dict(template="nesterov"), dict(template="imex"),
                                      dict(ffn="hourglass", splitting="strang")])
 def test_the_residual_path_by_hand(options):

@@ -83,6 +83,9 @@ def plot_scalars(c: BenchConfig, path: str) -> None:
     draw_scalars(logs, path)
 
 
+STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 4)), (0, (1, 4)))
+
+
 def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
     """Each learned scalar: by layer as the run ended, and its mean over layers, with the lowest and
     the highest, during training. The first substep is drawn solid, the next dashed.
@@ -101,7 +104,7 @@ def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
                 substeps = {1: ["layer"], 2: ["attention", "FFN"]}.get(
                     values.shape[-1], [f"substep {k + 1}" for k in range(values.shape[-1])])
                 for k, substep in enumerate(substeps):
-                    style = dict(color=f"C{i}", ls=("-", "--", ":", "-.")[k % 4])
+                    style = dict(color=f"C{i}", ls=STYLES[k % len(STYLES)])
                     by_layer.plot(range(1, values.shape[1] + 1), values[-1, :, k], marker="o", ms=3,
                                   label=f"{run}, {substep}", **style)
                     steps, of_substep = [r["step"] for r in log], values[:, :, k]
@@ -115,7 +118,7 @@ def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
         lines = {label: line for by_layer, _ in grid
                  for line, label in zip(*by_layer.get_legend_handles_labels(), strict=True)}
         figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=2,
-                      fontsize="small")
+                      fontsize="small", handlelength=3)
 
 
 def plot_paths(c: BenchConfig, path: str) -> None:
