@@ -105,8 +105,8 @@ def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
                     values.shape[-1], [f"substep {k + 1}" for k in range(values.shape[-1])])
                 for k, substep in enumerate(substeps):
                     style = dict(color=f"C{i}", ls=STYLES[k % len(STYLES)])
-                    by_layer.plot(range(1, values.shape[1] + 1), values[-1, :, k], marker="o", ms=3,
-                                  label=f"{run}, {substep}", **style)
+                    by_layer.plot(range(1, values.shape[1] + 1), values[-1, :, k], ms=3.5,
+                                  marker="os^Dv<>"[k % 7], label=f"{run}, {substep}", **style)
                     steps, of_substep = [r["step"] for r in log], values[:, :, k]
                     over_time.plot(steps, of_substep.mean(axis=1), **style)
                     over_time.fill_between(steps, of_substep.min(axis=1), of_substep.max(axis=1),
