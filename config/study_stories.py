@@ -1,0 +1,21 @@
+"""Study: do the findings of study_suite and study_tables hold on another text? TinyStories, bytes.
+
+Data:     python prepare.py tinystories --tokenizer=bytes --name=tinystories_bytes
+Run:      python bench.py compare config/study_stories.py
+Cost:     30 runs of 1.0 M tokens, about two minutes each on one CPU core.
+"""
+
+from config.study_suite import *
+
+study = "stories"
+out_dir = "out-study-stories"
+variants = (
+    "gd (GPT): template=gd",
+    "tables: template=gd velocity_init=add",
+    "dynamics: template=nesterov velocity_init=zero",
+    "polyak: template=polyak",
+    "nesterov (YuriiFormer): template=nesterov",
+    "tmm: template=tmm",
+)
+
+dataset = "tinystories_bytes"
