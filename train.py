@@ -15,6 +15,7 @@ import json
 import math
 import os
 import queue
+import re
 import shutil
 import signal
 import socket
@@ -22,7 +23,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from typing import Literal
@@ -610,6 +611,9 @@ class Log:
         if length is not None and self.file.tell() > length:
             self.file.truncate(length)
             self.file.seek(0, os.SEEK_END)
+        with open(path, encoding="utf-8", errors="replace") as file:  # it may be damaged
+            clock = re.findall(r'"seconds": (\d+(?:\.\d+)?)', file.read())
+        self.seconds = float(clock[-1]) if clock else 0.0  # at which a resumed run goes on
         if self.file.tell() == 0:
             self.write({"type": "config", **asdict(config)})
 
@@ -682,6 +686,13 @@ def read_log(out_dir: str) -> list[dict]:
     return records
 
 
+def run_names(out_dirs: Sequence[str]) -> dict[str, str]:
+    """out_dir -> its name in a picture: the last folder's, if no other one's is the same."""
+    names = [os.path.basename(os.path.normpath(run)) for run in out_dirs]
+    return {run: name if names.count(name) == 1 else run
+            for run, name in zip(out_dirs, names, strict=True)}
+
+
 AXES = {"steps": ("iter", "step"), "tokens": ("tokens", "training tokens"),
         "seconds": ("seconds", "wall time (s)"), "flops": ("flops", "training FLOPs")}
 
@@ -698,6 +709,7 @@ def plot_losses(out_dirs: list[str], path: str, x: str = "steps",
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     key, label = AXES[x]
     axes = figure.add_subplot(xlabel=label, ylabel="cross-entropy (nats per token)")
+    names = run_names(out_dirs)
     top = 0.0  # of the picture: the second evaluation, since the first is that of no training
     for i, out_dir in enumerate(out_dirs):
         records = read_log(out_dir)
@@ -708,9 +720,8 @@ def plot_losses(out_dirs: list[str], path: str, x: str = "steps",
             points = [(r[key], r[name]) for r in records
                       if r.get("type") == kind and r.get(name) and key in r]
             if points:
-                run = os.path.basename(os.path.normpath(out_dir))
-                axes.plot(*zip(*points, strict=True), label=f"{run}, {kind}: {points[-1][1]:.4f}",
-                          color=f"C{i}", **style)
+                axes.plot(*zip(*points, strict=True), color=f"C{i}", **style,
+                          label=f"{names[out_dir]}, {kind}: {points[-1][1]:.4f}")
                 top = max([top, *(loss for _, loss in points[1:2] if kind == "eval")])
     axes.set_ylim(top=1.05 * top or None)
     axes.legend(fontsize="small")
@@ -1148,7 +1159,8 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             with open(os.path.join(c.out_dir, "config.json"), "w", encoding="utf-8") as file:
                 json.dump(asdict(c), file, indent=1)
         saved = step if resumed else None  # the step of ckpt.pt
-        began, logged, first_step, logged_step = time.time(), time.time(), step, step
+        logged, first_step, logged_step = time.time(), step, step
+        began = logged - (log.seconds if master else 0.0)  # a resumed run's clock goes on
         peak = peak_flops(device)
         while True:
             # --- evaluate, save, leave ---

@@ -1,6 +1,7 @@
 """Watching runs: what is logged, and `bench.py plot`, whose lines are read off the figures."""
 
 import contextlib
+import itertools
 import json
 import math
 
@@ -71,6 +72,19 @@ def test_learned_scalars_are_logged_at_evaluations(run, tmp_path, template, name
                     else math.log1p(math.exp(raw))
                 assert value == pytest.approx(exact, rel=1e-6)
         assert np.abs(logged - np.array(records[0][name])).max() > 1e-3  # they are learned
+
+
+def test_a_resumed_runs_clock_goes_on(run, tmp_path, monkeypatch):
+    """However long the resumed process takes to its first record."""
+    seconds = []
+    for step, options in (1, {}), (1000, dict(max_iters=5, init_from="resume")):
+        clock = itertools.count(0, step)  # so long takes each call of time.time()
+        monkeypatch.setattr(train.time, "time", lambda clock=clock: float(next(clock)))
+        run(tmp_path, **{"max_iters": 3} | options)
+        seconds.append([r["seconds"] for r in train.read_log(tmp_path) if "seconds" in r])
+    first, both = seconds
+    assert both[:len(first)] == first and 0 < first[-1] < 1000 < both[-1]
+    assert {s % 1000 for s in both[len(first):]} == {first[-1]}
 
 
 def test_seconds_go_on_over_an_interruption(tmp_path):
@@ -175,6 +189,10 @@ def test_runs_of_one_name_and_runs_without_scalars(run, tmp_path, drawn, capsys)
     (legend,) = drawn[0].legends
     assert {text.get_text().split(",")[0] for text in legend.get_texts()} <= set(runs[:2])
     assert "no learned scalars in gpt" in capsys.readouterr().out
+    for draw, picture in enumerate(("losses", "path"), 1):
+        bench.main(["plot", *runs, f"--draw={picture}", f"--plot={tmp_path}/x.png"])
+        labels = {name.split(", ")[0].split(": ")[0] for name in lines(drawn[draw].axes[0])}
+        assert labels == {*runs[:2], "gpt"}
 
 
 def test_a_path_of_data_that_moved(run, tmp_path, data_dir, monkeypatch):

@@ -12,7 +12,7 @@ from config import fail
 from model import GPT, checkpoint_config, read_checkpoint, read_latest
 from prepare import load_meta
 from tools.options import BenchConfig
-from train import Tokens, holds_weights, plot_losses, read_log
+from train import Tokens, holds_weights, plot_losses, read_log, run_names
 
 NO_MATPLOTLIB = "plot needs matplotlib: pip install matplotlib"
 
@@ -28,17 +28,6 @@ def picture(path: str, width: float, height: float, dpi: int = 120) -> Iterator:
     figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     yield figure
     FigureCanvasAgg(figure).print_png(path)
-
-
-def run_name(out_dir: str) -> str:
-    return os.path.basename(os.path.normpath(out_dir))
-
-
-def run_names(out_dirs: tuple[str, ...]) -> dict[str, str]:
-    """out_dir -> its name in a picture: the last folder's, if no other one's is the same."""
-    names = list(map(run_name, out_dirs))
-    return {run: name if names.count(name) == 1 else run
-            for run, name in zip(out_dirs, names, strict=True)}
 
 
 def plot(c: BenchConfig) -> None:
@@ -144,9 +133,10 @@ def plot_paths(c: BenchConfig, path: str) -> None:
         lengths, turns = figure.subplots(1, 2)
         lengths.set(xlabel="layer", ylabel="length of the layer's step")
         turns.set(xlabel="between layers l and l + 1", ylabel="turning angle (degrees)")
+        names = run_names(c.runs)
         for run, (steps, angles) in found.items():
             lengths.plot(range(1, len(steps) + 1), steps, marker="o", ms=3,
-                         label=f"{run_name(run)}: {sum(steps):.1f} in all")
+                         label=f"{names[run]}: {sum(steps):.1f} in all")
             turns.plot(range(1, len(angles) + 1), angles, marker="o", ms=3)
         for axes in (lengths, turns):
             axes.set_ylim(bottom=0)
