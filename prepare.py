@@ -48,9 +48,10 @@ BLOCK = 1 << 20         # characters read, and encoded, at a time
 WORKER_SHARE = 8 << 20  # characters for which one more process pays
 SAVE_EVERY = 5.0        # seconds of work that a killed run loses at most
 
-# Where a long document may be cut without changing its tokens: before the first of some spaces, or
-# after a lone newline and before a word. In no vocabulary of tiktoken's does a token span either.
-SAFE_CUT = re.compile(r"\S(?= )|\S\n(?=\w)")
+# Where a long document may be cut without changing its tokens: before the first of some spaces,
+# after a lone newline and before a word, or, as Chinese and Japanese have no spaces, after a letter
+# and before a mark of theirs. In no vocabulary of tiktoken's does a token span any of these.
+SAFE_CUT = re.compile(r"\S(?= )|\S\n(?=\w)|[^\W_](?=[\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f])")
 
 TINY_SHAKESPEARE = \
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -226,8 +227,11 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
         fail(f"{folder} is unfinished; if prepare.py was stopped there, run it again")
     if missing:
         named = folder.name in CORPORA and folder.name not in ("text", "hf")
-        fail(f"no {'data' if len(missing) == 2 else missing[0] + '.bin'} in {folder}; make it with:"
-             f" python prepare.py {'' if named else 'text --input=FILES --name='}{folder.name}")
+        words = ('' if named else 'text --input=FILES --name=') + folder.name
+        if len(missing) == 1:
+            fail(f"no {missing[0]}.bin in {folder}; make both with: python prepare.py {words} "
+                 f"--overwrite")
+        fail(f"no data in {folder}; make it with: python prepare.py {words}")
     sizes = {split: os.path.getsize(folder / f"{split}.bin") for split in SPLITS}
     if not (folder / "meta.json").exists():
         if odd := [split for split in SPLITS if sizes[split] % 2]:

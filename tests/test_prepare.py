@@ -157,7 +157,7 @@ def test_no_token_spans_a_safe_cut(monkeypatch):
     import regex  # tiktoken's own dependency; its patterns are written for it
 
     words = ["a", "don't", "'s", "I'LL", "_", "x_", ".", "?!", "/", "//", "12", "1234", "é", "字",
-             "。", "🙂", "\u0301", "<|", "\x1c", "²"]
+             "。", "，", "漢字", "かな！", "🙂", "\u0301", "<|", "\x1c", "²"]
     spaces = [" ", " ", "\n", "\n", "  ", "\n\n", " \n", "\n ", "\t", "\r\n", "\r", "\u3000",
               "\xa0", ""]
     draw = np.random.default_rng(0)
@@ -167,6 +167,13 @@ def test_no_token_spans_a_safe_cut(monkeypatch):
     for pattern in map(regex.compile, tiktoken_patterns(monkeypatch)):
         parts = (text[a:b] for a, b in zip(cuts, cuts[1:], strict=False))
         assert [t for part in parts for t in pattern.findall(part)] == pattern.findall(text)
+
+
+def test_text_without_spaces_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 100)
+    (tmp_path / "zh.txt").write_text("他们说，今天很好。\n\n" * 200, encoding="utf-8")
+    pieces = [text for text, _ in prepare.text_pieces(tmp_path / "zh.txt")]
+    assert max(map(len, pieces)) < 250 and "".join(pieces) == "他们说，今天很好。\n\n" * 200
 
 
 # -----------------------------------------------------------------------------
@@ -663,7 +670,7 @@ def test_missing_data_names_the_command(tmp_path):
         assert str(error.value) == \
             f"no data in {tmp_path / name}; make it with: python prepare.py {how}"
     (nanogpt_folder(tmp_path) / "val.bin").unlink()
-    with pytest.raises(UserError, match="no val.bin in"):
+    with pytest.raises(UserError, match=f"no val.bin in .* --name={tmp_path.name} --overwrite"):
         load_meta(tmp_path)
 
 
