@@ -73,6 +73,15 @@ def test_text(tmp_path):
     assert row["bits_per_byte"] == pytest.approx(total / math.log(2) / (76 + 11), rel=1e-6)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_records_are_not_a_text(tmp_path, suffix):
+    write_checkpoint(tmp_path / "ckpt.pt")
+    path = tmp_path / f"records.{suffix}"
+    path.write_text('{"text": "one"}\n')
+    refused(lambda: judge(tmp_path, f"--ckpt={tmp_path}/ckpt.pt", f"--data={path}"),
+            f"data={path}", "prepare.py text", "--tokenizer=bytes")
+
+
 def test_the_end_of_text_has_bits_but_no_bytes(tmp_path):
     write_checkpoint(tmp_path / "ckpt.pt")
     (tmp_path / "text.txt").write_bytes("é one\n<|endoftext|>\ntwo".encode())

@@ -52,6 +52,9 @@ def on_text(model: GPT, tokenizer: Tokenizer, c: BenchConfig) -> list[dict]:
     that the predicted tokens decode to; the end-of-text id has bits, but no bytes.
     """
     T, tail, folder = model.config.block_size, [], os.path.join(c.data_dir, c.data)
+    if c.data.endswith((".jsonl", ".parquet")):
+        fail(f"data={c.data} has records, and is no text; make a folder of it: python prepare.py "
+             f"text --name=NAME --tokenizer={tokenizer.name} --input={c.data}; then --data=NAME")
     if os.path.isfile(c.data):
         ids = tokenizer.encode_pieces(list(text_pieces(Path(c.data))), tokenizer.eot is not None)
         if len(ids) < 2:
