@@ -665,7 +665,8 @@ CUDA_TABLE = [
      f"speed {SMALL} --batch_size=32 --gradient_accumulation_steps=1 --variants template=gd "
      f"template=nesterov template=tmm"),
     ("hourglass and SwiGLU of as many parameters", "reported",
-     "speed --gradient_accumulation_steps=1 --batch_size=16 config/swiglu_113m.py NANOGPT"),
+     'speed config/swiglu_113m.py --gradient_accumulation_steps=1 --batch_size=16 --variants '
+     'ffn=swiglu "ffn=hourglass n_layer=6 n_embd=1248 head_dim=64 ffn_hidden=1008"'),
     ("Muon at 491,520 tokens a step", "at most 3 % of a step",
      f"muon {SMALL} --batch_size=32 --gradient_accumulation_steps=15"),
     ("data", "less than 1 % of a step", f"data {SMALL} --batch_size=32"),
@@ -689,6 +690,7 @@ def everything(c: BenchConfig) -> list[dict]:
         words = {"NANOGPT": c.nanogpt and f"--nanogpt={c.nanogpt}",
                  "DATA": f"--data_dir={c.data_dir}", "INPUT": c.input and f"--input={c.input}"}
         argv = [w for word in shlex.split(command) if (w := words.get(word, word))]
+        argv += [f"--device={c.device}"] if c.device else []
         print(f"\n{title} (aim: {aim})\n    python bench.py {shlex.join(argv)}", flush=True)
         if command.startswith("prepare") and not c.input:
             print("not measured: it needs --input=FILE, a text file of documents")

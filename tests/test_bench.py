@@ -261,17 +261,18 @@ def test_all(kind, monkeypatch, capsys):
             read_config(bench.BenchConfig, [*argv, *(f"--{w}" for w in words.split())],
                         positional="command")
         asked.append((c.command, c.nanogpt))
+        assert c.device == kind
         return [{"variant": c.command, "seconds": 1.0}]
 
     monkeypatch.setattr(bench, "measure", measure)
     monkeypatch.setattr(bench, "pick_device", lambda _: torch.device(kind))
     monkeypatch.setattr(bench, "machine", lambda _: "a machine")
-    bench.main(["all", "--nanogpt=../nanoGPT", "--input=documents.txt"])
+    bench.main(["all", "--nanogpt=../nanoGPT", "--input=documents.txt", f"--device={kind}"])
     expected = {"speed", "decode", "memory", "data", "muon", "loss"}
     assert {command for command, _ in asked} == expected | (
         {"prepare", "start"} if kind == "cpu" else {"fit"})
     assert {nano for command, nano in asked if command == "loss"} <= {"../nanoGPT"}
-    bench.main(["all"])
+    bench.main(["all", f"--device={kind}"])
     printed = capsys.readouterr().out
     assert ("not measured: it needs --input" in printed) == (kind == "cpu")
 

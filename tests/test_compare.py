@@ -408,7 +408,7 @@ def test_scores_of_tasks(study, monkeypatch):
     missing score is an empty cell."""
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(compare.Cell, "judged", lambda self, _: (
-        {"x": 0.5} if self.study.limit is None else {"x": 0.25, "y": None}))
+        {None: {"x": 0.5}, 3: {"x": 0.25, "y": None}, 4: {"x": 0.0}}[self.study.limit]))
     study("a: template=gd", "b: template=tmm")
     study("a: template=gd", "b: template=tmm", tasks="x", only="a")
     assert len(study.launched) == 2 and all(c["init_from"] == "auto" for c in study.launched)
@@ -419,6 +419,8 @@ def test_scores_of_tasks(study, monkeypatch):
     study("a: template=gd", "b: template=tmm", tasks="x", limit=3)
     assert len(study.launched) == 4
     assert "| 25.0 |  |" in Path("found/s/table.md").read_text()
+    study("a: template=gd", "b: template=tmm", tasks="x", limit=4)
+    assert Path("found/s/table.md").read_text().count("| 0.0 |") == 2
 
 
 def test_bins_without_sums_are_told_apart(study, data_dir, tmp_path):

@@ -89,7 +89,8 @@ def summary(runs: list[dict], c: BenchConfig, planned: dict[str, BenchConfig]) -
         if published:
             row["published best"] = published.get(label, "").strip()
         for task in tasks:
-            values = [v for r in own if (v := r.get("tasks", {}).get("scores", {}).get(task))]
+            values = [v for r in own
+                      if (v := r.get("tasks", {}).get("scores", {}).get(task)) is not None]
             row[task] = f"{100 * statistics.mean(values):.1f}" if values else ""
         if any(p.match != "width" for p in planned.values()):
             row["matched"] = "" if label not in found else planned[label].match
