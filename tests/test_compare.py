@@ -248,6 +248,7 @@ def test_what_is_written(study, capsys):
     assert "| 1.3000 ± 0.2000 | +0.2000 ± 0.2484 | no difference shown |" in row
     row = next(line for line in table.splitlines() if line.startswith("| c |"))
     assert "| -0.1000 ± 0.0000 | lower |" in row
+    assert "| variant | less b |" in table and "| c | **-0.3000 ± 0.2484** |" in table  # c less b
     assert table in capsys.readouterr().out or "| b |" in table
     assert all(name in table for name in ("curves.png", "differences.png"))
     assert Path("found/s/differences.png").stat().st_size > 5000
@@ -600,6 +601,7 @@ def test_committed_results(folder, data_dir, tmp_path):
             k: v for k, v in run["options"].items() if k not in free}
     table = (folder / "table.md").read_text()
     assert findings.markdown(findings.summary(runs, c, planned)) in table
+    assert findings.markdown(findings.pairs(runs)) in table
     for name in set(re.findall(r"\]\((\w+\.png)\)", table)):
         assert (folder / name).stat().st_size < 400_000
     assert not re.search(r"(/work|/home|/tmp|/root)", table + (folder / "results.json").read_text())

@@ -29,7 +29,7 @@ import config
 from config import fail, locked, reason
 from model import GPT, GPTConfig, pick_device
 from prepare import load_meta, sha256
-from tools.findings import differences, draw, markdown, summary
+from tools.findings import differences, draw, markdown, pairs, summary
 from tools.options import BenchConfig
 from train import TrainConfig, clock, model_args, read_log
 
@@ -554,6 +554,8 @@ def report(results: Results, variants: list[Variant], planned: dict[str, BenchCo
             f"zero, no difference is shown. Each interval is for itself: of twenty, one misses on "
             f"average. Matrices are the parameters without tables, norms and scalars; FLOPs are "
             f"those of training.\n"
+            + (f"\nThe other pairs, row less column, bold where the interval leaves out zero:\n\n"
+               f"{markdown(others)}" if (others := pairs(runs)) else "")
             + "".join(f"\n![{name[:-4]}]({name})" for name in pictures if drawing) + "\n")
     print(table)
     if drawing:

@@ -97,9 +97,28 @@ def summary(runs: list[dict], c: BenchConfig, planned: dict[str, BenchConfig]) -
         rows.append(row | {
             "parameters": f"{own[0]['parameters']:,}", "matrices": f"{own[0]['matrices']:,}",
             "MFLOP/token": f"{own[0]['flops_per_token'] / 1e6:,.2f}",
-            "tokens": f"{own[0]['tokens']:,}", "tokens/s": f"{mean('tokens_per_s'):,.0f}",
+            "tokens": f"{own[0]['tokens']:,}",
+            **({"seconds": f"{mean('seconds'):,.0f}"} if c.budget == "seconds" else {}),
+            "tokens/s": f"{mean('tokens_per_s'):,.0f}",
             "peak MB": "" if peak is None else f"{peak:,.0f}"})
     return rows
+
+
+def pairs(runs: list[dict]) -> list[dict]:
+    """The other pairs: row less column, as `paired` has it; bold where the interval leaves out
+    zero."""
+    losses = {label: {r["seed"]: r["val_loss"] for r in own}
+              for label, own in by_variant(runs).items()}
+    _, *labels = losses
+    rows = []
+    for i, label in enumerate(labels[1:], 1):
+        row = {"variant": label}
+        for j, other in enumerate(labels[:-1]):
+            d = paired(losses[label], losses[other]) if j < i else None
+            shown = d and "{:+.4f} ± {:.4f}".format(*d)
+            row[f"less {other}"] = f"**{shown}**" if d and abs(d[0]) > d[1] else shown or ""
+        rows.append(row)
+    return rows if any("±" in cell for row in rows for cell in row.values()) else []
 
 
 def markdown(rows: list[dict]) -> str:
