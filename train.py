@@ -230,7 +230,7 @@ def to_device(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, t
     """Raw rows (B, T + 1) -> inputs and targets (B, T) int64 on the device."""
     mask = (1 << 8 * rows.element_size()) - 1  # the bins are unsigned
     ids = rows.to(device, non_blocking=device.type == "cuda").long() & mask
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return ids[:, :-1].contiguous(), ids[:, 1:].clone()  # of a single row both would be views
 
 
 def mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
@@ -786,6 +786,8 @@ class Ranks:
 
     def __init__(self, config: TrainConfig):
         self.parallel = "RANK" in os.environ
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store, self.restarted = None, attempt != "0"  # is it torchrun's restart of this run?
         numbers = {name: os.environ.get(name, default) for name, default in
                    (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
         complete = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or not self.parallel
@@ -809,11 +811,17 @@ class Ranks:
             if backend == "nccl" and self.device.type != "cuda":
                 fail(f"backend=nccl is for CUDA, and this device is {self.device}; use gloo")
             store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives restarts
+                self.store, self.restarted = store, store.check(["begun"])
             dist.init_process_group(  # torchrun's restarts leave addresses of the dead in its store
                 "cpu:gloo,cuda:nccl" if backend == "nccl" else backend, rank=self.rank,
                 world_size=self.world, store=dist.PrefixStore(f"attempt-{attempt}", store),
                 timeout=COLLECTIVE_TIMEOUT)
+
+    def begun(self) -> None:
+        """From here on torchrun's restarts resume this run. (Not those of one that was refused.)"""
+        if self.store is not None:
+            self.store.set("begun", "")
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum over the processes, in place; returns its argument."""
@@ -943,10 +951,8 @@ def accumulate(model: torch.nn.Module, batches: Iterator[torch.Tensor], micro_st
     Returns the mean loss () of this process's micro-batches."""
     total = 0.0
     for micro_step in range(micro_steps):
-        last = micro_step == micro_steps - 1
-        quiet = isinstance(model, DistributedDataParallel) and not last
-        if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's
-            model.set_requires_gradient_sync(last)
+        # DDP sums up at the last one; FSDP2 at each, or every process would hold whole gradients
+        quiet = isinstance(model, DistributedDataParallel) and micro_step < micro_steps - 1
         x, y = to_device(next(batches), device)
         with model.no_sync() if quiet else contextlib.nullcontext():
             with autocast(device, dtype):
@@ -1042,7 +1048,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
     say = print if master else (lambda *_, **__: None)
     folder = os.path.join(c.data_dir, c.dataset)
     meta = load_meta(folder)
-    if c.check_data and master:
+    if c.check_data:  # every process, so that none waits for another
         check_bins(folder, meta)
     dtype = pick_dtype(c.dtype, device)
     if device.type == "cpu":
@@ -1051,8 +1057,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
 
     # --- where to start: nothing, a checkpoint of this run, or other weights ---
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun's doing
-    resume = c.init_from in ("resume", "auto") or restarted
+    resume = c.init_from in ("resume", "auto") or ranks.restarted
     checkpoint = read_latest(c.out_dir, weights=False) if resume else None
     resumed = checkpoint is not None
     if c.init_from == "resume" and not resumed:
@@ -1156,6 +1161,7 @@ def train(config: TrainConfig, given: set[str], ranks: Ranks) -> None:
             for path in () if resumed else old:
                 os.remove(path)
             remove_remains(c.out_dir)
+            ranks.begun()
             with open(os.path.join(c.out_dir, "config.json"), "w", encoding="utf-8") as file:
                 json.dump(asdict(c), file, indent=1)
         saved = step if resumed else None  # the step of ckpt.pt

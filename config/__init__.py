@@ -79,15 +79,18 @@ def cli(main) -> None:
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike, message: str) -> Iterator[None]:
     """Hold a folder for this process; the operating system lets go when it dies, however it dies.
-    Raises UserError(message) if another process holds it."""
+    Raises UserError(message) if another process holds it. Warns where there are no locks."""
     if fcntl is None:  # an open file would only be in the way: Windows does not remove it
         yield
         return
     with open(os.path.join(folder, ".lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             fail(message)
+        except OSError as error:  # some shared file systems have no locks
+            print(f"warning: {folder} cannot be locked ({error.strerror}): nothing keeps two runs "
+                  f"apart there", file=sys.stderr)
         yield
 
 

@@ -14,6 +14,7 @@ import signal
 import socket
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import train
-from model import GPT, TEMPLATES, read_shards
+from model import GPT, TEMPLATES, GPTConfig, read_shards
+from prepare import load_meta
 
 torture = partial(pytest.param, marks=pytest.mark.torture)
 YURII = dict(template="nesterov")
@@ -206,6 +208,20 @@ def spoil(steps, patch, where=None, loss=1.0, gradient=1.0) -> None:
         return logits, value
 
     patch.setattr(GPT, "forward", forward)
+
+
+def sharded_gradients(patch) -> None:
+    """Between micro-batches, too, a rank has only its part of every gradient."""
+    def accumulate(model, batches, *rest, wrapped=train.accumulate):
+        def watched():
+            for n, batch in enumerate(batches):
+                grads = [p.grad for p in model.parameters()]
+                assert all(isinstance(g, DTensor) if n else g is None for g in grads)
+                yield batch
+
+        return wrapped(model, watched(), *rest)
+
+    patch.setattr(train, "accumulate", accumulate)
 
 
 def overflow_shard(steps, where, kind, patch) -> None:
@@ -465,6 +481,18 @@ def test_two_processes_equal_one(alone, job, tmp_path, variant, kinds):
         assert sorted(together[first:first + 40]) == sorted(order.starts(first, 40))
 
 
+def test_evaluation_of_windows_that_are_a_batch_each(tmp_path):
+    """Three of them over two processes: the dummy that the second one gets changes nothing."""
+    T, cpu = 2304, torch.device("cpu")
+    folder = write_data(tmp_path / "long", np.arange(3 * T + 1) % 257)
+    tokens = train.Tokens(folder, "val", load_meta(folder), T)
+    model = GPT(GPTConfig(block_size=T, vocab_size=257, n_layer=1, n_head=1, n_embd=8)).double()
+    one, *two = (train.evaluate(model, tokens, 3 * T, SimpleNamespace(
+        rank=rank, world=world, device=cpu, sum=lambda sums: sums), torch.float64)
+        for rank, world in ((0, 1), (0, 2), (1, 2)))
+    assert sum(two) == pytest.approx(one, rel=1e-12) and 0 < two[1] < two[0] < one
+
+
 @pytest.mark.parametrize("dtype, worlds", [
     ("float32", (0, 2)), torture("float32", (0, 1, 2, 3)), torture("bfloat16", (0, 1, 2, 3))])
 def test_evaluation_is_the_same_number_everywhere(alone, job, tmp_path, data_dir, dtype, worlds):
@@ -507,7 +535,8 @@ def test_sharded_equals_copied(job, tmp_path, variant, steps, kinds):
             "recomputed": dict(parallel="fsdp", activation_checkpointing=True)}
     bounds = {("adamw", "float64"): 1e-12, ("adamw", "float32"): 1e-5,
               ("muon", "float64"): 1e-3, ("muon", "float32"): 1e-3}  # it sums shards in bf16
-    ranks(2, *(job(tmp_path / f"{o}-{d}-{name}", optimizer=o, dtype=d, **how, **options)
+    ranks(2, *(job(tmp_path / f"{o}-{d}-{name}", *([sharded_gradients] if how else []),
+                   optimizer=o, dtype=d, **how, **options)
                for o, d in kinds for name, how in ways.items()))
     worst = {}
     for o, d in kinds:

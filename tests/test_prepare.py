@@ -4,6 +4,7 @@ What needs GPT-2's vocabulary or the sample texts looks for them in ../shared/da
 $NANOYURII_SHARED) and is skipped where they are absent.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -510,6 +511,19 @@ def test_without_locks_no_open_file_is_in_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr("config.fcntl", None)
     with locked(tmp_path, "never"):
         assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_is_only_warned_of(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("config.fcntl.flock", flock)
+    with locked(tmp_path, "never"):
+        pass
+    warning = capsys.readouterr().err
+    assert str(tmp_path) in warning and "Function not implemented" in warning
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):

@@ -716,6 +716,32 @@ def test_sigterm_to_a_program(run, words, tmp_path):
     assert_same(load(tmp_path / "half")["model"], load(tmp_path / "whole")["model"])
 
 
+def test_torchruns_restart_of_a_refused_run_is_refused(run, tmp_path, monkeypatch):
+    """As torchrun --max-restarts starts it again; its store outlives the attempts."""
+    run(tmp_path / "old", max_iters=3)
+    before = (tmp_path / "old" / "ckpt.pt").read_bytes()
+    store = train.dist.HashStore()
+    monkeypatch.setattr(train.dist, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost",
+                            MASTER_PORT=0, TORCHELASTIC_USE_AGENT_STORE=True).items():
+        monkeypatch.setenv(name, str(value))
+
+    def attempt(out, **options):
+        try:
+            return of_kind(run(tmp_path / out, **options), "train")
+        finally:
+            if train.dist.is_initialized():
+                train.dist.destroy_process_group()
+
+    for count in "01":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        refused(lambda: attempt("old"), "--overwrite")
+    assert (tmp_path / "old" / "ckpt.pt").read_bytes() == before
+    attempt("new", max_iters=3)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert [r["iter"] for r in attempt("new")] == [0, 1, 2, 3, 4, 5]
+
+
 def test_torchruns_restart_resumes(run, tmp_path, monkeypatch):
     run(tmp_path, max_iters=3)
     refused(lambda: run(tmp_path), "--overwrite")
