@@ -3,7 +3,7 @@
 The paper's warm-up is a tenth of its steps, the short one of a reproduction a 250th: here 49 and 2.
 
 Data:     as study_suite
-Run:      python bench.py compare config/study_optimizer.py
+Run:      python bench.py compare config/study_optimizer.py    (speeds first: on a quiet machine)
 Cost:     40 runs of about 1.0 M tokens.
 """
 
@@ -12,6 +12,7 @@ from config.study_suite import *
 study = "optimizer"
 out_dir = "out-study-optimizer"
 budget = "seconds"
+steps = 40  # of a turn when speeds are measured: with a few, small models pay for taking turns
 warmup_iters = 49
 x = "seconds"
 variants = (

@@ -188,6 +188,9 @@ def test_budgets(study, monkeypatch, budget, steps):
     runs = study("a: n_layer=2", "b: n_layer=4", budget=budget, max_iters=60, seeds=1)
     assert [r["steps"] for r in runs] == [60, steps]
     assert asked[1:] == ([["a", "c"]] if budget == "seconds" else [])
+    runs = study("a: n_layer=2", "b: n_layer=4", "d: n_layer=4 weight_decay=0 warmup_iters=3",
+                 budget=budget, max_iters=60, seeds=1)
+    assert [r["steps"] for r in runs] == [60, steps, steps] and len(asked) in (0, 2)
 
 
 def test_seconds_are_measured(study):

@@ -40,6 +40,10 @@ CELL = {"dataset", "data_dir", "out_dir", "init_from", "overwrite", "seed"}
 # what changes no figure
 ASIDE = {"device", "log_interval", "save_interval", "always_save_checkpoint", "check_data",
          "wandb_log", "wandb_project", "wandb_run_name", "tensorboard"}
+# what makes no step slower
+SAME_SPEED = {"max_iters", "learning_rate", "min_lr", "muon_lr", "scalar_lr", "weight_decay",
+              "muon_weight_decay", "beta1", "beta2", "warmup_iters", "lr_decay_iters", "schedule",
+              "decay_fraction", "mu_init", "beta_init", "gamma_init", "residual_init_scale"}
 
 
 # -----------------------------------------------------------------------------
@@ -157,15 +161,17 @@ def variant(label: str, c: BenchConfig) -> Variant:
 
 def measured(planned: dict[str, BenchConfig], c: BenchConfig, results: "Results",
              speed: Callable) -> dict[str, float]:
-    """Tokens per second over the first one's: measured once, then kept with the results."""
-    options = {label: json.dumps(variant(label, own).options) for label, own in planned.items()}
+    """Tokens per second over the first one's: measured once for all that are equally fast, then
+    kept with the results."""
+    options = {label: json.dumps({k: v for k, v in variant(label, own).options.items()
+                                  if k not in SAME_SPEED}) for label, own in planned.items()}
     first = next(iter(planned))
     keys = {label: hashlib.sha256(f"{options[first]} {own}".encode()).hexdigest()[:16]
             for label, own in options.items()}
     known = results.head.setdefault("speeds", {})
-    new = [label for label in planned if keys[label] not in known]
+    new = {keys[label]: label for label in reversed(planned) if keys[label] not in known}
     if new:
-        which = {label: planned[label] for label in dict.fromkeys([first, *new])}
+        which = {label: planned[label] for label in dict.fromkeys([first, *reversed(new.values())])}
         rows = speed(which, replace(c, vocab_size=planned[first].vocab_size, eval_iters=None))
         known |= {keys[row["variant"]]: round(row["ratio"], 4) for row in rows}
     if torch.cuda.is_initialized():
