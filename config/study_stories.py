@@ -19,3 +19,4 @@ variants = (
 )
 
 dataset = "tinystories_bytes"
+eval_tokens = 100_000
