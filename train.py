@@ -607,7 +607,8 @@ class Log:
         self.sinks = [*([wandb_sink(config)] if config.wandb_log else []),
                       *([tensorboard_sink(config)] if config.tensorboard else [])]
         path = os.path.join(config.out_dir, "log.jsonl")
-        self.file = open(path, "w" if length is None else "a", encoding="utf-8")
+        # unbuffered, so that what a full disk refuses is not tried again when the file is closed
+        self.file = open(path, "wb" if length is None else "ab", buffering=0)
         if length is not None and self.file.tell() > length:
             self.file.truncate(length)
             self.file.seek(0, os.SEEK_END)
@@ -618,8 +619,9 @@ class Log:
             self.write({"type": "config", **asdict(config)})
 
     def write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        data = f"{json.dumps(record)}\n".encode()
+        while data:
+            data = data[self.file.write(data):]
 
     def record(self, kind: str, step: int, scalars: dict[str, list[list[float]]] | None = None,
                **values: float | None) -> None:
