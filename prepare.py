@@ -227,7 +227,7 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
         fail(f"{folder} is unfinished; if prepare.py was stopped there, run it again")
     if missing:
         named = folder.name in CORPORA and folder.name not in ("text", "hf")
-        words = ('' if named else 'text --input=FILES --name=') + folder.name
+        words = ("" if named else "text --input=FILES --name=") + folder.name
         if len(missing) == 1:
             fail(f"no {missing[0]}.bin in {folder}; make both with: python prepare.py {words} "
                  f"--overwrite")
