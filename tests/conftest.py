@@ -46,6 +46,25 @@ def data_dir(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """Drawing loss.png takes longer than a tiny run: a test of it asks for `pictures`."""
+    import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = train.refresh_picture
+        patch.setattr(train, "refresh_picture", lambda _: None)
+        yield real
+
+
+@pytest.fixture
+def pictures(no_pictures, monkeypatch):
+    """The runs of this test draw loss.png."""
+    import train
+
+    monkeypatch.setattr(train, "refresh_picture", no_pictures)
+
+
 @pytest.fixture
 def words(data_dir):
     """words(out_dir, **options): the command line of a tiny run."""

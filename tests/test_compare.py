@@ -492,20 +492,16 @@ def test_published_figures_stand_beside(study):
     assert [line[at] for line in column if line[0] in ("| a", "| b")] == ["", "1.234"]
 
 
-def test_a_study_that_trains(words, tmp_path, data_dir, run):
+def test_a_study_that_trains(words, tmp_path, data_dir, run, monkeypatch, capsys):
     """Two variants, two at a time, in processes of their own. Anyone who runs a cell's options with
     train.py gets its figure; a cell that was cut off goes on from its checkpoint."""
-    def start(*more):
-        return subprocess.run(
-            [sys.executable, str(ROOT / "bench.py"), "compare", *words("runs"), "--study=s",
-             "--seeds=2", "--jobs=2", "--results=found", "--variants", "gd: template=gd",
-             "tmm: template=tmm", *more], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-
-    for folder in ("runs", "found"):
-        assert not (tmp_path / folder).exists()
-    done = start("--dry_run")
-    assert done.returncode == 0 and not (tmp_path / "runs").exists(), done.stderr
-    done = start()
+    monkeypatch.chdir(tmp_path)
+    argv = ["compare", *words("runs"), "--study=s", "--seeds=2", "--jobs=2", "--results=found",
+            "--variants", "gd: template=gd", "tmm: template=tmm"]
+    bench.main([*argv, "--dry_run"])
+    assert not list(tmp_path.iterdir())
+    done = subprocess.run([sys.executable, str(ROOT / "bench.py"), *argv], capture_output=True,
+                          text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "4 runs to do, 0 there, 2 at a time" in done.stdout
     path = tmp_path / "found/s/results.json"
@@ -520,8 +516,9 @@ def test_a_study_that_trains(words, tmp_path, data_dir, run):
     before = path.read_text()
     stored["runs"] = runs[:3]
     path.write_text(json.dumps(stored))
-    done = start()
-    assert "1 runs to do, 3 there" in done.stdout
+    capsys.readouterr()
+    bench.main(argv)
+    assert "1 runs to do, 3 there" in capsys.readouterr().out
     assert "resuming" in (tmp_path / "runs/s/tmm-seed2/output.txt").read_text()
 
     def losses(text):

@@ -49,11 +49,6 @@ SHARED = dict(dataset="count", batch_size=2, gradient_accumulation_steps=6)
 # Runs in this process and in ranks
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr(train, "plot_losses", lambda *_: None)
-
-
 @pytest.fixture
 def alone(run):
     """alone(out, *hooks, **options): a run in this process; its records."""
@@ -77,7 +72,6 @@ def several(jobs, ports) -> None:
     def main(_, once=train.main):
         for (argv, hooks), port in zip(jobs, ports, strict=True):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train, "plot_losses", lambda *_: None)
                 patch.setenv("MASTER_PORT", port)
                 for hook in hooks:
                     hook(patch)

@@ -683,11 +683,6 @@ def test_chunks_under_autocast_are_as_exact_as_the_plain_loss(name, dtype):
 # Chunks by the command line
 
 
-@pytest.fixture
-def no_picture(monkeypatch):
-    monkeypatch.setattr(train, "plot_losses", lambda *_: None)
-
-
 def numbers(out):
     """Losses, gradient norms and evaluations of a run."""
     records = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
@@ -698,7 +693,7 @@ def numbers(out):
 @pytest.mark.parametrize("options", [
     dict(bias=True), dict(template="nesterov", optimizer="muon", dropout=0.2,
                           activation_checkpointing=True)], ids=["gpt", "yuriiformer"])
-def test_training_in_chunks_is_training(run, tmp_path, monkeypatch, no_picture, options):
+def test_training_in_chunks_is_training(run, tmp_path, monkeypatch, options):
     """Micro-batches of 64 tokens; the words reach the model, evaluations see all tokens."""
     seen = []
 
@@ -717,7 +712,7 @@ def test_training_in_chunks_is_training(run, tmp_path, monkeypatch, no_picture, 
         assert len(ours) == 6 * 2 + 3 and np.abs(ours - theirs).max() < 1e-11
 
 
-def test_resuming_with_chunks(run, tmp_path, no_picture):
+def test_resuming_with_chunks(run, tmp_path):
     options = dict(dtype="float64", bias=True)
     run(tmp_path / "plain", **options)
     run(tmp_path / "ours", max_iters=3, lr_decay_iters=6, **options)
@@ -726,7 +721,7 @@ def test_resuming_with_chunks(run, tmp_path, no_picture):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_train_in_chunks(run, words, tmp_path, no_picture, parallel):
+def test_two_processes_train_in_chunks(run, words, tmp_path, parallel):
     options = dict(template="nesterov", dtype="float64", max_iters=3)
     run(tmp_path / "plain", **options)
     run_ranks(words(tmp_path / "two", parallel=parallel, loss_chunk=24, **options), 2)

@@ -1013,7 +1013,7 @@ def test_the_options_are_printed(run, tmp_path, capsys):
     assert "128 tokens = 2 micro-batches of 4 x 16" in out
 
 
-def test_the_loss_curve(run, tmp_path):
+def test_the_loss_curve(run, pictures, tmp_path):
     image = pytest.importorskip("matplotlib.image")
     run(tmp_path)
     pixels = image.imread(tmp_path / "loss.png")[..., :3]
@@ -1034,7 +1034,7 @@ def test_several_runs_in_one_picture(run, tmp_path):
     assert orange[0] == 0 and orange[1] > 100
 
 
-def test_no_curve_without_matplotlib(run, tmp_path, monkeypatch):
+def test_no_curve_without_matplotlib(run, pictures, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)

@@ -44,7 +44,7 @@ def lines(axes):
     return {line.get_label(): tuple(np.asarray(line.get_data(), float)) for line in axes.lines}
 
 
-def test_the_picture_is_refreshed_at_every_evaluation(run, tmp_path, monkeypatch):
+def test_the_picture_is_refreshed_at_every_evaluation(run, pictures, tmp_path, monkeypatch):
     drawn_at = []
     real = train.plot_losses
     monkeypatch.setattr(train, "plot_losses", lambda dirs, path, *more: (
@@ -94,7 +94,7 @@ def test_seconds_go_on_over_an_interruption(tmp_path):
     assert [r["seconds"] for r in train.read_log(tmp_path)[1:]] == [1.0, 4.0, 4.5, 6.0, 7.0]
 
 
-def test_a_damaged_log_or_picture_does_not_end_a_run(run, words, tmp_path):
+def test_a_damaged_log_or_picture_does_not_end_a_run(run, pictures, words, tmp_path):
     run(tmp_path, max_iters=3)
     log = tmp_path / "log.jsonl"
     log.write_bytes(b"#" + log.read_bytes()[1:])  # of the same length

@@ -3,6 +3,7 @@ on the same windows. What they found is in findings.py."""
 
 import bisect
 import contextlib
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -71,18 +72,28 @@ class Variant:
         return c.max_iters * c.batch_size * c.gradient_accumulation_steps * c.block_size
 
 
+class Shape(GPT):
+    """A model of which only the sizes are wanted."""
+
+    def init_weights(self) -> None:
+        pass
+
+
+@functools.cache
+def shape_size(**shape) -> dict[str, int]:
+    """Parameters, matrices and FLOPs per token of a GPTConfig."""
+    with torch.device("meta"):
+        model = Shape(GPTConfig(**shape))
+    matrices = sum(p.numel() for p in model.parameter_roles()["matrix"].values())
+    return {"parameters": model.get_num_params(False), "matrices": matrices,
+            "flops_per_token": model.flops_per_token()}
+
+
 def model_size(c: BenchConfig) -> dict[str, int]:
     """Parameters, matrices and FLOPs per token. Each layer adds the same, so that models of one and
     two layers tell them of any."""
-    def of(n_layer: int) -> dict[str, int]:
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**model_args(c) | {"n_layer": n_layer}))
-        matrices = sum(p.numel() for p in model.parameter_roles()["matrix"].values())
-        return {"parameters": model.get_num_params(False), "matrices": matrices,
-                "flops_per_token": model.flops_per_token()}
-
     try:
-        one, two = of(1), of(2)
+        one, two = (shape_size(**model_args(c) | {"n_layer": n}) for n in (1, 2))
     except RuntimeError:
         fail(f"n_embd={c.n_embd} makes too large a model; choose a smaller one")
     return {name: one[name] + (c.n_layer - 1) * (two[name] - one[name]) for name in one}
