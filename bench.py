@@ -47,6 +47,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -359,13 +361,22 @@ def memory(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
     jobs = [(name, own, False) for name, own in configs.items()]
     jobs += [("nanogpt", c, True)] if c.nanogpt else []
     rows: list[dict] = []
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for name, own, theirs in jobs:
-            peak, parameters = pool.apply(peak_memory, (own, theirs))
-            first = rows[0]["peak_mb"] if rows else peak / 1e6
-            rows.append({"variant": name, "parameters": parameters, "peak_mb": peak / 1e6,
-                         "ratio": peak / 1e6 / (first or 1.0)})
+    for name, own, theirs in jobs:
+        peak, parameters = apart(peak_memory, own, theirs)
+        first = rows[0]["peak_mb"] if rows else peak / 1e6
+        rows.append({"variant": name, "parameters": parameters, "peak_mb": peak / 1e6,
+                     "ratio": peak / 1e6 / (first or 1.0)})
     return rows
+
+
+def apart(function: Callable, *args):
+    """What it returns in a process of its own. UserError if that is killed."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool:
+            fail("the process that measured was killed, perhaps because this machine's memory was "
+                 "full; choose smaller sizes")
 
 
 def fit(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
@@ -375,12 +386,11 @@ def fit(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
     jobs = [(name, own, False) for name, own in configs.items()]
     jobs += [("nanogpt", c, True)] if c.nanogpt else []
     rows: list[dict] = []
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for name, own, theirs in jobs:
-            found = largest(lambda n, own=own, theirs=theirs: pool.apply(
-                fits, (replace(own, batch_size=n, eval_iters=None), theirs)))
-            first = rows[0]["micro_batch"] if rows else found
-            rows.append({"variant": name, "micro_batch": found, "ratio": found / (first or 1)})
+    for name, own, theirs in jobs:
+        found = largest(lambda n, own=own, theirs=theirs: apart(
+            fits, replace(own, batch_size=n, eval_iters=None), theirs))
+        first = rows[0]["micro_batch"] if rows else found
+        rows.append({"variant": name, "micro_batch": found, "ratio": found / (first or 1)})
     return rows
 
 

@@ -198,27 +198,18 @@ def test_fitting(monkeypatch):
         if c.batch_size * c.n_layer > 10:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    class Pool:
-        apply = staticmethod(lambda function, args: function(*args))
-
-        def __init__(self, *_, **__):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
     monkeypatch.setattr(bench, "peak_memory", memory)
     monkeypatch.setattr(bench, "pick_device", lambda _: torch.device("cuda"))
-    context = type("Context", (), {"Pool": Pool})
-    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(bench, "apart", lambda function, *args: function(*args))
     rows = bench.measure(["fit", *TINY])  # two layers, one layer
     assert [(r["micro_batch"], r["ratio"]) for r in rows] == [(5, 1.0), (10, 2.0)]
     monkeypatch.setattr(bench, "peak_memory", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bench.measure(["fit", *TINY])
+
+
+def test_a_measuring_process_that_is_killed_is_one_line():
+    refused(lambda: bench.apart(os._exit, 137), "was killed")
 
 
 def test_preparing(monkeypatch, tmp_path, capsys):
