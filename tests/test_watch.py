@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import bench
 import train
 from model import GPT, GPTConfig, read_checkpoint
+from tools.findings import draw_curves
 
 figures = pytest.importorskip("matplotlib.figure")
 
@@ -245,3 +246,11 @@ def test_what_cannot_be_drawn_is_one_line(run, tmp_path, monkeypatch, command, s
     with folder(tmp_path, monkeypatch):
         refused(lambda: bench.main(command.split()), said)
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_studys_curves_over_seconds_are_means_over_its_seeds(tmp_path, drawn):
+    runs = [{"variant": "a", "steps": 2, "seconds": s, "curve": [[0, 5.0], [1, loss], [2, 1.0]]}
+            for s, loss in ((8.0, 2.0), (16.0, 3.0))]
+    draw_curves(runs, str(tmp_path / "x.png"), "seconds")
+    ((xs, ys),) = lines(drawn[0].axes[0]).values()
+    assert (xs.tolist(), ys.tolist()) == ([0, 6, 12], [5, 2.5, 1])

@@ -155,7 +155,7 @@ def draw_curves(runs: list[dict], path: str, x: str) -> None:
         for i, (name, own) in enumerate(by_variant(runs).items()):
             curves = [dict(run["curve"]) for run in own]  # step -> loss
             steps = [step for step in curves[0] if all(step in curve for curve in curves)]
-            xs = [step * unit(own[0]) for step in steps]
+            xs = [step * statistics.mean(map(unit, own)) for step in steps]
             at_step = [[curve[step] for curve in curves] for step in steps]
             mean, color = list(map(statistics.mean, at_step)), f"C{i % 10}"
             axes.plot(xs, mean, color=color, ls=("-", "--", ":")[i // 10 % 3],
