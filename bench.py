@@ -370,7 +370,7 @@ def memory(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
 
 
 def apart(function: Callable, *args):
-    """What it returns in a process of its own. UserError if that is killed."""
+    """function(*args), called in a process of its own. UserError if that is killed."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args).result()
