@@ -54,36 +54,28 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from config import UserError, cli, fail, read_config
-from model import (
-    GPT,
-    GPTConfig,
-    KVCache,
+from config import read_config
+from model import GPT, GPTConfig, KVCache
+from support.checkpoint import model_from, read_checkpoint
+from support.data import Tokens, WindowOrder, prefetch
+from support.device import (
     autocast,
     can_compile,
     out_of_memory,
+    peak_resident,
     pick_device,
     pick_dtype,
-    read_checkpoint,
+    tune_allocator,
 )
-from prepare import END_OF_TEXT, load_meta
+from support.errors import UserError, cli, fail
+from support.muon import Muon
+from support.tokenizer import END_OF_TEXT, load_meta
 from tools.compare import compare
 from tools.exchange import convert, export
 from tools.judge import judge
 from tools.options import BenchConfig
 from tools.watch import picture, plot
-from train import (
-    Muon,
-    Tokens,
-    WindowOrder,
-    accumulate,
-    make_optimizers,
-    model_args,
-    peak_resident,
-    prefetch,
-    try_compile,
-    tune_allocator,
-)
+from train import accumulate, make_optimizers, model_args, try_compile
 
 # -----------------------------------------------------------------------------
 # What is measured: a name, a function that does some work, and how much work that is
@@ -591,7 +583,7 @@ def loss(configs: dict[str, BenchConfig], c: BenchConfig) -> list[dict]:
         for name, out in (("nanogpt", f"{folder}/nanogpt/out"), (fast, f"{folder}/ours")):
             if name in runs:
                 path = os.path.join(out, "ckpt.pt")
-                model = GPT.from_checkpoint(read_checkpoint(path))
+                model = model_from(read_checkpoint(path))
                 _, _, said = program(
                     "train.py", f"--init_from={path}", f"--dataset={dataset}", "--eval_only",
                     f"--data_dir={os.path.abspath(c.data_dir)}", f"--out_dir={folder}/none",

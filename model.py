@@ -11,17 +11,11 @@ Sources: YuriiFormer, arXiv 2601.23236; Momentum Streams, arXiv 2605.24425; Hour
 2602.06471. "(our reading)" marks what no public source confirms.
 """
 
-import contextlib
-import json
 import math
 import os
-import pickle
-import sys
-import textwrap
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -30,7 +24,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from config import UserError, check_fields, fail, printable, reason
+from config import check_fields
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's: large CPU tensors in huge pages
 
@@ -899,26 +893,38 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> "GPT":
         """OpenAI's GPT-2 through transformers: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder
-        that transformers saved. override_args: only dropout (else ValueError). UserError where it
-        cannot be loaded."""
+        that transformers saved. override_args: only dropout. Raises ValueError for another
+        architecture, and what transformers raises where it cannot load."""
+        from transformers import GPT2LMHeadModel
+
         override_args = override_args or {}
         if set(override_args) - {"dropout"}:
             raise ValueError(f"{sorted(override_args)}: only dropout can be overridden")
-        return cls.from_checkpoint(read_pretrained(model_type), **override_args)
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint: dict, **override_args) -> "GPT":
-        """The model of a checkpoint, ours or nanoGPT's. override_args: config values to change."""
-        model = cls(replace(checkpoint_config(checkpoint), **override_args))
-        weights = {k.removeprefix("_orig_mod."): w for k, w in checkpoint["model"].items()}
-        masks = [k for k in weights if k.endswith(".attn.bias")]  # older nanoGPT's causal masks
-        try:
-            model.to(weights["lm_head.weight"].dtype)
-            model.load_state_dict({k: w for k, w in weights.items() if k not in masks})
-        except (KeyError, RuntimeError) as error:  # torch lists all that is missing or misshapen
-            what = textwrap.shorten(str(error), 300)
-            fail(f"the checkpoint's weights do not fit its model_args: {what}")
+        source, info = GPT2LMHeadModel.from_pretrained(model_type, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"it has no {sorted(info['missing_keys'])[0]}")
+        hf = source.config
+        gelus = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+        needed = dict(layer_norm_epsilon=1e-5, scale_attn_weights=True, tie_word_embeddings=True,
+                      scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+        other = [f"{name}={getattr(hf, name)}" for name, value in needed.items()
+                 if getattr(hf, name) != value]
+        if hf.activation_function not in gelus:
+            other.append(f"activation_function={hf.activation_function}")
+        if other:
+            raise ValueError(f"it is no GPT-2 that this model can be: it has {', '.join(other)}")
+        model = cls(GPTConfig(
+            block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer,
+            n_head=hf.n_head, n_embd=hf.n_embd, ffn_hidden=hf.n_inner, bias=True,
+            activation=gelus[hf.activation_function], **override_args))
+        model.load_state_dict(transposed(source.state_dict()))
         return model
+
+
+def transposed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our weights as transformers' GPT-2 has them, or back: its matrices are transposed."""
+    ends = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {name: w.t() if name.endswith(ends) else w for name, w in weights.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -941,266 +947,3 @@ def draw(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = Non
     return (drawn if ids is None else ids.gather(1, drawn))[:, 0]
 
 
-# All that torch.distributed.checkpoint names in its metadata, beside the dtypes. (Not
-# BytesStorageMetadata: objects, which it would unpickle.)
-SHARD_CLASSES = {
-    "torch": {"Size"}, "torch.serialization": {"_get_layout"},
-    "pathlib": {"PosixPath", "WindowsPath"}, "pathlib._local": {"PosixPath", "WindowsPath"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-        "TensorProperties", "TensorStorageMetadata"}}
-
-
-class ShardMetadata(pickle.Unpickler):
-    """The metadata of shards is a pickle, which could run code: this one names nothing else."""
-
-    def find_class(self, module: str, name: str):
-        a_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if a_dtype or name in SHARD_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def shard_reader(folder: str):
-    """torch.distributed.checkpoint's reader of a folder that `parallel=fsdp` wrote. Raises OSError
-    or ValueError where a file is missing or too short."""
-    from torch.distributed.checkpoint import FileSystemReader  # which takes long to import
-
-    class Reader(FileSystemReader):
-        def read_metadata(self, *_, **__):
-            with open(os.path.join(folder, ".metadata"), "rb") as file:
-                metadata = ShardMetadata(file).load()
-            for part in metadata.storage_data.values():
-                path = os.path.join(folder, os.path.basename(part.relative_path))
-                if os.path.getsize(path) < part.offset + part.length:
-                    raise ValueError(f"{path} is too short")
-            return metadata
-
-    return Reader(folder)
-
-
-def read_shards(folder: str, kind: str) -> dict[str, torch.Tensor]:
-    """The whole tensors of shards whose names begin with kind/, on the CPU."""
-    import torch.distributed.checkpoint as dcp
-
-    reader = shard_reader(folder)
-    there = reader.read_metadata().state_dict_metadata.items()
-    tensors = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in there
-               if name.startswith(f"{kind}/")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this is a single process: so it should be
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items()}
-
-
-GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs: ours
-
-
-def conv1d(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our weights as transformers' GPT-2 has them, or back: its matrices are transposed."""
-    ends = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    return {name: w.t() if name.endswith(ends) else w for name, w in weights.items()}
-
-
-def read_pretrained(name: str) -> dict:
-    """A GPT-2 of the Hugging Face Hub, or a folder that transformers saved, as a checkpoint.
-    UserError where it cannot be loaded, or computes something that ours does not."""
-    try:
-        from transformers import GPT2LMHeadModel
-    except ImportError:
-        fail("GPT-2 weights need transformers: pip install transformers")
-    try:
-        source, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
-    except Exception as error:  # a damaged file raises nearly anything
-        fail(f"cannot load {name}: {reason(error)}")
-    if info["missing_keys"]:
-        fail(f"cannot load {name}: it has no {printable(sorted(info['missing_keys'])[0])}")
-    hf = source.config
-    odd = [f"{n}={getattr(hf, n)}" for n, usual in dict(
-        layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-        add_cross_attention=False, tie_word_embeddings=True).items() if getattr(hf, n) != usual]
-    if hf.activation_function not in GELUS:
-        odd.append(f"activation_function={hf.activation_function}")
-    if odd:
-        fail(f"{name} is no GPT-2 that this model can be: it has {', '.join(odd)}")
-    args = dict(block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer,
-                n_head=hf.n_head, n_embd=hf.n_embd, ffn_hidden=hf.n_inner, bias=True,
-                activation=GELUS[hf.activation_function])
-    return {"model": conv1d(source.state_dict()), "model_args": args}
-
-
-def read_folder(folder: str) -> dict:
-    """A checkpoint from a folder: bench.py export's model.safetensors and config.json, or a GPT-2
-    that transformers saved."""
-    try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
-        kind = "ours" if "model_args" in config else config.get("model_type")
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        kind = None
-    if kind == "gpt2":
-        return read_pretrained(folder)
-    if kind != "ours":
-        fail(f"{folder} holds no model of bench.py export, and no GPT-2 of transformers; of a run "
-             f"name the file: {os.path.join(folder, 'ckpt.pt')}")
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        fail(f"{folder} needs safetensors: pip install safetensors")
-    try:
-        table = load_file(os.path.join(folder, "model.safetensors"))
-        table["lm_head.weight"] = table["transformer.wte.weight"]  # tied
-    except Exception as error:  # a damaged file raises nearly anything
-        fail(f"{folder} is damaged: its model.safetensors: {reason(error)}")
-    return {k: config[k] for k in ("model_args", "tokenizer") if k in config} | {"model": table}
-
-
-CHECKPOINT_TYPES = {  # of what a checkpoint may have; nanoGPT's best_val_loss is a tensor
-    "model_args": dict, "config": dict, "optimizer": dict,
-    "scaler": dict, "shards": str, "rng": list, "iter_num": int, "tokens_seen": int, "skipped": int,
-    "best_val_loss": (int, float, torch.Tensor), "log_length": (int, type(None)),
-    "evaluated": (int, type(None)), "tokenizer": (dict, type(None))}
-
-
-def read_checkpoint(path: str, weights: bool = True) -> dict:
-    """A checkpoint file, or a folder (see read_folder), on the CPU; tensors and plain Python only.
-    UserError if it cannot be read. Where its tensors are in shards, its weights are read from
-    there, unless weights=False."""
-    if not os.path.exists(path):
-        fail(f"no checkpoint {path}; train one, or name the right folder")
-    try:
-        checkpoint = read_folder(path) if os.path.isdir(path) else torch.load(
-            path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except pickle.UnpicklingError:
-        fail(f"{path} is damaged or no checkpoint, or it holds more than tensors and plain Python, "
-             f"which could run code: it was not loaded")
-    except Exception as error:  # a damaged file raises nearly anything
-        fail(f"{path} is damaged or no checkpoint: {reason(error)}")
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        fail(f"{path} holds no model; expected nanoGPT's keys model and model_args")
-    for name, kinds in CHECKPOINT_TYPES.items():
-        value = checkpoint.get(name)
-        if (name in checkpoint and not isinstance(value, kinds)) or (
-                isinstance(value, int) and not 0 <= value < 2**63):
-            fail(f"{path} is damaged: it has {name}={printable(value)[:60]}")
-    table = checkpoint["model"]
-    if not (isinstance(table, dict) and (table or "shards" in checkpoint) and all(
-            isinstance(name, str) and isinstance(w, torch.Tensor) and w.is_floating_point()
-            for name, w in table.items())):
-        fail(f"{path} is damaged: its model is no table of weights")
-    if "shards" in checkpoint:
-        from torch.distributed.checkpoint import CheckpointException  # no kind of Exception
-
-        folder = os.path.join(os.path.dirname(path), os.path.basename(checkpoint["shards"]))
-        try:
-            shard_reader(folder).read_metadata()
-            if weights:
-                table = checkpoint["model"] = read_shards(folder, "model")
-                table["lm_head.weight"] = table["transformer.wte.weight"]  # tied
-        except (Exception, CheckpointException) as error:
-            fail(f"{path} is damaged: its {folder}: {reason(error)}")
-    return checkpoint
-
-
-def read_latest(out_dir: str, weights: bool = True) -> dict | None:
-    """The newest whole checkpoint of a run; None if there is none. A damaged one is named."""
-    problems = []
-    for name in ("ckpt.pt", "ckpt_prev.pt"):
-        path = os.path.join(out_dir, name)
-        if os.path.exists(path):
-            try:
-                checkpoint = read_checkpoint(path, weights)
-                if problems:
-                    print(f"warning: {problems[0]}; using {path}", file=sys.stderr)
-                return checkpoint
-            except UserError as error:
-                problems.append(str(error))
-    best = os.path.join(out_dir, "best.pt")  # alone until the first save that is due
-    if problems:
-        also = f"; perhaps {best} is whole: --init_from={best}" if os.path.exists(best) else ""
-        fail(*problems[:-1], problems[-1] + also)
-    return read_checkpoint(best, weights) if os.path.exists(best) else None
-
-
-def checkpoint_config(checkpoint: dict) -> GPTConfig:
-    """The architecture of a checkpoint, ours or nanoGPT's."""
-    args = checkpoint["model_args"].copy()
-    if unknown := sorted(map(str, set(args) - {f.name for f in fields(GPTConfig)})):
-        fail(f"the checkpoint's model has options that this version does not know: {unknown}")
-    if args.get("vocab_size") == 50304:
-        args.setdefault("vocab_used", 50257)  # nanoGPT's padded GPT-2 vocabulary
-    try:
-        return GPTConfig(**args)
-    except ValueError as error:
-        fail(*(f"the checkpoint's model has {line}" for line in str(error).splitlines()))
-
-
-def pick_device(device: str | None = None, index: int = 0) -> torch.device:
-    """The named device, or the best there is: CUDA (card `index`), MPS, CPU."""
-    there = torch.accelerator.current_accelerator(check_available=True)
-    try:
-        chosen = torch.device(device) if device else there or torch.device("cpu")
-    except RuntimeError:
-        fail(f"device={device}: no such device; use cpu, cuda, cuda:0 or mps")
-    if chosen.type == "cpu":
-        return chosen
-    if there is None or there.type != chosen.type:
-        fail(f"device={device}: there is no {chosen.type} here; use --device=cpu")
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", index if chosen.index is None else chosen.index)
-        if chosen.index >= torch.cuda.device_count():
-            fail(f"{chosen}: there are {torch.cuda.device_count()} cards here, counted from 0; use "
-                 f"one of them, or as many processes as there are cards")
-    return chosen
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-          "float64": torch.float64}
-
-
-def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """The named precision, or bf16 where the device computes in it (else fp16 on CUDA, fp32)."""
-    if dtype == "float64" and device.type == "mps":
-        fail("dtype=float64: mps has none; use --device=cpu")
-    if dtype:
-        return DTYPES[dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Mixed precision for bf16 and fp16, nothing for fp32 and fp64."""
-    if dtype in (torch.bfloat16, torch.float16):
-        return torch.autocast(device.type, dtype)
-    return contextlib.nullcontext()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """CUDA has an exception for it; MPS and CPUs raise a plain RuntimeError."""
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
-
-
-def can_compile(wanted: bool | None, device: torch.device, say: Callable = print) -> bool:
-    """Whether to compile: if it is wanted (None: on CUDA) and works here, which a small function
-    shows. Where it is not asked for outright, what fails to compile later runs eagerly, with
-    torch's warning."""
-    if wanted is False or (wanted is None and device.type != "cuda"):
-        return False
-    try:
-        probe = torch.compile(lambda z: z.sin() + z.cos())
-        probe(torch.ones(8, device=device))
-    except Exception as error:
-        if wanted:
-            fail(f"compile=True, but torch.compile does not work here: {reason(error)}; "
-                 f"use --compile=False")
-        say(f"not compiled, so slower: torch.compile does not work here: {reason(error)}")
-        return False
-    torch._dynamo.config.suppress_errors = not wanted
-    return True

@@ -17,17 +17,12 @@ from typing import Literal
 
 import torch
 
-from config import cli, fail, read_config
-from model import (
-    GPT,
-    can_compile,
-    out_of_memory,
-    pick_device,
-    pick_dtype,
-    read_checkpoint,
-    read_latest,
-)
-from prepare import Tokenizer, load_meta
+from config import read_config
+from model import GPT
+from support.checkpoint import model_from, read_checkpoint, read_latest
+from support.device import can_compile, out_of_memory, pick_device, pick_dtype
+from support.errors import cli, fail
+from support.tokenizer import Tokenizer, load_meta
 
 
 @dataclass
@@ -72,7 +67,7 @@ def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
         model, meta = GPT.from_pretrained(config.init_from), {"tokenizer": "gpt2"}
     else:
         checkpoint = load_checkpoint(config)
-        model = GPT.from_checkpoint(checkpoint, dropout=0.0)
+        model = model_from(checkpoint, dropout=0.0)
         if not all(p.isfinite().all() for p in model.parameters()):
             fail("the checkpoint's weights are nan or infinite: its run broke; use another one")
         meta = checkpoint.get("tokenizer") or nanogpt_tokenizer(checkpoint, config.data_dir)

@@ -9,54 +9,58 @@ config.json, loss.png. To go on after an interruption, add --init_from=resume.
 """
 
 import contextlib
-import ctypes
-import itertools
 import json
 import math
 import os
-import queue
-import re
 import shutil
-import signal
-import socket
 import sys
 import textwrap
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from config import (
-    UserError,
-    cli,
-    fail,
-    locked,
-    read_config,
-    reason,
-    replace,
-    sync_folder,
-)
-from model import (
-    GPT,
-    GPTConfig,
-    autocast,
-    can_compile,
+from config import read_config
+from model import GPT, GPTConfig
+from support.checkpoint import (
+    CHECKPOINTS,
     checkpoint_config,
-    out_of_memory,
-    pick_device,
-    pick_dtype,
+    holds_weights,
+    load_shards,
+    load_states,
+    model_from,
+    named_states,
+    nanogpt_states,
     read_checkpoint,
     read_latest,
-    shard_reader,
+    remove_remains,
+    rng_state,
+    save_checkpoint,
+    save_shards,
+    set_rng_state,
+    tensors_by_name,
+    write_file,
 )
-from prepare import load_meta, sha256
+from support.data import Tokens, WindowOrder, check_bins, evaluation_starts, prefetch, to_device
+from support.device import (
+    autocast,
+    can_compile,
+    out_of_memory,
+    peak_flops,
+    peak_mb,
+    pick_dtype,
+    tune_allocator,
+)
+from support.errors import cli, fail, reason
+from support.files import locked
+from support.log import Log, clock, refresh_picture, show
+from support.muon import Muon
+from support.ranks import Ranks, stop_signals
+from support.tokenizer import TOKENIZER_KEYS, load_meta
 
 
 @dataclass
@@ -169,215 +173,12 @@ class TrainConfig(GPTConfig):
         ]
 
 
-def tune_allocator(ours: bool = True) -> None:
-    """What glibc does with freed memory, a tenth of a training step on a CPU. Ours: the heap keeps
-    small tensors, where it would give them back and fault them in again at every step; from 4 MB
-    on, where the heap would keep pieces, they go back (and come in huge pages: see model.py).
-    False: glibc's own setting, as it settles. Without glibc nothing happens."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**22 if ours else 2**25)  # M_MMAP_THRESHOLD: whatever is larger goes back
-        mallopt(-1, 2**27 if ours else 2**26)  # M_TRIM_THRESHOLD: so much the heap may keep
-
-
-def holds_weights(folder: str) -> bool:
-    """Whether bench.py export or transformers may have written this folder."""
-    names = os.listdir(folder) if os.path.isdir(folder) else ()
-    return any(name.startswith(("model.safetensors", "pytorch_model")) for name in names)
-
-
 # -----------------------------------------------------------------------------
 # Data: a memory-mapped stream of tokens, read in windows of T + 1
 
 
-class Tokens:
-    """One split of a data folder with this meta. read(starts) gives rows of T + 1 raw ids."""
-
-    def __init__(self, folder: str, split: str, meta: dict, block_size: int):
-        self.path, kind = os.path.join(folder, f"{split}.bin"), np.dtype(meta["dtype"])
-        empty = os.path.getsize(self.path) < kind.itemsize  # which memmap refuses
-        self.data = np.zeros(0) if empty else np.memmap(self.path, kind.newbyteorder("<"), mode="r")
-        self.block_size, self.vocab_size = block_size, meta["vocab_size"]
-        if len(self) <= block_size:
-            fail(f"{self.path} has {len(self)} tokens, and a window of block_size={block_size} "
-                 f"needs {block_size + 1}; lower --block_size or prepare more text")
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def read(self, starts: Iterable[int]) -> torch.Tensor:
-        """(len(starts), T + 1), in the signed type as wide as the bin's: two bytes a token."""
-        rows = np.stack([self.data[s:s + self.block_size + 1] for s in starts])
-        if rows.max() >= self.vocab_size:
-            fail(f"{self.path} has the token id {rows.max()}, and its vocabulary only "
-                 f"{self.vocab_size}; prepare the data again")
-        return torch.from_numpy(rows.view(f"<i{rows.itemsize}"))
-
-
-def check_bins(folder: str, meta: dict) -> None:
-    """Compare the bins with what meta.json says of them. Raises UserError if they differ."""
-    for split in ("train", "val"):
-        path = os.path.join(folder, f"{split}.bin")
-        if "sha256" not in meta[split]:
-            fail(f"check_data=True: {folder} has no meta.json with the sha256 of its bins; drop "
-                 f"the option, or make the data with prepare.py")
-        if sha256(path) != meta[split]["sha256"]:
-            fail(f"{path} is not what prepare.py wrote: its sha256 differs from meta.json's; "
-                 f"prepare the data again, with --overwrite")
-
-
-def to_device(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw rows (B, T + 1) -> inputs and targets (B, T) int64 on the device."""
-    mask = (1 << 8 * rows.element_size()) - 1  # the bins are unsigned
-    ids = rows.to(device, non_blocking=device.type == "cuda").long() & mask
-    return ids[:, :-1].contiguous(), ids[:, 1:].clone()  # of a single row both would be views
-
-
-def mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
-    """A hash of uint64 (splitmix64's)."""
-    x = x + key
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def permuted(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """A keyed permutation of range(n), entry by entry, so that none need be stored: a Feistel
-    network on the cells of a rectangle; who lands on a cell beyond n goes through it again."""
-    columns = np.uint64(math.isqrt(n - 1) + 1)
-    rows = np.uint64(-(-n // int(columns)))
-    row, column = np.divmod(x.astype(np.uint64), columns)
-    for key in keys.reshape(-1, 2):
-        row = (row + mix(column, key[0])) % rows
-        column = (column + mix(row, key[1])) % columns
-    x = row * columns + column
-    beyond = x >= n
-    if beyond.any():
-        x[beyond] = permuted(x[beyond], n, keys)
-    return x
-
-
-class WindowOrder:
-    """The order in which training visits the windows, as arithmetic on one integer.
-
-    An epoch is a seeded permutation of W = (N - T) // T non-overlapping windows (one if N < 2T);
-    their grid starts at 0 in epoch 0 and at a seeded offset in [0, T) later. Position p is window
-    p % W of epoch p // W, whatever the micro-batch or the number of ranks.
-    """
-
-    def __init__(self, n_tokens: int, block_size: int, seed: int):
-        self.n_tokens, self.block_size, self.seed = n_tokens, block_size, seed
-        self.per_epoch = max(1, (n_tokens - block_size) // block_size)
-
-    def starts(self, position: int, count: int) -> list[int]:
-        """First tokens of the windows position .. position + count - 1."""
-        found: list[int] = []
-        while count > 0:
-            epoch, index = divmod(position, self.per_epoch)
-            here = min(count, self.per_epoch - index)
-            keys = np.random.SeedSequence([self.seed, epoch]).generate_state(9, np.uint64)
-            room = min(self.block_size, self.n_tokens - self.block_size)
-            offset = int(keys[8]) % room if epoch else 0
-            windows = permuted(np.arange(index, index + here), self.per_epoch, keys[:8])
-            found += (offset + self.block_size * windows.astype(np.int64)).tolist()
-            position, count = position + here, count - here
-        return found
-
-
-def evaluation_starts(n_tokens: int, block_size: int, eval_tokens: int) -> list[int]:
-    """Evenly spaced windows of the split that hold eval_tokens tokens, or all of them if fewer."""
-    there = (n_tokens - 1) // block_size
-    count = min(there, max(1, eval_tokens // block_size))
-    return [i * there // count * block_size for i in range(count)]
-
-
-def prefetch(batches: Iterator, depth: int = 4) -> Iterator:
-    """The same items, made `depth` ahead by a thread; its exception is raised here."""
-    ready: queue.Queue = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(item) -> bool:
-        while not closed.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return True
-        return False
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                if not put((batch, None)):
-                    return
-        except Exception as error:
-            put((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            batch, error = ready.get()
-            if error is not None:
-                raise error
-            yield batch
-    finally:
-        closed.set()
-        thread.join()  # a thread inside torch would abort the exit of the interpreter
-
-
 # -----------------------------------------------------------------------------
 # Optimisers and schedule
-
-
-def newton_schulz(x: torch.Tensor, group: dict) -> torch.Tensor:
-    """Each of the matrices x (n, rows, columns), rows <= columns, made nearly orthogonal, in bf16:
-    torch.optim.Muon's iteration on all of them at once."""
-    a, b, c = group["ns_coefficients"]
-    x = x.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-    for _ in range(group["ns_steps"]):
-        gram = x @ x.mT  # (n, rows, rows)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
-
-
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon, to bf16's rounding, but with Newton-Schulz of all matrices of a shape at
-    once, and under DDP divided over the processes: each does its share and gives it to the others.
-    Its own goes on one matrix at a time, in every process all of them."""
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list] = {}  # rows <= columns -> matrices and their updates
-            for p in (p for p in group["params"] if p.grad is not None):
-                if p not in self.state:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"])
-                update = update.mT if p.size(0) > p.size(1) else update
-                shapes.setdefault(update.shape, []).append((p, update))
-            for pairs in shapes.values():
-                updates = share_out(lambda x, g=group: newton_schulz(x, g),
-                                    torch.stack([update for _, update in pairs]).bfloat16())
-                for (p, _), update in zip(pairs, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.mT if p.size(0) > p.size(1) else update,
-                           alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
-
-
-def share_out(function: Callable, x: torch.Tensor) -> torch.Tensor:
-    """function(x), along the first dimension divided over the processes, which all get it all."""
-    if not dist.is_initialized():
-        return function(x)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    n = -(-len(x) // world)
-    part = torch.zeros(n, *x.shape[1:], dtype=x.dtype, device=x.device)
-    own = x[rank * n:(rank + 1) * n]
-    if len(own):
-        part[:len(own)] = function(own)
-    whole = x.new_empty(n * world, *x.shape[1:])
-    dist.all_gather_into_tensor(whole, part)
-    return whole[:len(x)]
 
 
 def make_optimizers(model: GPT, config: TrainConfig, device: torch.device,
@@ -422,474 +223,20 @@ def lr_multiplier(step: int, config: TrainConfig) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def named_states(optimizers: dict[str, torch.optim.Optimizer]) -> dict:
-    """optimiser -> parameter name -> its state."""
-    return {kind: {name: o.state[p] for g in o.param_groups
-                   for name, p in zip(g["param_names"], g["params"], strict=True) if p in o.state}
-            for kind, o in optimizers.items()}
-
-
-def load_states(optimizers: dict[str, torch.optim.Optimizer], states: dict) -> None:
-    """The inverse of named_states; cuts the state of a position table that was cropped, and keeps
-    of a sharded parameter's this process's part."""
-    def fit(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        if not isinstance(value, torch.Tensor) or not value.dim() or hasattr(value, "to_local"):
-            return value
-        value = value[:len(p)]
-        if hasattr(p, "to_local") and value.shape == p.shape:  # a DTensor
-            from torch.distributed.tensor import distribute_tensor
-
-            value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-        return value
-
-    for kind, o in optimizers.items():
-        plan = o.state_dict()  # numbers the parameters in the order of the groups
-        named = {n: p for g in o.param_groups
-                 for n, p in zip(g["param_names"], g["params"], strict=True)}
-        numbers = [i for g in plan["param_groups"] for i in g["params"]]
-        for i, (n, p) in zip(numbers, named.items(), strict=True):
-            if n in states[kind]:
-                fitted = {k: fit(v, p) for k, v in states[kind][n].items()}
-                if bad := [k for k, v in fitted.items() if not isinstance(v, torch.Tensor)
-                           or (v.dim() and v.shape != p.shape)]:
-                    fail(f"the checkpoint's {kind} state {bad[0]} of {n} does not fit its "
-                         f"parameter; start from the weights alone: --init_from=FILE.pt and "
-                         f"another --out_dir")
-                plan["state"][i] = fitted
-        o.load_state_dict(plan)
-
-
-def nanogpt_states(model: GPT, state: dict) -> dict:
-    """nanoGPT's optimiser state, numbered in its order (matrices and tables, then the rest), by
-    name."""
-    named = list(model.named_parameters())
-    names = [n for n, p in named if p.dim() >= 2] + [n for n, p in named if p.dim() < 2]
-    return {"adamw": {names[i]: s for i, s in state["state"].items()}}
-
-
 # -----------------------------------------------------------------------------
 # Checkpoints
-
-
-def write_file(state: dict, path: str) -> None:
-    """Write a checkpoint so that `path` is the old or the new one, whole, at every moment."""
-    partial = f"{path}.partial"
-    try:
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        full = "" if isinstance(error, OSError) else "the disk is full, it seems: "
-        fail(f"cannot write {path}: {full}{reason(error)}; ckpt.pt and the others of before are "
-             f"intact")
-
-
-def link(source: str, target: str) -> None:
-    """Give the file `source` a second name in one step, replacing what `target` named before."""
-    if os.path.exists(target) and os.path.samefile(source, target):
-        return  # for which POSIX renames nothing, and leaves the partial name
-    with contextlib.suppress(OSError):
-        os.remove(f"{target}.partial")
-    try:
-        os.link(source, f"{target}.partial")
-        replace(f"{target}.partial", target)
-    except OSError:  # a file system without hard links
-        write_file(read_checkpoint(source, weights=False), target)
-
-
-CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
-
-
-def save_checkpoint(state: dict, out_dir: str, latest: bool, best: bool) -> None:
-    """ckpt.pt, keeping the one before as ckpt_prev.pt, and best.pt, which may be the same file."""
-    path, best_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "best.pt")
-    if best:  # first: a run killed in between comes here again
-        write_file(state, best_path)
-    if latest:
-        if os.path.exists(path):
-            link(path, os.path.join(out_dir, "ckpt_prev.pt"))
-        if best:
-            link(best_path, path)
-        else:
-            write_file(state, path)
-
-
-def tensors_by_name(model: GPT, optimizers: dict[str, torch.optim.Optimizer]) -> dict:
-    """model/parameter and optimiser/parameter/state -> tensor, or this process's part of it."""
-    weights = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
-    return weights | {f"{kind}/{name}/{key}": value for kind, of in named_states(optimizers).items()
-                      for name, state in of.items() for key, value in state.items()}
-
-
-def save_shards(tensors: dict[str, torch.Tensor], out_dir: str, step: int, ranks: "Ranks") -> str:
-    """Every process writes its parts to a new folder of out_dir, whose name is returned: it counts
-    once a checkpoint has that name."""
-    import torch.distributed.checkpoint as dcp
-
-    names = (f"shards-{step}" + (f"-{i}" if i else "") for i in itertools.count())
-    name = ranks.gather(next(n for n in names if not os.path.exists(os.path.join(out_dir, n))))[0]
-    folder = os.path.join(out_dir, name)
-    try:
-        dcp.save(tensors, checkpoint_id=folder)
-    except dcp.CheckpointException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        fail(f"cannot write {folder}: {reason(error)}; what was there before is intact")
-    sync_folder(folder)
-    return name
-
-
-def load_shards(folder: str, model: GPT) -> dict:
-    """Fill the model, however many processes wrote the shards and whether it is sharded now or not;
-    return the optimisers' states, as named_states has them, in tensors like the parameters."""
-    import torch.distributed.checkpoint as dcp
-
-    reader = shard_reader(folder)
-    there = reader.read_metadata().state_dict_metadata
-    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
-    if sorted(tensors) != sorted(name for name in there if name.startswith("model/")) or any(
-            there[name].size != p.shape for name, p in tensors.items()):
-        fail(f"{folder} has another model's weights; drop the options that change the model")
-    states: dict = {}
-    for full_name in sorted(there.keys() - tensors.keys()):
-        kind, name, key = full_name.split("/")
-        p, shape = tensors[f"model/{name}"], there[full_name].size
-        value = torch.zeros_like(p) if shape == p.shape else torch.zeros(shape)
-        tensors[full_name] = value
-        states.setdefault(kind, {}).setdefault(name, {})[key] = value
-    try:
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-    except dcp.CheckpointException as error:
-        fail(f"{folder} is damaged: {reason(error)}; remove the checkpoint that needs it")
-    return states
-
-
-def remove_remains(out_dir: str) -> None:
-    """What killed saves have left: partial files, and shards that no checkpoint names."""
-    for name in os.listdir(out_dir):
-        if name.endswith(".pt.partial"):
-            os.remove(os.path.join(out_dir, name))
-    old = {name for name in os.listdir(out_dir) if name.startswith("shards-")}
-    for name in CHECKPOINTS if old else ():
-        with contextlib.suppress(UserError):
-            old.discard(read_checkpoint(os.path.join(out_dir, name), weights=False).get("shards"))
-    for name in old:
-        shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
-
-
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """torch's generators of this process."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states["device"] = getattr(torch, device.type).get_rng_state()
-    return states
-
-
-def set_rng_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """The inverse of rng_state."""
-    torch.set_rng_state(states["cpu"])
-    if device.type != "cpu" and "device" in states:
-        getattr(torch, device.type).set_rng_state(states["device"])
 
 
 # -----------------------------------------------------------------------------
 # Logs
 
 
-class Log:
-    """log.jsonl, one JSON object a line, and wandb or tensorboard when asked for."""
-
-    def __init__(self, config: TrainConfig, length: int | None):
-        """length: cut an earlier log back to so many bytes; None starts a new one."""
-        self.sinks = [*([wandb_sink(config)] if config.wandb_log else []),
-                      *([tensorboard_sink(config)] if config.tensorboard else [])]
-        path = os.path.join(config.out_dir, "log.jsonl")
-        # unbuffered, so that what a full disk refuses is not tried again when the file is closed
-        self.file = open(path, "wb" if length is None else "ab", buffering=0)
-        if length is not None and self.file.tell() > length:
-            self.file.truncate(length)
-            self.file.seek(0, os.SEEK_END)
-        with open(path, encoding="utf-8", errors="replace") as file:  # it may be damaged
-            clock = re.findall(r'"seconds": (\d+(?:\.\d+)?)', file.read())
-        self.seconds = float(clock[-1]) if clock else 0.0  # at which a resumed run goes on
-        if self.file.tell() == 0:
-            self.write({"type": "config", **asdict(config)})
-
-    def write(self, record: dict) -> None:
-        data = f"{json.dumps(record)}\n".encode()
-        while data:
-            data = data[self.file.write(data):]
-
-    def record(self, kind: str, step: int, scalars: dict[str, list[list[float]]] | None = None,
-               **values: float | None) -> None:
-        """scalars: the learned ones, name -> layers -> substeps; elsewhere go their means."""
-        values = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
-        self.write({"type": kind, "iter": step, **values,
-                    **({"scalars": scalars} if scalars else {})})
-        means = {f"scalars/{k}": float(np.mean(v)) for k, v in (scalars or {}).items()}
-        for sink in self.sinks:
-            sink({f"{kind}/{k}": v for k, v in values.items() if v is not None} | means, step)
-
-    def length(self) -> int:
-        """Bytes so far, on the disk."""
-        os.fsync(self.file.fileno())
-        return self.file.tell()
-
-
-def wandb_sink(config: TrainConfig) -> Callable[[dict[str, float], int], None]:
-    """A function of ({name: value}, step) that logs to Weights & Biases."""
-    try:
-        import wandb
-    except ImportError as error:
-        fail(f"wandb_log=True needs wandb: pip install wandb ({error})")
-    run = wandb.init(project=config.wandb_project, name=config.wandb_run_name,
-                     config=asdict(config))
-    return lambda values, step: run.log(values, step=step)
-
-
-def tensorboard_sink(config: TrainConfig) -> Callable[[dict[str, float], int], None]:
-    """A function of ({name: value}, step) that logs to out_dir/tensorboard."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        fail(f"tensorboard=True needs tensorboard: pip install tensorboard ({error})")
-    writer = SummaryWriter(os.path.join(config.out_dir, "tensorboard"))
-
-    def log(values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return log
-
-
-def read_log(out_dir: str) -> list[dict]:
-    """The records of a run's log.jsonl; `seconds` goes on over its interruptions. UserError where
-    there is none."""
-    path = os.path.join(out_dir, "log.jsonl")
-    try:
-        with open(path, encoding="utf-8") as file:
-            records = [json.loads(line) for line in file if line.endswith("}\n")]
-        before = latest = 0.0
-        for record in records:
-            if "seconds" in record:
-                before += latest if record["seconds"] < latest else 0.0
-                latest = record["seconds"]
-                record["seconds"] += before
-    except OSError as error:
-        fail(f"{path}: {error.strerror}; name the out_dir of a run")
-    except (ValueError, TypeError) as error:
-        fail(f"{path}: {reason(error)}; name the out_dir of a run")
-    if not any(record.get("type") in ("train", "eval") for record in records):
-        fail(f"{path} has no losses yet; name the out_dir of a run that has begun")
-    return records
-
-
-def run_names(out_dirs: Sequence[str]) -> dict[str, str]:
-    """out_dir -> its name in a picture: the last folder's, if no other one's is the same."""
-    names = [os.path.basename(os.path.normpath(run)) for run in out_dirs]
-    return {run: name if names.count(name) == 1 else run
-            for run, name in zip(out_dirs, names, strict=True)}
-
-
-AXES = {"steps": ("iter", "step"), "tokens": ("tokens", "training tokens"),
-        "seconds": ("seconds", "wall time (s)"), "flops": ("flops", "training FLOPs")}
-
-
-def plot_losses(out_dirs: list[str], path: str, x: str = "steps",
-                flops_per_token: tuple[float, ...] = ()) -> None:
-    """Draw the losses of one run or several to a PNG, where matplotlib is installed, over one of
-    AXES (flops with each run's flops_per_token)."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    key, label = AXES[x]
-    axes = figure.add_subplot(xlabel=label, ylabel="cross-entropy (nats per token)")
-    names = run_names(out_dirs)
-    top = 0.0  # of the picture: the second evaluation, since the first is that of no training
-    for i, out_dir in enumerate(out_dirs):
-        records = read_log(out_dir)
-        for r in records if flops_per_token else ():
-            r["flops"] = r.get("tokens", 0) * flops_per_token[i]
-        for kind, name, style in (("train", "loss", dict(lw=0.7, alpha=0.4)),
-                                  ("eval", "val_loss", dict(marker="o", ms=3.5))):
-            points = [(r[key], r[name]) for r in records
-                      if r.get("type") == kind and r.get(name) and key in r]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=f"C{i}", **style,
-                          label=f"{names[out_dir]}, {kind}: {points[-1][1]:.4f}")
-                top = max([top, *(loss for _, loss in points[1:2] if kind == "eval")])
-    axes.set_ylim(top=1.05 * top or None)
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(path)
-
-
-def refresh_picture(out_dir: str) -> None:
-    """Draw loss.png anew. A picture, or a log that was damaged, is no reason to end a run."""
-    with contextlib.suppress(OSError, UserError):
-        plot_losses([out_dir], os.path.join(out_dir, "loss.png"))
-
-
-PEAK_FLOPS = {  # dense bf16 (fp16 on V100 and T4) FLOP/s by card, the makers' data sheets
-    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "A10": 125e12, "V100": 125e12, "T4": 65e12, "5090": 209.5e12,
-    "4090": 165.2e12, "3090": 71e12}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Of a known card; None for another, and for a CPU."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    words = name.replace("-", " ").split()
-    if {"PCIe", "PCIE", "NVL", "Laptop"} & set(words):  # slower namesakes
-        return None
-    return next((PEAK_FLOPS[word] for word in words if word in PEAK_FLOPS), None)
-
-
-def peak_resident() -> int | None:
-    """The most bytes that were resident so far; None on Windows. (On Linux getrusage's figure
-    begins with that of the process that started this one.)"""
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    try:
-        import resource
-    except ImportError:
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most * (1 if sys.platform == "darwin" else 1024)
-
-
-def peak_mb(device: torch.device) -> int | None:
-    """The most memory that this process has had so far: of the GPU, or resident."""
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident()
-    return peak and round(peak / 1e6)
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss."""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
 # -----------------------------------------------------------------------------
 # Processes and signals
 
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # longer than writing the largest checkpoint
-
-
-class Ranks:
-    """This process among those of torchrun; alone, every collective is a no-op."""
-
-    def __init__(self, config: TrainConfig):
-        self.parallel = "RANK" in os.environ
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store, self.restarted = None, attempt != "0"  # is it torchrun's restart of this run?
-        numbers = {name: os.environ.get(name, default) for name, default in
-                   (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
-        complete = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or not self.parallel
-        if not (complete and all(n.isdecimal() for n in numbers.values())
-                and int(numbers["RANK"]) < int(numbers["WORLD_SIZE"])):
-            words = ", ".join(f"{name}={number}" for name, number in numbers.items())
-            fail(f"{words} is not what torchrun sets; start with torchrun, or unset them")
-        self.rank, local_rank, self.world = map(int, numbers.values())
-        self.device = pick_device(config.device, local_rank)
-        if config.gradient_accumulation_steps % self.world:
-            fail(f"gradient_accumulation_steps={config.gradient_accumulation_steps}: must be a "
-                 f"multiple of the {self.world} processes, over all of which it is the total; use "
-                 f"--gradient_accumulation_steps={self.world}, and a smaller --batch_size")
-        if config.parallel == "fsdp" and not self.parallel:
-            fail("parallel=fsdp divides the model over processes, and here is only one; start "
-                 "them with torchrun --nproc_per_node=N")
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.parallel:
-            backend = config.backend or ("nccl" if self.device.type == "cuda" else "gloo")
-            if backend == "nccl" and self.device.type != "cuda":
-                fail(f"backend=nccl is for CUDA, and this device is {self.device}; use gloo")
-            store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives restarts
-                self.store, self.restarted = store, store.check(["begun"])
-            dist.init_process_group(  # torchrun's restarts leave addresses of the dead in its store
-                "cpu:gloo,cuda:nccl" if backend == "nccl" else backend, rank=self.rank,
-                world_size=self.world, store=dist.PrefixStore(f"attempt-{attempt}", store),
-                timeout=COLLECTIVE_TIMEOUT)
-
-    def begun(self) -> None:
-        """From here on torchrun's restarts resume this run. (Not those of one that was refused.)"""
-        if self.store is not None:
-            self.store.set("begun", "")
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes, in place; returns its argument."""
-        if self.parallel:
-            dist.all_reduce(value)
-        return value
-
-    def any(self, flag: bool) -> bool:
-        """Does one process say so?"""
-        return self.sum(torch.tensor(float(flag))).item() > 0  # over gloo: the GPU need not wait
-
-    def gather(self, value) -> list:
-        """Every process's value, in the order of the ranks."""
-        if not self.parallel:
-            return [value]
-        gathered = [None] * self.world
-        dist.all_gather_object(gathered, value)
-        return gathered
-
-    def close(self) -> None:
-        """Leave the process group."""
-        if self.parallel:
-            dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list, for the loop to see. A second signal, a second or more
-    after the first (Ctrl-C under torchrun arrives twice), ends the process at once: a thread sees
-    to that, because Python's handlers wait for a collective or a write to return."""
-    caught: list[int] = []
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-
-    def watch() -> None:
-        first = None
-        while number := reader.recv(1):
-            now = time.monotonic()
-            if first is not None and now - first > 1:
-                os._exit(128 + number[0])
-            if first is None:
-                first = now
-                print("\nstopping after this step; another signal ends it at once",
-                      file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    before = {n: signal.signal(n, lambda number, _: caught.append(number))
-              for n in (signal.SIGTERM, signal.SIGINT)}
-    signal.set_wakeup_fd(writer.fileno())
-    try:
-        yield caught
-    finally:
-        signal.set_wakeup_fd(-1)
-        for number, old in before.items():
-            signal.signal(number, old)
-        writer.close()
-        thread.join()
-        reader.close()
-
-
 # -----------------------------------------------------------------------------
 # The run
-
-
-TOKENIZER_KEYS = ("tokenizer", "vocab_size", "padded_vocab_size", "alphabet")  # of meta.json
 
 
 def model_args(config: TrainConfig) -> dict:
@@ -904,7 +251,7 @@ def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dic
         theirs = asdict(checkpoint_config(checkpoint))
         model = GPT(GPTConfig(**theirs | {"dropout": config.dropout}))
     elif checkpoint is not None:
-        model = GPT.from_checkpoint(checkpoint, dropout=config.dropout)
+        model = model_from(checkpoint, dropout=config.dropout)
     elif config.init_from.startswith("gpt2"):
         model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
     else:
@@ -1298,14 +645,6 @@ def last_good(out_dir: str, saved: int | None) -> str:
     if saved is None:
         return "there is no checkpoint yet"
     return f"the last good checkpoint, of step {saved}, is {out_dir}/ckpt.pt"
-
-
-def show(line: str, keep: bool = False) -> None:
-    """On a terminal, lines that need not be kept overwrite each other."""
-    if not sys.stdout.isatty():
-        print(line, flush=True)
-    else:
-        print(f"\r\033[K{line}", end="\n" if keep else "", flush=True)
 
 
 def main(argv: list[str]) -> None:

@@ -26,86 +26,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there, nothing keeps two runs apart
-    fcntl = None
+from support.errors import fail, printable, reason
 
 TRUE, FALSE, AUTO = {"true", "1", "yes"}, {"false", "0", "no"}, {"none", "auto"}
-
-
-class UserError(Exception):
-    """A mistake the user can mend: printed as it is, one problem a line, exit code 2."""
-
-
-def fail(*problems: str) -> NoReturn:
-    """Raise one UserError that names all the problems."""
-    raise UserError("\n".join(map(printable, problems)))
-
-
-def printable(value: Any) -> str:
-    """str(value) in one line that cannot steer a terminal, whatever file it comes from."""
-    try:
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
-    except ValueError:  # Python prints no int of more than 4300 digits
-        return "an enormous number"
-
-
-def reason(error: BaseException) -> str:
-    """An exception in one line: its kind and the first line that says something. Of torch's
-    CheckpointException, which has those of several processes: one of them."""
-    error = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return textwrap.shorten(": ".join([type(error).__name__, *lines[:1]]), 160)
-
-
-def cli(main) -> None:
-    """Run `main(argv)` as a program: a UserError ends it with its lines and exit code 2."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
-    try:
-        main(sys.argv[1:])
-    except BrokenPipeError:  # the reader of our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except UserError as error:
-        sys.stdout.flush()
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
-
-
-@contextlib.contextmanager
-def locked(folder: str | os.PathLike, message: str) -> Iterator[None]:
-    """Hold a folder for this process; the operating system lets go when it dies, however it dies.
-    Raises UserError(message) if another process holds it. Warns where there are no locks."""
-    if fcntl is None:  # an open file would only be in the way: Windows does not remove it
-        yield
-        return
-    with open(os.path.join(folder, ".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(message)
-        except OSError as error:  # some shared file systems have no locks
-            print(f"warning: {folder} cannot be locked ({error.strerror}): nothing keeps two runs "
-                  f"apart there", file=sys.stderr)
-        yield
-
-
-def replace(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Rename a file over another so that it survives a power failure, where the system can."""
-    os.replace(source, target)
-    sync_folder(os.path.dirname(target) or ".")
-
-
-def sync_folder(folder: str | os.PathLike) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
-    with contextlib.suppress(OSError):
-        opened = os.open(folder, os.O_RDONLY)
-        os.fsync(opened)
-        os.close(opened)
 
 
 # -----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def _program(program: str, argv: list[str], environment: dict[str, str], output:
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = [f"{program}.py", *argv]
-    from config import cli
+    from support.errors import cli
 
     module = __import__(program)
     if program == "train":

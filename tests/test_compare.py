@@ -18,8 +18,9 @@ from conftest import TINY, option_words, write_data
 from test_train import refused
 
 import bench
-from config import UserError, read_config
+from config import read_config
 from model import GPT, GPTConfig
+from support.errors import UserError
 from tools import compare, findings
 from tools.options import BenchConfig
 from train import TrainConfig, model_args

@@ -9,8 +9,9 @@ from typing import Literal
 
 import pytest
 
-from config import UserError, cli, coerce, describe, help_text, read_config
+from config import coerce, describe, help_text, read_config
 from sample import SampleConfig
+from support.errors import UserError, cli
 from train import TrainConfig
 
 

@@ -34,8 +34,10 @@ if __name__ != "__main__":  # as a program it needs none of these
     import sample
     import train
     from bench import BenchConfig
-    from config import UserError, coerce, locked, read_config
-    from model import can_compile
+    from config import coerce, read_config
+    from support.device import can_compile
+    from support.errors import UserError
+    from support.files import locked
 
     CONFIGS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig,
                "prepare.py": prepare.PrepareConfig, "bench.py": BenchConfig}

@@ -25,7 +25,8 @@ import bench
 import tools.judge
 from config import read_config
 from model import GPT, GPTConfig
-from prepare import Tokenizer
+from support.checkpoint import model_from
+from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -64,7 +65,7 @@ def test_text(tmp_path):
     text = "abc dé\n" * 11  # 4 whole windows and 12 characters more
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     (row,) = judge(tmp_path, f"--ckpt={tmp_path}/run", f"--data={tmp_path}/text.txt")
-    model = GPT.from_checkpoint(torch.load(tmp_path / "run" / "ckpt.pt"))
+    model = model_from(torch.load(tmp_path / "run" / "ckpt.pt"))
     ids = [CHARS["alphabet"].index(character) for character in text]
     total = nats_one_by_one(model, ids, len(ids) - 1)
     assert row["tokens"] == len(text) - 1 == 76
@@ -87,7 +88,7 @@ def test_the_end_of_text_has_bits_but_no_bytes(tmp_path):
     (tmp_path / "text.txt").write_bytes("é one\n<|endoftext|>\ntwo".encode())
     (row,) = judge(tmp_path, f"--ckpt={tmp_path}/ckpt.pt", f"--data={tmp_path}/text.txt")
     ids = [*"é one".encode(), 256, *b"two", 256]
-    total = nats_one_by_one(GPT.from_checkpoint(torch.load(tmp_path / "ckpt.pt")), ids, 10)
+    total = nats_one_by_one(model_from(torch.load(tmp_path / "ckpt.pt")), ids, 10)
     assert row["tokens"] == 10 and row["nats"] == pytest.approx(total / 10, rel=1e-6)
     assert row["bits_per_byte"] == pytest.approx(total / math.log(2) / (5 + 3), rel=1e-6)
 

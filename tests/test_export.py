@@ -18,9 +18,10 @@ from test_train import refused
 import bench
 import sample
 import train
-from config import UserError
-from model import GPT, GPTConfig, read_checkpoint
-from prepare import Tokenizer
+from model import GPT, GPTConfig
+from support.checkpoint import model_from, read_checkpoint
+from support.errors import UserError
+from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -234,9 +235,9 @@ def test_every_variant_comes_back(tmp_path):
         assert back["tokenizer"] == there["tokenizer"] and back.keys() == there.keys()
         assert back["model"].keys() == there["model"].keys()
         assert all(torch.equal(w, there["model"][n]) for n, w in back["model"].items()), options
-        model = GPT.from_checkpoint(back)
+        model = model_from(back)
         assert model.lm_head.weight is model.transformer.wte.weight
-        assert torch.equal(logits(model.eval()), logits(GPT.from_checkpoint(there).eval()))
+        assert torch.equal(logits(model.eval()), logits(model_from(there).eval()))
     size = sum(p.numel() for p in model.parameters()) * 4
     assert size < (tmp_path / "st" / "model.safetensors").stat().st_size < size + 8000
 
@@ -302,7 +303,7 @@ def test_an_unknown_tokenizer_is_left_out(tmp_path, capsys):
 
 def convert(ckpt, out, *words):
     bench.main(["convert", f"--ckpt={ckpt}", f"--out={out}", "--velocity_norm=none", *words])
-    return GPT.from_checkpoint(read_checkpoint(str(out))).double().eval()
+    return model_from(read_checkpoint(str(out))).double().eval()
 
 
 def by_hand(gpt: GPT, v: torch.Tensor, splitting: str, mu: float, beta: float) -> torch.Tensor:
@@ -368,7 +369,7 @@ def test_it_learns_on(tmp_path, run, raw):
     losses = [r["val_loss"] for r in records if r["type"] == "eval"]
     assert losses[0] == pytest.approx(start, abs=1e-3 if raw == -10 else 1e-6)
     assert losses[-1] < 0.8 * losses[0]
-    after = GPT.from_checkpoint(read_checkpoint(str(tmp_path / "c" / "ckpt.pt")))
+    after = model_from(read_checkpoint(str(tmp_path / "c" / "ckpt.pt")))
     scalars = [(p - before.get_parameter(n)).abs().max()
                for n, p in after.parameter_roles()["scalar"].items() if ".gamma" not in n]
     assert (min(scalars) > 1e-3) if raw == -10 else (max(scalars) < 0.2)

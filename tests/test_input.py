@@ -33,8 +33,8 @@ import model
 import prepare
 import sample
 import train
-from config import cli
 from model import GPT, GPTConfig
+from support.errors import cli
 
 ROOT = Path(__file__).parent.parent
 LETTERS = string.ascii_lowercase

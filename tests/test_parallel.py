@@ -35,8 +35,9 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import train
-from model import GPT, TEMPLATES, GPTConfig, read_shards
-from prepare import load_meta
+from model import GPT, TEMPLATES, GPTConfig
+from support.checkpoint import read_shards
+from support.tokenizer import load_meta
 
 torture = partial(pytest.param, marks=pytest.mark.torture)
 YURII = dict(template="nesterov")

@@ -23,8 +23,10 @@ import pyarrow.parquet
 import pytest
 
 import prepare
-from config import UserError, locked
-from prepare import SAFE_CUT, Tokenizer, load_meta
+from prepare import SAFE_CUT
+from support.errors import UserError
+from support.files import locked
+from support.tokenizer import Tokenizer, load_meta
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("NANOYURII_SHARED", ROOT.parent / "shared/data"))

@@ -13,10 +13,13 @@ from conftest import write_data
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from config import UserError, read_config
-from prepare import PrepareConfig, Tokenizer, load_meta
+from config import read_config
+from prepare import PrepareConfig
 from sample import SampleConfig
-from train import TrainConfig, WindowOrder, evaluation_starts
+from support.data import WindowOrder, evaluation_starts
+from support.errors import UserError
+from support.tokenizer import Tokenizer, load_meta
+from train import TrainConfig
 
 settings.register_profile("ours", max_examples=100, deadline=None, derandomize=True,
                           suppress_health_check=[HealthCheck.function_scoped_fixture])

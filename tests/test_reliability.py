@@ -37,10 +37,10 @@ from faults import (
 from processes import ROOT, Program, start_ranks
 from test_train import TIMES, assert_same
 
-from config import UserError
-from model import read_checkpoint, read_latest, read_shards
-from prepare import load_meta
-from train import CHECKPOINTS, WindowOrder
+from support.checkpoint import CHECKPOINTS, read_checkpoint, read_latest, read_shards
+from support.data import WindowOrder
+from support.errors import UserError
+from support.tokenizer import load_meta
 
 SEED = int(os.environ.get("TORTURE_SEED", 1))
 SMALL = dict(template="nesterov", dropout=0.1, save_interval=1, eval_interval=3, init_from="auto",

@@ -14,8 +14,8 @@ import torch
 from conftest import option_words, write_data
 
 import sample
-from config import UserError, cli
 from model import GPT, GPTConfig
+from support.errors import UserError, cli
 
 ROOT = Path(__file__).parent.parent
 BYTES = {"tokenizer": "bytes", "alphabet": "", "vocab_size": 257, "padded_vocab_size": 257}

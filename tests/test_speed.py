@@ -22,8 +22,8 @@ from test_model import IDX, VARIANTS, assert_close, build, every_variant, logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from config import cli
 from model import GPT, TEMPLATES, ChunkedCrossEntropy, KVCache, Linear, draw
+from support.errors import cli
 
 BF16 = partial(torch.autocast, "cpu", torch.bfloat16)
 LENGTHS = (1, 5, 12, 30, 9, 13)  # block_size is 12

@@ -25,8 +25,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import bench
 import sample
 import train
-from config import UserError, cli
 from model import GPT, GPTConfig
+from support.checkpoint import model_from
+from support.errors import UserError, cli
 
 ROOT = Path(__file__).parent.parent
 HOURGLASS = dict(ffn="hourglass", ffn_depth=2, head_dim=8, norm="rmsnorm", position="rope",
@@ -216,7 +217,7 @@ def test_evaluation_is_the_mean_over_its_windows(run, tmp_path, long_val, data_d
     record = run(tmp_path, dtype="float64", dropout=0.5, template="nesterov", max_iters=2,
                  **long_val)[-1]
     checkpoint = load(tmp_path)
-    model = GPT.from_checkpoint(checkpoint, dropout=0.0).double()
+    model = model_from(checkpoint, dropout=0.0).double()
     model.load_state_dict(checkpoint["model"])  # in float64
     val = np.fromfile(data_dir / "long_val" / "val.bin", "<u2").astype(np.int64)
     starts = [i * 562 // 530 * 16 for i in range(530)]
@@ -575,7 +576,7 @@ def test_a_checkpoint_is_plain_and_has_nanogpts_keys(run, tmp_path, optimizer):
     assert is_plain(checkpoint) and all(map(is_plain, weights.values()))
     states = {n for named in checkpoint["optimizer"].values() for n in named}
     assert states == weights.keys() - {"lm_head.weight"}
-    GPT.from_checkpoint(load(tmp_path))
+    model_from(load(tmp_path))
 
 
 def scripted_losses(monkeypatch, *losses):

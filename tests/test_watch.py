@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import bench
 import train
-from model import GPT, GPTConfig, read_checkpoint
+from model import GPT, GPTConfig
+from support.checkpoint import read_checkpoint
 from tools.findings import draw_curves
 
 figures = pytest.importorskip("matplotlib.figure")

@@ -27,12 +27,15 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 
 import config
-from config import fail, locked, reason
-from model import GPT, GPTConfig, pick_device
-from prepare import load_meta, sha256
+from model import GPT, GPTConfig
+from support.device import pick_device
+from support.errors import fail, reason
+from support.files import locked, sha256
+from support.log import clock, read_log
+from support.tokenizer import load_meta
 from tools.findings import differences, draw, markdown, pairs, summary
 from tools.options import BenchConfig
-from train import TrainConfig, clock, model_args, read_log
+from train import TrainConfig, model_args
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZES = {"parameters": "parameters", "matrices": "matrices", "flops": "flops_per_token"}

@@ -11,12 +11,12 @@ from dataclasses import asdict, fields, replace
 
 import torch
 
-from config import UserError, fail
-from model import GPT, GPTConfig, conv1d, read_pretrained
-from prepare import END_OF_TEXT, Tokenizer
+from model import GPT, GPTConfig, transposed
 from sample import SampleConfig, load_checkpoint, nanogpt_tokenizer
+from support.checkpoint import model_from, read_pretrained, write_file
+from support.errors import UserError, fail
+from support.tokenizer import END_OF_TEXT, TOKENIZER_KEYS, Tokenizer
 from tools.options import BenchConfig
-from train import TOKENIZER_KEYS, write_file
 
 
 def named(c: BenchConfig) -> SampleConfig:
@@ -36,7 +36,7 @@ def load_source(c: BenchConfig) -> tuple[GPT, dict | None]:
         fail("say of which model: --ckpt=FOLDER of a run, or --ckpt=FILE.pt")
     hub = c.ckpt.startswith("gpt2") and not os.path.exists(c.ckpt)
     checkpoint = read_pretrained(c.ckpt) if hub else load_checkpoint(named(c))
-    model, meta = GPT.from_checkpoint(checkpoint), checkpoint.get("tokenizer")
+    model, meta = model_from(checkpoint), checkpoint.get("tokenizer")
     if not all(p.isfinite().all() for p in model.parameters()):
         fail(f"the weights of {c.ckpt} are nan or infinite: its run broke; use another one")
     if not meta:
@@ -109,7 +109,7 @@ def to_hf(model: GPT, meta: dict | None, folder: str) -> list[str]:
         attn_pdrop=m.dropout, bos_token_id=eot, eos_token_id=eot,
         activation_function="gelu" if m.activation == "gelu" else "gelu_new"))
     hf.to(model.lm_head.weight.dtype)
-    ours = conv1d(model.state_dict())
+    ours = transposed(model.state_dict())
     hf.load_state_dict({n: ours.get(n, torch.zeros_like(w)) for n, w in hf.state_dict().items()})
     notes, used = [], m.vocab_used or m.vocab_size
     if used < m.vocab_size:

@@ -6,9 +6,9 @@ import math
 import os
 import statistics
 
+from support.log import AXES
 from tools.options import BenchConfig
 from tools.watch import draw_scalars, picture
-from train import AXES
 
 # -----------------------------------------------------------------------------
 # The statistics

@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import fail, reason
-from model import GPT, pick_device, pick_dtype
-from prepare import Tokenizer, load_meta, text_pieces
+from model import GPT
+from prepare import text_pieces
 from sample import load_model
+from support.data import Tokens, evaluation_starts
+from support.device import pick_device, pick_dtype, tune_allocator
+from support.errors import fail, reason
+from support.tokenizer import Tokenizer, load_meta
 from tools.exchange import named
 from tools.options import BenchConfig
-from train import Tokens, evaluation_starts, tune_allocator
 
 
 def judge(c: BenchConfig) -> list[dict]:

@@ -8,11 +8,19 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from config import fail
-from model import GPT, checkpoint_config, read_checkpoint, read_latest
-from prepare import load_meta
+from model import GPT
+from support.checkpoint import (
+    checkpoint_config,
+    holds_weights,
+    model_from,
+    read_checkpoint,
+    read_latest,
+)
+from support.data import Tokens
+from support.errors import fail
+from support.log import plot_losses, read_log, run_names
+from support.tokenizer import load_meta
 from tools.options import BenchConfig
-from train import Tokens, holds_weights, plot_losses, read_log, run_names
 
 NO_MATPLOTLIB = "plot needs matplotlib: pip install matplotlib"
 
@@ -116,7 +124,7 @@ def plot_paths(c: BenchConfig, path: str) -> None:
     found = {}
     for run in c.runs:
         checkpoint = checkpoint_of(run)
-        model, trained = GPT.from_checkpoint(checkpoint).eval(), checkpoint.get("config", {})
+        model, trained = model_from(checkpoint).eval(), checkpoint.get("config", {})
         if not (dataset := c.data or trained.get("dataset")):
             fail(f"{run} does not say its data; name a folder in {c.data_dir}: --data=NAME")
         data_dirs = [c.data_dir] if c.data else [trained.get("data_dir", c.data_dir), c.data_dir]

@@ -1,0 +1,56 @@
+"""TODO."""
+
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from support.errors import fail
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, nothing keeps two runs apart
+    fcntl = None
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike, message: str) -> Iterator[None]:
+    """Hold a folder for this process; the operating system lets go when it dies, however it dies.
+    Raises UserError(message) if another process holds it. Warns where there are no locks."""
+    if fcntl is None:  # an open file would only be in the way: Windows does not remove it
+        yield
+        return
+    with open(os.path.join(folder, ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(message)
+        except OSError as error:  # some shared file systems have no locks
+            print(f"warning: {folder} cannot be locked ({error.strerror}): nothing keeps two runs "
+                  f"apart there", file=sys.stderr)
+        yield
+
+
+def rename(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Rename a file over another so that it survives a power failure, where the system can."""
+    os.replace(source, target)
+    sync_folder(os.path.dirname(target) or ".")
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Bring the names in a folder to the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        os.fsync(opened)
+        os.close(opened)
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
