@@ -1,32 +1,28 @@
 """GPT, HourglassFFN and the YuriiFormer family: one model, chosen by flags.
 
 A pre-norm transformer layer is one step of an optimisation algorithm on the token embeddings X:
-attention and the FFN are its two gradient oracles. Three independent choices make a variant:
+attention and the FFN are its two gradient oracles. Independent choices make a variant:
     template   what a substep does with an oracle's answer    gd, polyak, nesterov, tmm, ...
     splitting  which oracles are asked, and in which order    lie_trotter, euler, strang
     ffn        the second oracle                              mlp, swiglu, hourglass
 The plain GPT is template=gd, splitting=lie_trotter, ffn=mlp: it loads nanoGPT's weights and GPT-2's
+
+To add your own: a class and a line in TEMPLATES, FFNS or ATTENTIONS. This file needs torch alone.
 
 Sources: YuriiFormer, arXiv 2601.23236; Momentum Streams, arXiv 2605.24425; HourglassFFN, arXiv
 2602.06471. "(our reading)" marks what no public source confirms.
 """
 
 import math
-import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
-
-from config import check_fields
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's: large CPU tensors in huge pages
 
 Oracle = Callable[[torch.Tensor], torch.Tensor]  # z (B, T, C) -> g(z) (B, T, C)
 State = tuple[torch.Tensor, ...]  # x (B, T, C), then whatever streams the template carries
@@ -49,15 +45,15 @@ class GPTConfig:
     position: Literal["learned", "rope"] = "learned"  # position table, or rotary embedding
     rope_theta: float = 10000.0  # base of RoPE's frequencies
     qk_norm: bool = False  # RMSNorm of q and k at packed width, before the head split and RoPE
-    ffn: Literal["mlp", "swiglu", "hourglass"] = "mlp"  # feed-forward network, the second oracle
+    attention: str = "causal"  # the first oracle
+    ffn: str = "mlp"  # feed-forward network, the second oracle
     ffn_hidden: int | None = None  # d_ff or d_h; auto: 4 n_embd, hourglass 4/5 n_embd
     ffn_depth: int = 4  # K, the number of sub-MLPs of an hourglass
     activation: Literal["gelu", "gelu_tanh"] = "gelu"  # of mlp: nanoGPT's exact, or OpenAI's GPT-2
     ffn_substeps: Literal["joint", "each"] = "joint"  # one substep for the hourglass, or K of them
-    template: Literal["gd", "polyak", "nesterov", "tmm", "imex", "symplectic", "rmsprop", "adam",
-                      "adamw"] = "gd"  # the update rule; gd is the GPT, nesterov the YuriiFormer
+    template: str = "gd"  # the update rule; gd is the GPT, nesterov the YuriiFormer
     imex_steps: int = 2  # k of IMEX: attention and FFN are evaluated k times a layer
-    splitting: Literal["lie_trotter", "euler", "strang"] = "lie_trotter"  # order of the oracles
+    splitting: str = "lie_trotter"  # order of the oracles
     velocity_init: Literal["embed", "zero", "add"] = "embed"  # V_0; add: gd, tables join x
     velocity_norm: Literal["update", "read", "none"] = "update"  # where N_v stands
     mu_init: float = 0.5  # look-ahead at the start (the value, not the raw parameter)
@@ -67,54 +63,69 @@ class GPTConfig:
     residual_init_scale: bool = True  # attention-out and FFN-out start 1/sqrt(2 L) times smaller
 
     def __post_init__(self) -> None:
-        problems = check_fields(self)
-        if not problems:
-            problems = [f"{what}: {rule}; {fix}" for bad, what, rule, fix in self._rules() if bad]
+        problems: list[str] = []
+
+        def rule(holds: bool, otherwise: str) -> None:
+            if not holds:
+                problems.append(otherwise)
+
+        self.rules(rule)
         if problems:
             raise ValueError("\n".join(problems))
 
-    def _rules(self) -> list[tuple[bool, str, str, str]]:
-        """(broken, value, rule, fix) for every rule that a type cannot express."""
-        t, s, v = self.template, self.splitting, self.velocity_norm
-        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "head_dim",
-                 "ffn_hidden", "ffn_depth", "imex_steps", "vocab_used")
-        most = dict(n_layer=10_000, ffn_depth=10_000, imex_steps=10_000)  # each is a loop
-        rules = [((size := getattr(self, name)) is not None and not 1 <= size <= limit,
-                  f"{name}={size}", f"must be at least 1, at most {limit}", "choose another")
-                 for name in sizes for limit in [most.get(name, 2**31 - 1)]]
-        positive = dict(rope_theta=1e30, gamma_init=100, mu_init=100, beta_init=100)
-        rules += [(not 0 < getattr(self, name) <= limit, f"{name}={getattr(self, name)}",
-                   f"must be positive, and at most {limit:g}",
-                   f"the default is {getattr(GPTConfig, name):.4g}")
-                  for name, limit in positive.items()]
-        rules += [(self.scalar_map == "sigmoid" and value >= 1, f"{name}={value}",
-                   "a sigmoid stays below 1", f"use {name} < 1 or scalar_map=softplus")
-                  for name, value in (("mu_init", self.mu_init), ("beta_init", self.beta_init))]
-        return rules + [
-            (not 0 <= self.dropout < 1, f"dropout={self.dropout}", "is a probability below 1",
-             "use 0 <= dropout < 1"),
-            (self.head_dim is None and self.n_embd > 0 and self.n_embd % max(1, self.n_head) != 0,
-             f"n_embd={self.n_embd}, n_head={self.n_head}", "n_embd must be a multiple of n_head",
-             "change one, or give head_dim"),
-            (self.position == "rope" and self.d_head % 2 == 1,
-             f"head_dim={self.d_head}", "position=rope rotates pairs", "use an even head_dim"),
-            (bool(self.vocab_used and self.vocab_size) and self.vocab_used > self.vocab_size,
-             f"vocab_used={self.vocab_used}", f"vocab_size={self.vocab_size} has fewer rows",
-             "raise vocab_size"),
-            (s != "lie_trotter" and t not in SPLITTABLE, f"splitting={s}",
-             f"template={t} has its own order", "use splitting=lie_trotter"),
-            (self.each and t not in SPLITTABLE, "ffn_substeps=each",
-             f"template={t} takes the FFN as one oracle", "use ffn_substeps=joint"),
-            (self.each and s == "euler", "ffn_substeps=each",
-             "splitting=euler has one substep for everything",
-             "use splitting=lie_trotter or strang, or ffn_substeps=joint"),
-            (self.velocity_init == "add" and t != "gd", "velocity_init=add",
-             f"template={t} has a velocity of its own", "use template=gd, or velocity_init=embed"),
-            (t == "imex" and v == "read", "velocity_norm=read", "template=imex has no such form",
-             "use velocity_norm=update or none"),
-            (t == "symplectic" and v != "update", f"velocity_norm={v}",
-             "template=symplectic has no such form", "use velocity_norm=update"),
-        ]
+    def rules(self, rule: Callable[[bool, str], None]) -> None:
+        """What a type cannot express: rule(what must hold, what to say where it does not)."""
+        for name in ("block_size", "vocab_size", "vocab_used", "n_layer", "n_head", "n_embd",
+                     "head_dim", "ffn_hidden", "ffn_depth", "imex_steps"):
+            size = getattr(self, name)
+            rule(size is None or size >= 1, f"{name}={size}: must be at least 1; choose another")
+        for name in ("rope_theta", "gamma_init", "mu_init", "beta_init"):
+            value = getattr(self, name)
+            rule(0 < value < 1e30, f"{name}={value}: must be positive; the default is "
+                                   f"{getattr(GPTConfig, name):.4g}")
+        for name in ("mu_init", "beta_init"):
+            value = getattr(self, name)
+            rule(self.scalar_map == "softplus" or value < 1,
+                 f"{name}={value}: a sigmoid stays below 1; use {name} < 1 or scalar_map=softplus")
+        rule(0 <= self.dropout < 1,
+             f"dropout={self.dropout}: is a probability below 1; use 0 <= dropout < 1")
+        rule(self.head_dim is not None or self.n_head < 1 or self.n_embd % self.n_head == 0,
+             f"n_embd={self.n_embd}, n_head={self.n_head}: n_embd must be a multiple of n_head; "
+             f"change one, or give head_dim")
+        rule(self.position != "rope" or self.d_head % 2 == 0,
+             f"head_dim={self.d_head}: position=rope rotates pairs; use an even head_dim")
+        rule((self.vocab_used or 0) <= (self.vocab_size or math.inf),
+             f"vocab_used={self.vocab_used}: vocab_size={self.vocab_size} has fewer rows; raise "
+             f"vocab_size")
+
+        names = {name: get_args(kind) for name, kind in get_type_hints(GPTConfig).items()
+                 if get_origin(kind) is Literal} | self.choices()
+        for name, known in names.items():
+            rule(getattr(self, name) in known,
+                 f"{name}={getattr(self, name)}: expected {' | '.join(known)}")
+        template = TEMPLATES.get(self.template, Template)
+        splittings = template.splittings or ("lie_trotter",)
+        rule(self.splitting in splittings or self.splitting not in SPLITTINGS,
+             f"splitting={self.splitting}: template={self.template} has its own order; use "
+             f"splitting={' or '.join(splittings)}")
+        rule(not self.each or len(template.splittings) > 1,
+             f"ffn_substeps=each: template={self.template} takes the FFN as one oracle; use "
+             f"ffn_substeps=joint")
+        rule(not self.each or self.splitting != "euler",
+             "ffn_substeps=each: splitting=euler has one substep for everything; use "
+             "splitting=lie_trotter or strang, or ffn_substeps=joint")
+        rule(self.velocity_init != "add" or not template.streams,
+             f"velocity_init=add: template={self.template} has a velocity of its own; use "
+             f"template=gd, or velocity_init=embed")
+        rule(self.velocity_norm in template.velocity_norms,
+             f"velocity_norm={self.velocity_norm}: template={self.template} has no such form; use "
+             f"velocity_norm={' or '.join(template.velocity_norms)}")
+
+    @staticmethod
+    def choices() -> dict[str, Iterable[str]]:
+        """The options that name an entry of a table, to which a fork may add."""
+        return {"attention": ATTENTIONS, "ffn": FFNS, "template": TEMPLATES,
+                "splitting": SPLITTINGS}
 
     @property
     def d_head(self) -> int:
@@ -137,43 +148,9 @@ class GPTConfig:
         """Does each sub-MLP of the hourglass get its own substep?"""
         return self.ffn == "hourglass" and self.ffn_substeps == "each"
 
-    @property
-    def calls(self) -> tuple[int, int]:
-        """How often a layer evaluates (attention, FFN)."""
-        k = self.imex_steps if self.template == "imex" else 1
-        return (2, 1) if self.splitting == "strang" else (k, k)
-
 
 # -----------------------------------------------------------------------------
-# Parts: linear, norm, rotary positions, key/value cache, attention
-
-
-@torch.library.custom_op("nanoyurii::matvec", mutates_args=())
-def matvec(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """weight (N, C) times x (C,) -> (N,): torch.mv, as an operator that torch.compile leaves whole
-    (it would write a slower multiply-and-sum)."""
-    return torch.mv(weight, x)
-
-
-@matvec.register_fake
-def _(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(weight.size(0))
-
-
-class Linear(nn.Linear):
-    """nn.Linear that computes in the precision of its weights (see GPT.store_matrices). On a CPU a
-    single row, as in decoding, is multiplied as a vector: torch.mv reads the weights up to twice
-    as fast as the matrix product does."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in_features) -> (..., out_features)."""
-        x = x.to(self.weight.dtype)
-        if x.numel() > self.in_features or not x.is_cpu or torch.is_grad_enabled():
-            return super().forward(x)
-        whole = torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-        y = (matvec if whole else torch.matmul)(self.weight, x.flatten())
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return y.view(*x.shape[:-1], -1)
+# Parts: norm, rotary positions, key/value cache, attention
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -181,6 +158,10 @@ def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=1e-5)
     return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+
+
+class OutputProjection(nn.Linear):
+    """The last matrix of an oracle: with residual_init_scale it starts smaller."""
 
 
 def rope_table(positions: torch.Tensor, dim: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
@@ -197,66 +178,41 @@ def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of up to max_length tokens a row, for every attention call of a forward pass.
+    """Keys and values of the tokens so far, for every attention call of a forward pass.
 
     The calls come in the same order in every pass, so the n-th call owns the n-th slot, however
     often a template evaluates attention in a layer. The velocity needs no cache: it is carried
-    along depth, not along time. No shape ever changes, so that all one-token steps are one
-    compiled graph; `lengths` (B,) counts the tokens of each row, which may differ.
+    along depth, not along time. (sample.py has one of fixed shape, which compiles.)
     """
 
-    def __init__(self, max_length: int):
-        self.max_length = max_length
-        self.lengths: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.length = 0
         self.slots: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.call = 0
 
     def begin(self, idx: torch.Tensor, block_size: int) -> torch.Tensor:
-        """A pass over the next tokens, idx (B, T): their positions (B, T). ValueError where there
-        is no room (not when compiled), or if the cache has other rows."""
-        if self.lengths is None:
-            self.lengths = static(torch.zeros_like(idx[:, 0]))
-        if len(self.lengths) != len(idx):
-            raise ValueError(f"{len(idx)} rows: the cache has {len(self.lengths)}; make another")
-        self.call = 0
-        self.positions = self.lengths[:, None] + torch.arange(idx.size(1), device=idx.device)
-        if not torch.compiler.is_compiling():
-            check_room(self.positions.max() + 1, min(block_size, self.max_length))
-        self.rows = torch.arange(idx.size(0), device=idx.device)[:, None]  # (B, 1)
-        keys = torch.arange(self.max_length, device=idx.device)
-        self.mask = (keys <= self.positions[:, :, None])[:, None]  # (B, 1, T, max_length)
-        return self.positions
+        """A pass over the next tokens, idx (B, T): their positions (1, T). ValueError where all
+        tokens together exceed block_size."""
+        start, self.call, self.length = self.length, 0, self.length + idx.size(1)
+        if self.length > block_size:
+            raise ValueError(f"{self.length} tokens: there is room for {block_size} (block_size); "
+                             f"crop the input")
+        return torch.arange(start, self.length, device=idx.device)[None]
 
     def extend(self, k: torch.Tensor, v: torch.Tensor,
                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Store k, v (B, H, T, d_head) of the pass; return all, and the mask of what is seen."""
-        if self.call == len(self.slots):
-            shape = (k.size(0), self.max_length, k.size(1), k.size(3))
-            self.slots.append((static(k.new_zeros(shape)), static(v.new_zeros(shape))))
-        keys, values = self.slots[self.call]  # (B, max_length, H, d_head)
+        """Append k, v (B, H, T, d_head) of the pass; return all, and the mask of what is seen."""
+        T = k.size(2)
+        if self.call < len(self.slots):
+            earlier_k, earlier_v = self.slots[self.call]
+            k = torch.cat((earlier_k, k), dim=2)  # (B, H, S, d_head)
+            v = torch.cat((earlier_v, v), dim=2)
+        self.slots[self.call:self.call + 1] = [(k, v)]
         self.call += 1
-        keys[self.rows, self.positions] = k.transpose(1, 2)
-        values[self.rows, self.positions] = v.transpose(1, 2)
-        return keys.transpose(1, 2), values.transpose(1, 2), self.mask
+        mask = torch.ones(T, k.size(2), dtype=torch.bool, device=k.device)
+        return k, v, mask.tril(k.size(2) - T)  # (T, S): new token i sees all before it, and itself
 
     def end(self) -> None:
         """The pass is complete."""
-        self.lengths += self.positions.size(1)
-        self.positions, self.rows, self.mask = None, None, None
-
-
-def check_room(n_tokens: int, room: int) -> None:
-    """Raises ValueError where they do not fit."""
-    if n_tokens > room:
-        raise ValueError(f"{n_tokens} tokens: there is room for {room} (block_size, or the cache's "
-                         f"length); crop the input")
-
-
-def static(x: torch.Tensor) -> torch.Tensor:
-    """x, marked as a tensor whose address CUDA graphs may keep."""
-    if x.is_cuda:
-        torch._dynamo.mark_static_address(x)
-    return x
 
 
 class CausalSelfAttention(nn.Module):
@@ -266,8 +222,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.d_attn, bias=config.bias)  # q, k, v
-        self.c_proj = Linear(config.d_attn, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.d_attn, bias=config.bias)  # q, k, v
+        self.c_proj = OutputProjection(config.d_attn, config.n_embd, bias=config.bias)
         self.q_norm = nn.RMSNorm(config.d_attn, eps=1e-5) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.d_attn, eps=1e-5) if config.qk_norm else None
 
@@ -292,6 +248,9 @@ class CausalSelfAttention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
 
+ATTENTIONS = {"causal": CausalSelfAttention}
+
+
 # -----------------------------------------------------------------------------
 # Parts: feed-forward networks
 
@@ -301,9 +260,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, config.d_ffn, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.d_ffn, bias=config.bias)
         self.gelu = nn.GELU("tanh" if config.activation == "gelu_tanh" else "none")
-        self.c_proj = Linear(config.d_ffn, config.n_embd, bias=config.bias)
+        self.c_proj = OutputProjection(config.d_ffn, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -316,9 +275,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_gate = Linear(config.n_embd, config.d_ffn, bias=config.bias)
-        self.c_up = Linear(config.n_embd, config.d_ffn, bias=config.bias)
-        self.c_proj = Linear(config.d_ffn, config.n_embd, bias=config.bias)
+        self.c_gate = nn.Linear(config.n_embd, config.d_ffn, bias=config.bias)
+        self.c_up = nn.Linear(config.n_embd, config.d_ffn, bias=config.bias)
+        self.c_proj = OutputProjection(config.d_ffn, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -349,90 +308,64 @@ class HourglassFFN(nn.ModuleList):
 FFNS = {"mlp": MLP, "swiglu": SwiGLU, "hourglass": HourglassFFN}
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """The head and its mean cross-entropy, `chunk` tokens at a time: of the (N, V) logits and their
-    gradient only a chunk exists. The gradients need the same logits, so forward computes them too:
-    for a token with probabilities p, d loss / d logits = p - onehot(target)."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                chunk: int) -> torch.Tensor:
-        """x (N, C), weight (V, C), targets (N,), -1 ignored -> ()."""
-        dx, dw, total = [], torch.zeros_like(weight), 0.0
-        for x_part, target in zip(x.split(chunk), targets[:, None].split(chunk), strict=True):
-            logits = F.linear(x_part, weight)  # (chunk, V)
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            counts = target != -1
-            target = target.where(counts, 0)
-            log_p = logits.log_softmax(dim=-1)
-            total = total - (log_p.gather(1, target) * counts).sum()
-            if any(ctx.needs_input_grad):
-                d = log_p.exp().scatter_add(1, target, -torch.ones_like(log_p[:, :1])) * counts
-                dx.append(torch.mm(d, weight))
-                dw += torch.mm(d.t(), x_part)
-        n = (targets != -1).sum()
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(torch.cat(dx), dw, n)
-        return total / n
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        dx, dw, n = ctx.saved_tensors
-        scale = grad / n.clamp(min=1)
-        return dx * scale, dw * scale, None, None
-
-
 # -----------------------------------------------------------------------------
 # Templates: what one substep does. It takes an oracle and the state and returns the new state.
-# No template knows about attention, no oracle about momentum. To add one: a class, a line in the
-# table, its name in GPTConfig.template.
+# No template knows about attention, no oracle about momentum.
 
 
 class Template(nn.Module):
-    """One substep with its learned scalars, each a parameter of shape (1,), and its norm.
+    """One substep with its learned scalars and its norm.
 
     forward(oracle, state, h) returns the new state: x and as many streams, all (B, T, C); h is the
-    step, 1 but for Strang's attention halves. imex and symplectic get (attention, FFN) as oracle.
+    step, 1 but for Strang's attention halves. All parameters are scalars to the optimiser, unless a
+    module in it has another `role`; norms stay norms. Only `learn` makes bare parameters.
 
-    streams: how each tensor that travels beside x starts: "embed" (own tables, or zeros with
-             velocity_init=zero) or "ones".
+    streams:        how each tensor that travels beside x starts: as "x", "embed" (a second table,
+                    or zeros with velocity_init=zero), "zeros" or "ones"
+    splittings:     those that it takes; (): its oracle is (attention, FFN), and the order its own
+    velocity_norms: the values of velocity_norm that it has
+    oracle_calls:   how often forward asks an oracle that it is given
     """
 
     streams: tuple[str, ...] = ()
+    splittings: tuple[str, ...] = ("lie_trotter", "euler", "strang")
+    velocity_norms: tuple[str, ...] = ("update", "read", "none")
+    oracle_calls = 1
+    role = "scalar"
 
-    def __init__(self, config: GPTConfig, norm: bool = True, **learned: tuple[str, float]):
-        """learned: name=(map, value): the map keeps the scalar in its range, sigmoid in (0, 1) and
-        softplus in (0, inf); the value is where it starts."""
+    def __init__(self, config: GPTConfig, layer: int, index: int):
+        """The substep number `index` of a layer; both count from 0."""
         super().__init__()
-        self.norm = make_norm(config) if norm else None
-        self.learned = learned
-        for name in learned:
-            self.register_parameter(name, nn.Parameter(torch.empty(1)))
+        self.learned: dict[str, str] = {}  # name -> its range
 
-    @torch.no_grad()
-    def init_scalars(self) -> None:
-        """Set the raw parameters to the inverse map of the starting values."""
-        for name, (range_map, value) in self.learned.items():
-            odds = value / (1 - value) if range_map == "sigmoid" else math.expm1(value)
-            getattr(self, name).fill_(math.log(odds))
+    def learn(self, name: str, start: float, range_map: str, shape: tuple[int, ...] = (1,)) -> None:
+        """Add a learned scalar, or a tensor of any shape that broadcasts to (B, T, C). range_map
+        keeps it in its range: sigmoid (0, 1), softplus (0, inf), identity; start is its value."""
+        raw = torch.full(shape, start, dtype=torch.float64)
+        if range_map == "sigmoid":
+            raw = raw.logit()
+        elif range_map == "softplus":
+            raw = raw.expm1().log()
+        self.register_parameter(name, nn.Parameter(raw.to(torch.get_default_dtype())))
+        self.learned[name] = range_map
 
     def scalar(self, name: str) -> torch.Tensor | None:
-        """The mapped value (1,) of a learned scalar; None where this template does not have it."""
+        """The mapped value of a learned scalar; None where this template does not have it."""
         if name not in self.learned:
             return None
-        range_map = torch.sigmoid if self.learned[name][0] == "sigmoid" else F.softplus
-        return range_map(getattr(self, name))
+        raw, range_map = getattr(self, name), self.learned[name]
+        if range_map == "identity":
+            return raw
+        return raw.sigmoid() if range_map == "sigmoid" else F.softplus(raw)
 
 
 class GradientDescent(Template):
     """X' = X + h g(X): the residual connection of every GPT."""
 
-    def __init__(self, config: GPTConfig):
-        super().__init__(config, norm=False)
-
     def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
         (x,) = state
-        return (torch.add(x, oracle(x), alpha=h),)  # x + h g(x)
+        g = oracle(x)
+        return (x + (g if h == 1 else h * g),)
 
 
 class Momentum(Template):
@@ -447,13 +380,17 @@ class Momentum(Template):
     """
 
     streams = ("embed",)
+    scalars = ("mu", "beta", "gamma", "nu")
 
-    def __init__(self, config: GPTConfig, names: tuple[str, ...]):
-        scalars = dict(mu=(config.scalar_map, config.mu_init),
-                       beta=(config.scalar_map, config.beta_init),
-                       gamma=("softplus", config.gamma_init), nu=("softplus", 1.0))
-        super().__init__(config, config.velocity_norm != "none", **{n: scalars[n] for n in names})
+    def __init__(self, config: GPTConfig, layer: int, index: int):
+        super().__init__(config, layer, index)
+        starts = dict(mu=(config.mu_init, config.scalar_map),
+                      beta=(config.beta_init, config.scalar_map),
+                      gamma=(config.gamma_init, "softplus"), nu=(1.0, "softplus"))
+        for name in self.scalars:
+            self.learn(name, *starts[name])
         self.velocity_norm = config.velocity_norm
+        self.norm = None if config.velocity_norm == "none" else make_norm(config)
 
     def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
         x, v = state
@@ -463,7 +400,16 @@ class Momentum(Template):
         if self.velocity_norm == "update":
             v = self.norm(v)
         step = self.norm(v) if self.velocity_norm == "read" else v
-        return torch.add(x, step if nu is None else nu * step, alpha=h), v  # x + h nu step
+        step = step if nu is None else nu * step
+        return x + (step if h == 1 else h * step), v
+
+
+class HeavyBall(Momentum):
+    scalars = ("beta", "gamma")
+
+
+class Nesterov(Momentum):
+    scalars = ("mu", "beta", "gamma")
 
 
 class Imex(Template):
@@ -475,20 +421,23 @@ class Imex(Template):
     """
 
     streams = ("embed",)
+    splittings = ()
+    velocity_norms = ("update", "none")
 
-    def __init__(self, config: GPTConfig):
-        gamma = ("softplus", config.gamma_init)
-        super().__init__(config, config.velocity_norm == "update", gamma_a=gamma, gamma_m=gamma,
-                         beta=(config.scalar_map, config.beta_init))
-        self.steps = config.imex_steps
+    def __init__(self, config: GPTConfig, layer: int, index: int):
+        super().__init__(config, layer, index)
+        self.learn("gamma_a", config.gamma_init, "softplus")
+        self.learn("gamma_m", config.gamma_init, "softplus")
+        self.learn("beta", config.beta_init, config.scalar_map)
+        self.norm = make_norm(config) if config.velocity_norm == "update" else nn.Identity()
+        self.oracle_calls = config.imex_steps
 
     def forward(self, oracles: tuple[Oracle, Oracle], state: State, h: float = 1.0) -> State:
         (x, v), (attention, ffn) = state, oracles
         beta, gamma_a, gamma_m = map(self.scalar, ("beta", "gamma_a", "gamma_m"))
         z = x
-        for _ in range(self.steps):
-            v_new = beta * v + gamma_a * attention(z) + gamma_m * ffn(z)
-            v_new = v_new if self.norm is None else self.norm(v_new)
+        for _ in range(self.oracle_calls):
+            v_new = self.norm(beta * v + gamma_a * attention(z) + gamma_m * ffn(z))
             z = x + v_new
         return z, v_new
 
@@ -502,10 +451,15 @@ class Symplectic(Template):
     """
 
     streams = ("embed",)
+    splittings = ()
+    velocity_norms = ("update",)
 
-    def __init__(self, config: GPTConfig):
-        super().__init__(config, beta=(config.scalar_map, config.beta_init),
-                         gamma=("softplus", config.gamma_init), eta=("softplus", 1.0))
+    def __init__(self, config: GPTConfig, layer: int, index: int):
+        super().__init__(config, layer, index)
+        self.learn("beta", config.beta_init, config.scalar_map)
+        self.learn("gamma", config.gamma_init, "softplus")
+        self.learn("eta", 1.0, "softplus")
+        self.norm = make_norm(config)
 
     def forward(self, oracles: tuple[Oracle, Oracle], state: State, h: float = 1.0) -> State:
         (x, v), (attention, ffn) = state, oracles
@@ -523,12 +477,16 @@ class Preconditioned(Template):
     rmsprop has no M (g stands for it), only adamw decays (lam starts at sigmoid(-5)).
     """
 
-    def __init__(self, config: GPTConfig, names: tuple[str, ...]):
-        scalars = dict(beta1=("sigmoid", 0.5), beta2=("sigmoid", 0.5),
-                       gamma=("softplus", config.gamma_init),
-                       lam=("sigmoid", 1 / (1 + math.exp(5))))
-        super().__init__(config, **{n: scalars[n] for n in names})
-        self.streams = ("embed", "ones") if "beta1" in names else ("ones",)
+    splittings = ("lie_trotter",)
+    scalars: tuple[str, ...] = ()
+
+    def __init__(self, config: GPTConfig, layer: int, index: int):
+        super().__init__(config, layer, index)
+        starts = dict(beta1=(0.5, "sigmoid"), beta2=(0.5, "sigmoid"),
+                      gamma=(config.gamma_init, "softplus"), lam=(1 / (1 + math.exp(5)), "sigmoid"))
+        for name in self.scalars:
+            self.learn(name, *starts[name])
+        self.norm = make_norm(config)
 
     def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
         x, *m, s = state
@@ -541,17 +499,24 @@ class Preconditioned(Template):
         return x + gamma * update, *m, s
 
 
-TEMPLATES: dict[str, Callable[[GPTConfig], Template]] = {
-    "gd": GradientDescent,
-    "polyak": partial(Momentum, names=("beta", "gamma")),
-    "nesterov": partial(Momentum, names=("mu", "beta", "gamma")),
-    "tmm": partial(Momentum, names=("mu", "beta", "gamma", "nu")),
-    "imex": Imex,
-    "symplectic": Symplectic,
-    "rmsprop": partial(Preconditioned, names=("beta2", "gamma")),
-    "adam": partial(Preconditioned, names=("beta1", "beta2", "gamma")),
-    "adamw": partial(Preconditioned, names=("beta1", "beta2", "gamma", "lam")),
-}
+class RMSProp(Preconditioned):
+    streams = ("ones",)
+    scalars = ("beta2", "gamma")
+
+
+class Adam(Preconditioned):
+    streams = ("embed", "ones")
+    scalars = ("beta1", "beta2", "gamma")
+
+
+class AdamW(Preconditioned):
+    streams = ("embed", "ones")
+    scalars = ("beta1", "beta2", "gamma", "lam")
+
+
+TEMPLATES: dict[str, type[Template]] = {
+    "gd": GradientDescent, "polyak": HeavyBall, "nesterov": Nesterov, "tmm": Momentum,
+    "imex": Imex, "symplectic": Symplectic, "rmsprop": RMSProp, "adam": Adam, "adamw": AdamW}
 
 
 # -----------------------------------------------------------------------------
@@ -574,15 +539,13 @@ def strang(attention: Oracle, ffns: list[Oracle]) -> list[tuple[Oracle, float]]:
     return [(attention, 0.5), *((ffn, 1.0) for ffn in ffns), (attention, 0.5)]
 
 
-def own_order(attention: Oracle, ffns: list[Oracle]) -> list[tuple[tuple[Oracle, Oracle], float]]:
+def unsplit(attention: Oracle, ffns: list[Oracle]) -> list[tuple[tuple[Oracle, Oracle], float]]:
     """The template gets both oracles and orders them itself."""
     (ffn,) = ffns
     return [((attention, ffn), 1.0)]
 
 
 SPLITTINGS = {"lie_trotter": lie_trotter, "euler": euler, "strang": strang}
-SPLITTABLE = ("gd", "polyak", "nesterov", "tmm")  # the templates that take every splitting
-OWN_ORDER = ("imex", "symplectic")
 
 
 # -----------------------------------------------------------------------------
@@ -592,16 +555,18 @@ OWN_ORDER = ("imex", "symplectic")
 class Block(nn.Module):
     """One layer: two oracles, and the substeps that ask them. Names are nanoGPT's."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.ln_1 = make_norm(config)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.Identity() if config.ffn == "hourglass" else make_norm(config)
-        self.mlp = FFNS[config.ffn](config)  # an hourglass brings the norms of its sub-MLPs
+        self.attn = ATTENTIONS[config.attention](config)
+        ffn = FFNS[config.ffn](config)  # an hourglass brings the norms of its sub-MLPs
+        self.ln_2 = nn.Identity() if isinstance(ffn, HourglassFFN) else make_norm(config)
+        self.mlp = ffn
         self.each = config.each
-        self.split = own_order if config.template in OWN_ORDER else SPLITTINGS[config.splitting]
+        template = TEMPLATES[config.template]
+        self.split = SPLITTINGS[config.splitting] if template.splittings else unsplit
         n_substeps = len(self.split(*self.oracles()))
-        self.steps = nn.ModuleList(TEMPLATES[config.template](config) for _ in range(n_substeps))
+        self.steps = nn.ModuleList(template(config, layer, i) for i in range(n_substeps))
 
     def oracles(self, rope: torch.Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Oracle, list[Oracle]]:
@@ -618,51 +583,80 @@ class Block(nn.Module):
         return state
 
 
+def role_of(module: nn.Module, around: str | None) -> str | None:
+    """How the parameters of a module start, and to which optimiser group they go: what the module
+    says (role = "matrix"), a norm's, the role of the module around it, or its type's."""
+    if hasattr(module, "role"):
+        return module.role
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return "norm"
+    if around is None and isinstance(module, nn.Linear):
+        return "matrix"
+    return "embedding" if around is None and isinstance(module, nn.Embedding) else around
+
+
+def walk(module: nn.Module, path: str = "", around: str | None = None,
+         ) -> Iterator[tuple[str, nn.Module, str]]:
+    """(path, module, role) of every module with parameters of its own. ValueError where one has no
+    role, or a template a parameter that it did not `learn`."""
+    role = role_of(module, around)
+    for name, _ in module.named_parameters(recurse=False):
+        if isinstance(module, Template) and name not in module.learned:
+            raise ValueError(f"{path}.{name}: a template's parameter starts at a value; make it "
+                             f"with self.learn(name, start, range_map, shape)")
+        if role is None:
+            raise ValueError(f"{path}.{name}: what is the role of a {type(module).__name__}? Say "
+                             f"role = \"matrix\", \"embedding\", \"norm\" or \"scalar\" in it")
+    if role is not None:
+        yield path, module, role
+    for name, child in module.named_children():
+        yield from walk(child, f"{path}.{name}".strip("."), getattr(module, "role", around))
+
+
 class GPT(nn.Module):
     """The language model: embeddings, L blocks, final norm, tied head."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        c = config
-        h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.streams = h[0].steps[0].streams
-        own = "embed" in self.streams and c.velocity_init == "embed"
-        tables = own or c.velocity_init == "add"
-        learned = c.position == "learned"
-        parts = dict(wte=nn.Embedding(c.vocab_size, c.n_embd),
-                     wpe=nn.Embedding(c.block_size, c.n_embd) if learned else None,
-                     vte=nn.Embedding(c.vocab_size, c.n_embd) if tables else None,
-                     vpe=nn.Embedding(c.block_size, c.n_embd) if tables and learned else None,
-                     drop=nn.Dropout(c.dropout), h=h, ln_f=make_norm(c))
+        self.streams = TEMPLATES[config.template].streams
+        embedded = "embed" in self.streams and config.velocity_init == "embed"
+        second = embedded or config.velocity_init == "add"  # a second table?
+        learned = config.position == "learned"
+        parts = dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd) if learned else None,
+            vte=nn.Embedding(config.vocab_size, config.n_embd) if second else None,
+            vpe=nn.Embedding(config.block_size, config.n_embd) if second and learned else None,
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            ln_f=make_norm(config))
         self.transformer = nn.ModuleDict({k: m for k, m in parts.items() if m is not None})
-        self.lm_head = Linear(c.n_embd, c.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
         self.activation_checkpointing = False  # True: the backward pass computes each block again
-        self.loss_chunk: int | None = None  # head and loss for so many tokens at a time
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """N(0, 0.02) for every matrix and table, smaller by 1/sqrt(2 L) for what writes to the
-        residual stream (residual_init_scale); biases 0, gains 1, scalars as configured."""
+        residual stream (residual_init_scale); biases 0, gains 1, scalars as configured. What else
+        a module brings has started itself."""
         out_scale = (2 * self.config.n_layer) ** -0.5 if self.config.residual_init_scale else 1.0
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                std = 0.02 * (out_scale if name.endswith("c_proj") else 1.0)
-                nn.init.normal_(module.weight, 0.0, std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        for _, module, role in walk(self):
+            if role == "norm" and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-            elif isinstance(module, Template):
-                module.init_scalars()
+            elif role in ("matrix", "embedding"):
+                scale = out_scale if isinstance(module, OutputProjection) else 1.0
+                for p in module.parameters(recurse=False):
+                    if p.ndim > 1:
+                        nn.init.normal_(p, 0.0, 0.02 * scale)
+                    else:
+                        nn.init.zeros_(p)
 
-    def embed(self, idx: torch.Tensor, positions: torch.Tensor | None = None) -> State:
-        """Tokens (B, T) at positions (B, T), or 0..T-1 -> x and the streams, each (B, T, C)."""
+    def embed(self, idx: torch.Tensor, positions: torch.Tensor) -> State:
+        """Tokens (B, T) at positions (B or 1, T) -> x and the streams, each (B, T, C)."""
         t = self.transformer
-        if positions is None:
-            positions = torch.arange(idx.size(1), device=idx.device)[None]  # (1, T)
 
         def look_up(tokens: str, places: str) -> torch.Tensor:
             e = t[tokens](idx)
@@ -671,19 +665,21 @@ class GPT(nn.Module):
         x = look_up("wte", "wpe")
         if self.config.velocity_init == "add":
             x = x + look_up("vte", "vpe")  # the control "tables without dynamics"
-        starts = {"ones": lambda: torch.ones_like(x),
-                  "embed": lambda: look_up("vte", "vpe") if "vte" in t else torch.zeros_like(x)}
-        return x, *(starts[kind]() for kind in self.streams)
+
+        def begin(stream: str) -> torch.Tensor:
+            if stream == "x":
+                return x
+            if stream == "embed" and "vte" in t:
+                return look_up("vte", "vpe")
+            return torch.full_like(x, float(stream == "ones"))
+
+        return x, *map(begin, self.streams)
 
     def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """idx (B, T) token ids -> what the head reads (B, T, C). With a cache, idx continues the
         cached tokens. Raises ValueError where all tokens exceed block_size or the cache."""
         c = self.config
-        if cache is None:
-            check_room(idx.size(1), c.block_size)
-            positions = torch.arange(idx.size(1), device=idx.device)[None]  # (1, T)
-        else:
-            positions = cache.begin(idx, c.block_size)  # (B, T)
+        positions = (cache or KVCache()).begin(idx, c.block_size)  # (1, T), (B, T) if ragged
         state = self.embed(idx, positions)
         rope = None
         if c.position == "rope":
@@ -699,98 +695,53 @@ class GPT(nn.Module):
         return self.transformer.ln_f(state[0])
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
-                cache: KVCache | None = None, reduction: Literal["mean", "none"] = "mean",
-                last: torch.Tensor | None = None,
+                cache: KVCache | None = None, return_logits: bool = True,
+                reduction: Literal["mean", "none"] = "mean",
                 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """idx (B, T) token ids, with a cache as in `hidden` -> (logits, loss).
 
         With targets (B, T), logits (B, T, vocab_size) and the cross-entropy in nats per token, at
         least fp32, target -1 ignored: its mean (), or (B, T) with reduction="none". Without,
-        logits (B, 1, vocab_size) of the last position, or of position last (B,) of each row, and
-        None. With loss_chunk, the mean comes without logits.
+        logits (B, 1, vocab_size) of the last position, and None. return_logits=False gives None
+        for the logits: as an output they would cost a compiled graph memory and time.
         """
         x = self.hidden(idx, cache)
         if targets is None:
-            x = x[:, -1:] if last is None else x[torch.arange(len(x), device=x.device), last, None]
-            return self.lm_head(x), None
-        if self.loss_chunk and reduction == "mean":
-            return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight,
-                                                   targets.flatten(), self.loss_chunk)
+            return self.lm_head(x[:, -1:]), None
+        return self.head_and_loss(x, targets, return_logits, reduction)
+
+    def head_and_loss(self, x: torch.Tensor, targets: torch.Tensor, return_logits: bool,
+                      reduction: str) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What the head reads (B, T, C) and the targets (B, T) -> as `forward` has it."""
         logits = self.lm_head(x)  # (B, T, V)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-1,
                                reduction=reduction)
-        return logits, loss if reduction == "mean" else loss.view_as(targets)
-
-    # --- generation ---
+        loss = loss if reduction == "mean" else loss.view_as(targets)
+        return (logits if return_logits else None), loss
 
     @torch.no_grad()
-    def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-               top_k: int | None = None, top_p: float | None = None,
-               stop_tokens: tuple[int, ...] = (), generator: torch.Generator | None = None,
-               lengths: torch.Tensor | None = None, cache: KVCache | None = None,
-               compile: bool = False) -> Iterator[torch.Tensor]:
-        """Continue idx (B, T >= 1), or of every row its first lengths (B,) >= 1 tokens: yield the
-        next token of every row, (B,), up to max_new_tokens times, ending early when every row has
-        met a stop token (such a row repeats it).
-
-        temperature 0 (or below 1e-6) is greedy; top_k keeps the k likeliest tokens, top_p the
-        fewest whose probability reaches p. Rows beyond vocab_used are never drawn. When a row's
-        context is full its older half is dropped and the rest read again (a sliding window of T/2
-        to T). compile: the one-token step, with CUDA graphs where there is CUDA. cache: one to use
-        anew, for which nothing need be compiled again.
-        """
-        c, idx = self.config, idx.long()
-        stops = torch.tensor(stop_tokens, dtype=idx.dtype, device=idx.device)
-        token = torch.zeros_like(idx[:, 0])
-        stopped = torch.zeros_like(token, dtype=torch.bool)
-        room = min(c.block_size, idx.size(1) + max_new_tokens - 1)
-        cache = cache or KVCache(room)
-        check_room(room, cache.max_length)
-        mode = "reduce-overhead" if idx.is_cuda else None
-        step = torch.compile(self, fullgraph=True, dynamic=False, mode=mode) if compile else self
-        # Each row's window of at most `room` tokens, left-aligned, `count` (B,) of them so far
-        window, count = idx, torch.full_like(token, idx.size(1)) if lengths is None else lengths
-        if not (1 <= count.min() and count.max() <= idx.size(1)):
-            raise ValueError(f"lengths={count.tolist()}: must lie in 1..{idx.size(1)}")
-        longest, keep = None, room  # of the counts
-        for _ in range(max_new_tokens):
-            if longest is None or longest > room:  # read all
-                kept = count.where(count <= room, keep)
-                places = (count - kept)[:, None] + torch.arange(room + 1, device=idx.device)
-                window = window.gather(1, places.clamp(max=window.size(1) - 1))
-                count, longest, keep = kept, int(kept.max()), max(1, c.block_size // 2)
-                cache.lengths = None if cache.lengths is None else cache.lengths.zero_()
-                logits, _ = self(window[:, :longest], cache=cache, last=count - 1)
-                cache.lengths.copy_(count)
-            else:
-                if compile:  # else it would import torch's compiler, which takes seconds
-                    torch.compiler.cudagraph_mark_step_begin()
-                logits, _ = step(token[:, None], cache=cache)
-            logits = logits[:, -1].float()  # (B, V)
-            logits[:, c.vocab_used or c.vocab_size:] = -torch.inf
-            drawn = draw(logits, temperature, top_k, top_p, generator)
-            token = torch.where(stopped, token, drawn)
-            stopped = stopped | torch.isin(token, stops)
-            window = window.scatter(1, count[:, None], token[:, None])
-            count, longest = count + 1, longest + 1
-            yield token
-            if stop_tokens and stopped.all():
-                return
-
     def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None, top_p: float | None = None, **more) -> torch.Tensor:
-        """idx (B, T) -> (B, T + new): idx and what `stream` yields; `more` are its arguments."""
-        tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, **more)
-        return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
-
-    def store_matrices(self, dtype: torch.dtype) -> None:
-        """For inference without autocast: convert the linears once, as autocast would at every
-        call, for the same numbers. The head becomes a copy of the token table, which stays."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                for name, p in list(module.named_parameters()):
-                    setattr(module, name, nn.Parameter(p.detach().to(dtype), requires_grad=False))
+                 top_k: int | None = None) -> torch.Tensor:
+        """Continue idx (B, T >= 1) by max_new_tokens: (B, T + max_new_tokens). temperature 0 is
+        greedy; top_k keeps the k likeliest tokens. When the context is full its older half is
+        dropped and the rest read again. (sample.py has a faster one, with more options.)"""
+        size = self.config.block_size
+        cache, unread = KVCache(), idx[:, -size:]
+        for _ in range(max_new_tokens):
+            if cache.length == size:
+                cache, unread = KVCache(), idx[:, -max(1, size // 2):]
+            logits = self(unread, cache=cache)[0][:, -1].float()  # (B, V)
+            logits[:, self.config.vocab_used or self.config.vocab_size:] = -torch.inf
+            if top_k is not None:
+                worst_kept = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]
+                logits[logits < worst_kept] = -torch.inf
+            if temperature == 0:
+                unread = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+            else:
+                unread = torch.multinomial((logits / temperature).softmax(dim=-1), 1)
+            idx = torch.cat((idx, unread), dim=1)
+        return idx
 
     # --- accounting ---
 
@@ -804,12 +755,15 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Training FLOPs per token, 3 x forward: 2 per weight of a matrix and evaluation, attention
         2 T d_a per layer (causal average) and evaluation, the head 2 V d."""
-        c, block = self.config, self.transformer.h[0]
-        attn_calls, ffn_calls = c.calls
-        attn, ffn = (sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
-                     for part in (block.attn, block.mlp))
-        layer = 2 * (attn_calls * (attn + c.block_size * c.d_attn) + ffn_calls * ffn)
-        return 3 * (c.n_layer * layer + 2 * c.vocab_size * c.n_embd)
+        c = self.config
+        forward = 2 * c.vocab_size * c.n_embd
+        for block in self.transformer.h:
+            attention, ffn = (sum(m.weight.numel() for m in part.modules()
+                                  if isinstance(m, nn.Linear)) for part in (block.attn, block.mlp))
+            attention += c.block_size * c.d_attn
+            attention *= 2 if c.splitting == "strang" else 1
+            forward += 2 * block.steps[0].oracle_calls * (attention + ffn)
+        return 3 * forward
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak: float = 312e12) -> float:
         """Model FLOPs utilisation: fwdbwd_per_iter sequences per device in dt seconds, as a share
@@ -819,19 +773,13 @@ class GPT(nn.Module):
     def parameter_roles(self) -> dict[str, dict[str, nn.Parameter]]:
         """matrix (2-D, in the blocks), embedding (all tables, the tied head), norm (gains and
         biases), scalar (the templates'): name -> parameter, every parameter in exactly one."""
-        roles: dict = {"matrix": {}, "embedding": {}, "norm": {}, "scalar": {}}
-        for path, module in self.named_modules():
+        roles: dict[str, dict] = {"matrix": {}, "embedding": {}, "norm": {}, "scalar": {}}
+        seen = set()
+        for path, module, role in walk(self):
             for name, p in module.named_parameters(recurse=False):
-                if isinstance(module, nn.Embedding):
-                    role = "embedding"
-                elif isinstance(module, Template):
-                    role = "scalar"
-                else:
-                    role = "matrix" if isinstance(module, nn.Linear) and p.ndim == 2 else "norm"
-                if module is not self.lm_head:
-                    roles[role][f"{path}.{name}"] = p
-        named = dict(self.named_parameters())
-        assert sum(map(len, roles.values())) == len(named), "a parameter is in no role, or in two"
+                if p not in seen:  # the head's matrix is the token table
+                    roles["norm" if role == "matrix" and p.ndim < 2 else role][f"{path}.{name}"] = p
+                seen.add(p)
         return roles
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float,
@@ -846,35 +794,6 @@ class GPT(nn.Module):
                        weight_decay=weight_decay if role in ("matrix", "embedding") else 0.0)
                   for role, params in self.parameter_roles().items() if role in roles and params]
         return torch.optim.AdamW(groups, betas=betas, fused=device_type in ("cuda", "cpu", "mps"))
-
-    @torch.no_grad()
-    def learned_scalars(self) -> dict[str, list[list[float]]]:
-        """The templates' scalars, mapped: name -> for each layer the values of its substeps."""
-        steps = [list(block.steps) for block in self.transformer.h]
-        names = list(steps[0][0].learned)
-        if not names:
-            return {}
-        values = torch.stack([torch.stack([torch.cat([step.scalar(name) for step in layer])
-                                           for layer in steps]) for name in names])  # one read
-        return dict(zip(names, values.tolist(), strict=True))
-
-    @torch.no_grad()
-    def residual_path(self, idx: torch.Tensor) -> tuple[list[float], list[float]]:
-        """The way of x through depth for tokens idx (B, T), means over tokens: the L lengths
-        |x_{l+1} - x_l|, and the L - 1 angles between a layer's step and the next, in degrees."""
-        xs: list[torch.Tensor] = []
-        hooks = [block.register_forward_hook(
-            lambda _, inputs, state: xs.extend([inputs[0][0], state[0]] if not xs else [state[0]]))
-            for block in self.transformer.h]
-        try:
-            self(idx)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        steps = torch.stack(xs).double().diff(dim=0)  # (L, B, T, C)
-        cosines = F.cosine_similarity(steps[1:], steps[:-1], dim=-1).clamp(-1, 1)
-        angles = cosines.arccos().rad2deg().mean(dim=(1, 2))
-        return steps.norm(dim=-1).mean(dim=(1, 2)).tolist(), angles.tolist()
 
     # --- weights from elsewhere ---
 
@@ -900,19 +819,9 @@ class GPT(nn.Module):
         override_args = override_args or {}
         if set(override_args) - {"dropout"}:
             raise ValueError(f"{sorted(override_args)}: only dropout can be overridden")
-        source, info = GPT2LMHeadModel.from_pretrained(model_type, output_loading_info=True)
-        if info["missing_keys"]:
-            raise ValueError(f"it has no {sorted(info['missing_keys'])[0]}")
+        source = GPT2LMHeadModel.from_pretrained(model_type)
         hf = source.config
         gelus = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-        needed = dict(layer_norm_epsilon=1e-5, scale_attn_weights=True, tie_word_embeddings=True,
-                      scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-        other = [f"{name}={getattr(hf, name)}" for name, value in needed.items()
-                 if getattr(hf, name) != value]
-        if hf.activation_function not in gelus:
-            other.append(f"activation_function={hf.activation_function}")
-        if other:
-            raise ValueError(f"it is no GPT-2 that this model can be: it has {', '.join(other)}")
         model = cls(GPTConfig(
             block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer,
             n_head=hf.n_head, n_embd=hf.n_embd, ffn_hidden=hf.n_inner, bias=True,
@@ -925,25 +834,3 @@ def transposed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our weights as transformers' GPT-2 has them, or back: its matrices are transposed."""
     ends = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     return {name: w.t() if name.endswith(ends) else w for name, w in weights.items()}
-
-
-# -----------------------------------------------------------------------------
-# Running a model: drawing tokens, reading checkpoints, device and precision
-
-
-def draw(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
-         top_p: float | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
-    """One token id per row of logits (B, V) -> (B,). See GPT.stream."""
-    if temperature < 1e-6:
-        return logits.argmax(dim=-1)
-    ids, n = None, logits.size(-1)
-    if (top_k or n) < n or top_p is not None:  # ranked, the likeliest first
-        logits, ids = logits.topk(min(top_k or n, n))
-    probs = (logits / temperature).softmax(dim=-1)
-    if top_p is not None:
-        before = probs.cumsum(dim=-1) - probs  # the probability of the likelier tokens
-        probs = probs.masked_fill((before >= top_p) & (before > 0), 0.0)
-    drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
-    return (drawn if ids is None else ids.gather(1, drawn))[:, 0]
-
-
