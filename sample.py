@@ -32,24 +32,25 @@ from support.tokenizer import Tokenizer, load_meta
 
 class DecodingCache(KVCache):
     """Keys and values of up to max_length tokens a row; lengths (B,) counts those of each row,
-    which may differ. No shape ever changes, so all one-token steps are one compiled graph."""
+    which may differ. No shape ever changes, so all one-token steps are one compiled graph. `crop`
+    comes before the first pass: it says how many rows there are."""
 
     def __init__(self, max_length: int):
         super().__init__()
         self.max_length = max_length
         self.lengths: torch.Tensor | None = None
 
+    def crop(self, lengths: torch.Tensor) -> None:
+        """Keep the first lengths (B,) tokens of each row. None at all: the cache is used anew, by
+        as many rows as before or by others."""
+        if self.lengths is None or len(self.lengths) != len(lengths):
+            self.lengths, self.slots = keep_address(torch.empty_like(lengths)), []
+        self.lengths.copy_(lengths)
+
     def begin(self, idx: torch.Tensor, block_size: int) -> torch.Tensor:
-        """A pass over the next tokens, idx (B, T): their positions (B, T). ValueError where there
-        is no room (not when compiled), or if the cache has other rows."""
-        if self.lengths is None:
-            self.lengths = keep_address(torch.zeros_like(idx[:, 0]))
-        if len(self.lengths) != len(idx):
-            raise ValueError(f"{len(idx)} rows: the cache has {len(self.lengths)}; make another")
+        """A pass over the next tokens, idx (B, T): their positions (B, T)."""
         self.call = 0
         self.positions = self.lengths[:, None] + torch.arange(idx.size(1), device=idx.device)
-        if not torch.compiler.is_compiling():
-            check_room(int(self.positions.max()) + 1, min(block_size, self.max_length))
         self.rows = torch.arange(idx.size(0), device=idx.device)[:, None]  # (B, 1)
         keys = torch.arange(self.max_length, device=idx.device)
         self.mask = (keys <= self.positions[:, :, None])[:, None]  # (B, 1, T, max_length)
@@ -71,22 +72,6 @@ class DecodingCache(KVCache):
         """The pass is complete."""
         self.lengths += self.positions.size(1)
         self.positions, self.rows, self.mask = None, None, None
-
-    def clear(self) -> None:
-        """Forget all tokens: the cache can be used anew."""
-        if self.lengths is not None:
-            self.lengths.zero_()
-
-    def crop(self, lengths: torch.Tensor) -> None:
-        """Keep the first lengths (B,) tokens of each row."""
-        self.lengths.copy_(lengths)
-
-
-def check_room(n_tokens: int, room: int) -> None:
-    """Raises ValueError where they do not fit."""
-    if n_tokens > room:
-        raise ValueError(f"{n_tokens} tokens: there is room for {room} (block_size, or the cache's "
-                         f"length); crop the input")
 
 
 def keep_address(x: torch.Tensor) -> torch.Tensor:
@@ -154,11 +139,14 @@ def draw(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = Non
     return (ids.gather(1, drawn) if ranked else drawn)[:, 0]
 
 
-def prefill(model: GPT, windows: torch.Tensor, lengths: torch.Tensor, cache: DecodingCache,
-            ) -> torch.Tensor:
-    """Read windows (B, T) anew, of every row its first lengths (B,) tokens: the logits (B, V) of
-    what follows them."""
-    cache.clear()
+def prefill(model: GPT, text: torch.Tensor, start: torch.Tensor, count: torch.Tensor,
+            cache: DecodingCache) -> torch.Tensor:
+    """Fill the cache with tokens start (B,) to count (B,) of each row of text (B, S): the logits
+    (B, V) of what follows them."""
+    lengths = count - start
+    places = start[:, None] + torch.arange(int(lengths.max()), device=text.device)
+    windows = text.gather(1, places.clamp(max=text.size(1) - 1))  # (B, T); past `count` any token
+    cache.crop(torch.zeros_like(lengths))
     x = model.hidden(windows, cache)  # (B, T, C)
     cache.crop(lengths)
     return model.lm_head(x[torch.arange(len(x), device=x.device), lengths - 1])
@@ -185,37 +173,36 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
     longest = min(size, T + max_new_tokens - 1)  # the last token is drawn, but not read
     if cache is None:
         cache = DecodingCache(longest)
-    check_room(longest, cache.max_length)
-    mode = "reduce-overhead" if idx.is_cuda else None
-    step = torch.compile(model, fullgraph=True, dynamic=False, mode=mode) if compile else model
-
-    text = F.pad(idx.long(), (0, max_new_tokens))  # (B, T + new), every row from its first token on
+    if longest > cache.max_length:
+        raise ValueError(f"{longest} tokens: there is room for {cache.max_length} (the cache's "
+                         f"length); make a larger one")
     count = torch.full((B,), T, device=device) if lengths is None else lengths  # tokens of each row
     if not (1 <= count.min() and count.max() <= T):
         raise ValueError(f"lengths={count.tolist()}: must lie in 1..{T}")
-    start = (count - size).clamp(min=0)  # where the window of each row begins
-    unread = 0  # how many tokens the longest window still has room for
-    rows = torch.arange(B, device=device)
+    mode = "reduce-overhead" if idx.is_cuda else None
+    step = torch.compile(model, fullgraph=True, dynamic=False, mode=mode) if compile else model
+
+    text = F.pad(idx.long(), (0, max_new_tokens))  # (B, T + new): rows begin at 0 and grow
+    start = (count - size).clamp(min=0)  # (B,) where each row's window begins
+    room = 0  # how many tokens more the longest window may have
     stops = torch.tensor(stop_tokens, dtype=torch.long, device=device)
-    token, stopped = text[:, 0], torch.zeros(B, dtype=torch.bool, device=device)
+    stopped = torch.zeros(B, dtype=torch.bool, device=device)
+    token = text[:, 0]
     for _ in range(max_new_tokens):
-        if unread == 0:
+        if room == 0:
             start = torch.where(count - start > size, count - max(1, size // 2), start)
-            width = int((count - start).max())
-            places = start[:, None] + torch.arange(width, device=device)  # (B, width)
-            windows = text.gather(1, places.clamp(max=text.size(1) - 1))
-            logits = prefill(model, windows, count - start, cache)
-            unread = size - width
+            logits = prefill(model, text, start, count, cache)
+            room = size - int((count - start).max())
         else:
             if compile:  # else it would import torch's compiler, which takes seconds
                 torch.compiler.cudagraph_mark_step_begin()
             logits = step(token[:, None], cache=cache)[0][:, -1]
-            unread -= 1
+            room -= 1
         logits = logits.float()  # (B, V)
         logits[:, vocab_used:] = -torch.inf
         token = torch.where(stopped, token, draw(logits, temperature, top_k, top_p, generator))
         stopped = stopped | torch.isin(token, stops)
-        text[rows, count] = token
+        text.scatter_(1, count[:, None], token[:, None])
         count = count + 1
         yield token
         if stop_tokens and stopped.all():
