@@ -53,14 +53,14 @@ def finish(argv, then=None) -> str:
     return program.output
 
 
-def kill_inside(fatal: int, functions: tuple[str, ...]) -> functools.partial:
-    """A hook that kills prepare.py at this moment of these functions; 0: never."""
+def kill_inside(functions: tuple[str, ...], fatal: int) -> functools.partial:
+    """A hook that kills prepare.py at this moment of these functions of its."""
     return functools.partial(kill_at, fatal, "prepare", functions)
 
 
-def moments(output: str) -> int:
-    """How many there were."""
-    return int(output.split("moments so far: ")[-1].split()[0])
+def moments(argv, functions: tuple[str, ...]) -> int:
+    """How many there are in a whole run."""
+    return int(finish(argv, kill_inside(functions, 0)).split("moments so far: ")[-1].split()[0])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -71,11 +71,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def accepted(folder: Path) -> dict[str, bytes] | None:
     """The folder's files, if train.py would take them."""
-    with contextlib.suppress(UserError):
+    try:
         load_meta(folder)
-        return {name: (folder / name).read_bytes()
-                for name in ("train.bin", "val.bin", "meta.json")}
-    return None
+    except UserError:
+        return None
+    return {name: (folder / name).read_bytes() for name in ("train.bin", "val.bin", "meta.json")}
 
 
 def until(condition, timeout=60.0):
@@ -93,27 +93,27 @@ def until(condition, timeout=60.0):
 
 @pytest.mark.parametrize("kills", [8, pytest.param(50, marks=torture)])
 def test_kill_9(tmp_path, command, kills):
-    rng, data, done, runs, inside = random.Random(SEED), tmp_path / "data", 0, 0, 0
-    total = moments(finish(command("whole"), kill_inside(0, WRITE)))
-    expected = contents(data / "whole")
-    assert expected.keys() == {"train.bin", "val.bin", "meta.json"}
+    """Again and again, within a write or at any time; a run that ends is whole, and begins anew."""
+    rng, folder, done = random.Random(SEED), tmp_path / "data/killed", 0
+    total = moments(command("whole"), WRITE)
+    whole = contents(tmp_path / "data/whole")
+    assert whole.keys() == {"train.bin", "val.bin", "meta.json"}
     while done < kills:
-        runs += 1
-        while True:
-            in_a_write = rng.random() < 0.7
-            fatal = rng.randint(1, total // 3) if in_a_write else 0
-            program = start(command(f"killed-{runs}"), kill_inside(fatal, WRITE))
-            if not in_a_write:
-                time.sleep(rng.uniform(0, 0.15))
-                program.process.kill()
-            if program.wait() == 0:
-                break
+        fatal = rng.randint(1, total // 3) if rng.random() < 0.7 else 0
+        program = start(command("killed"), kill_inside(WRITE, fatal))
+        if fatal == 0:
+            time.sleep(rng.uniform(0, 0.15))
+            program.process.kill()
+        if program.wait() == 0:
+            assert contents(folder) == whole
+            shutil.rmtree(folder)
+        else:
             assert program.wait() == -signal.SIGKILL, program.output
-            done, inside = done + 1, inside + in_a_write
-            assert accepted(data / f"killed-{runs}") in (None, expected)
-        assert contents(data / f"killed-{runs}") == expected
-    print(f"\n{done} kills of prepare.py survived in {runs} runs, of these {inside} inside a write "
-          f"(of {total} moments); seed {SEED}")
+            assert accepted(folder) in (None, whole)
+            done += 1
+    finish(command("killed"))
+    assert contents(folder) == whole
+    print(f"\n{done} kills of prepare.py survived; seed {SEED}")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -122,7 +122,7 @@ def test_kill_9_while_data_moves_into_place(tmp_path, command, every, overwrite)
     """The end of a run: the old data, or none, or the new, never a mixture; and no remains."""
     data, functions, seen = tmp_path / "data", ("write_json", "move_into_place"), []
     finish(command("old", "--seed=1"))
-    last = moments(finish(command("new", "--seed=2"), kill_inside(0, functions)))
+    last = moments(command("new", "--seed=2"), functions)
     old, new = contents(data / "old"), contents(data / "new")
     assert old["train.bin"] != new["train.bin"]
     states, argv = [None, new], command("killed", "--seed=2")
@@ -133,7 +133,7 @@ def test_kill_9_while_data_moves_into_place(tmp_path, command, every, overwrite)
         shutil.rmtree(data / "killed", ignore_errors=True)
         if overwrite:
             shutil.copytree(data / "old", data / "killed")
-        program = start(argv, kill_inside(fatal, functions))
+        program = start(argv, kill_inside(functions, fatal))
         assert program.wait() == -signal.SIGKILL, program.output
         assert accepted(data / "killed") in states, fatal
         seen.append(states.index(accepted(data / "killed")))
@@ -209,8 +209,8 @@ def test_a_bin_that_cannot_grow(tmp_path, command):
         assert "File too large; once that is mended, the same command continues" in lines[0]
         with pytest.raises(UserError, match="unfinished"):
             load_meta(tmp_path / "data/data")
-    for name in "data", "whole":
-        finish(command(name))
+    finish(command("data"))
+    finish(command("whole"))
     assert contents(tmp_path / "data/data") == contents(tmp_path / "data/whole")
 
 
