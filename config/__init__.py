@@ -7,15 +7,16 @@ Python file of assignments, run with the current values as its globals, so that 
 (`min_lr = learning_rate / 10`). Presets are code, like train.py: run your own.
 """
 
+import ast
 import contextlib
 import difflib
 import glob
 import inspect
 import math
 import os
-import re
 import textwrap
 import traceback
+from collections.abc import Iterable
 from dataclasses import fields
 from decimal import Decimal
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -28,8 +29,7 @@ TRUE, FALSE, AUTO = {"true", "1", "yes"}, {"false", "0", "no"}, {"none", "auto"}
 
 
 def option_types(cls) -> dict[str, Any]:
-    """Option name -> type. `cls.choices()`, a static method, may say the keys of open tables, by
-    option: such an option is a Literal of them."""
+    """Option name -> type: for those in `cls.choices()` a Literal of the keys of their table."""
     tables = getattr(cls, "choices", dict)()
     kinds = get_type_hints(cls) | {name: Literal[tuple(tables[name])] for name in tables}
     return {field.name: kinds[field.name] for field in fields(cls)}
@@ -47,7 +47,7 @@ def describe(kind) -> str:
     return name if plain is kind else f"{name} or auto"
 
 
-def nearest(name: str, names, folder: str = "") -> str:
+def nearest(name: str, names: Iterable[str], folder: str = "") -> str:
     """The end of a message about a wrong name."""
     near = difflib.get_close_matches(name, names, 1)
     return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
@@ -61,15 +61,13 @@ def coerce(name: str, value: Any, kind) -> Any:
         return None
     if plain is bool and text.lower() in TRUE | FALSE:
         return text.lower() in TRUE
-    if plain is str and isinstance(value, str):
+    if plain is str and isinstance(value, str) or text in get_args(plain):
         return value
     if get_origin(plain) is tuple:
         value = [value] if isinstance(value, str) else value
         if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
             return tuple(value)
     if get_origin(plain) is Literal:
-        if value in get_args(plain):
-            return value
         wrong += nearest(text, get_args(plain))
     with contextlib.suppress(ValueError, ArithmeticError):  # float's and Decimal's, of no number
         if plain is float and math.isfinite(float(text)):
@@ -186,12 +184,14 @@ def help_text(cls, values: dict[str, Any], usage: str) -> str:
     """The options with these values, their types, and the comments beside or right above them."""
     comments = {}
     for base in reversed(cls.__mro__[:-1]):
-        above: list[str] = []
-        for line in inspect.getsource(base).splitlines():
-            code, _, comment = line.partition("# ")
-            if option := re.match(r"    (\w+): ", code):
-                comments[option[1]] = comment or " ".join(above)
-            above = [*above, comment] if comment and not code.strip() else []
+        lines = inspect.getsource(base).splitlines()
+        for node in ast.parse("\n".join(lines)).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                beside, first = lines[node.end_lineno - 1][node.end_col_offset:], node.lineno - 1
+                while "#" not in beside and lines[first - 1].lstrip().startswith("#"):
+                    first -= 1
+                parts = [*lines[first:node.lineno - 1], beside]
+                comments[node.target.id] = " ".join(part.strip(" #") for part in parts)
     rows = [usage.strip(), "", "options (--name=value or --name value):"]
     for name, kind in option_types(cls).items():
         value = "auto" if values[name] is None else printable(values[name])
