@@ -24,10 +24,10 @@ from model import GPT, GPTConfig
 from support.checkpoint import holds_weights, model_from, open_folder
 from support.data import Tokens, WindowOrder, evaluation_starts, prefetch, to_device
 from support.device import autocast, pick_dtype, try_compile, tune_machine
-from support.errors import cli, fail
+from support.errors import cli, explained, fail
 from support.log import Log, hide, report, show
 from support.muon import Muon
-from support.ranks import Ranks, explained, out_folder, shard, stop_signals
+from support.ranks import Ranks, out_folder, shard, stop_signals
 from support.resume import (
     Progress,
     find_start,
@@ -396,7 +396,11 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
 def main(argv: list[str]) -> None:
     """Read the options, take the output folder, train."""
     config, given = read_config(TrainConfig, argv, usage=__doc__)
-    with explained(config.out_dir):
+    with explained(config.out_dir,
+                   mend="the checkpoints that were there are intact; mend that or choose another "
+                        "--out_dir",
+                   shrink="halve --batch_size and double --gradient_accumulation_steps (the step "
+                          "stays the same), or add --activation_checkpointing"):
         ranks = Ranks(config)
         with out_folder(config.out_dir, use=ranks.rank == 0 and not config.eval_only):
             train(config, given, ranks)
