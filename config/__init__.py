@@ -198,16 +198,3 @@ def help_text(cls, values: dict[str, Any], usage: str) -> str:
         rows.append(f"  --{name}={value}   [{describe(kind)}]")
         rows.append(textwrap.indent(textwrap.fill(comments[name], 86), " " * 6))
     return "\n".join(rows).strip()
-
-
-def check_fields(config) -> list[str]:
-    """Until model.py checks its own."""
-    problems = []
-    for name, kind in option_types(type(config)).items():
-        value = getattr(config, name)
-        try:
-            if coerce(name, value, kind) != value:
-                problems.append(f"{name}={value!r}: expected {describe(kind)}")
-        except ValueError as error:
-            problems.append(str(error))
-    return problems
