@@ -24,7 +24,8 @@ from model import GPT, KVCache
 from support.checkpoint import model_from, read_checkpoint, read_latest, read_pretrained
 from support.device import can_compile, out_of_memory, pick_device, pick_dtype
 from support.errors import cli, fail
-from support.tokenizer import Tokenizer, load_meta
+from support.meta import load_meta
+from support.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
 # The decoder: a cache of fixed shape, converted matrices, draws, and `stream`, which uses them
