@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from config import check_rules, read_config
 from model import GPT, KVCache
-from support.checkpoint import model_from, read_checkpoint, read_latest, read_pretrained
+from support.checkpoint import model_from, read_checkpoint, read_latest
 from support.device import can_compile, out_of_memory, pick_device, pick_dtype
 from support.errors import cli, fail
 from support.meta import load_meta
@@ -252,15 +252,11 @@ class SampleConfig:
 
 def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model (on the CPU, in eval mode) and the tokenizer it was trained with."""
-    if (config.init_from.startswith("gpt2") and not config.init_from.endswith(".pt")
-            and not os.path.isdir(config.init_from)):
-        model, meta = read_pretrained(config.init_from), {"tokenizer": "gpt2"}
-    else:
-        checkpoint = load_checkpoint(config)
-        model = model_from(checkpoint, dropout=0.0)
-        if not all(p.isfinite().all() for p in model.parameters()):
-            fail("the checkpoint's weights are nan or infinite: its run broke; use another one")
-        meta = checkpoint.get("tokenizer") or nanogpt_tokenizer(checkpoint, config.data_dir)
+    checkpoint = load_checkpoint(config)
+    model = model_from(checkpoint, dropout=0.0)
+    if not all(p.isfinite().all() for p in model.parameters()):
+        fail("the checkpoint's weights are nan or infinite: its run broke; use another one")
+    meta = checkpoint.get("tokenizer") or nanogpt_tokenizer(checkpoint, config.data_dir)
     tokenizer = Tokenizer.from_meta(meta)
     if tokenizer.n_vocab > model.config.vocab_size:
         fail(f"the tokenizer {tokenizer.name} has {tokenizer.n_vocab} ids, the model only "
@@ -292,10 +288,11 @@ def nanogpt_tokenizer(checkpoint: dict, data_dir: str) -> dict:
             return meta
     if size in (50257, 50304):
         return {"tokenizer": "gpt2"}
-    fail(f"the checkpoint has {size} token ids and does not say which" + (
-        f"; put the data that it was trained on, with its meta.pkl, in {folder}" if dataset else
-        ", nor names its data; sample from the run's own checkpoint, or export that with "
-        "--format=safetensors"))
+    unknown = f"the checkpoint has {size} token ids and does not say which"
+    if dataset:
+        fail(f"{unknown}; put the data that it was trained on, with its meta.pkl, in {folder}")
+    fail(f"{unknown}, nor names its data; sample from the run's own checkpoint, or export that "
+         f"with --format=safetensors")
 
 
 def read_prompt(start: str) -> str:
@@ -346,17 +343,17 @@ class Sample:
 def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: str,
                  ) -> Iterator[str]:
     """Yield the pieces of the text to print: the first sample as it is made, then the others."""
-    device, c = next(model.parameters()).device, config
-    compiled = can_compile(c.compile, device, partial(print, file=sys.stderr))
+    device = next(model.parameters()).device
+    compiled = can_compile(config.compile, device, partial(print, file=sys.stderr))
     ids = tokenizer.encode_prompt(prompt)
     if not ids:
         fail("the prompt is empty; give --start some text, a newline at least")
-    idx = torch.tensor(ids, device=device).repeat(c.num_samples, 1)  # (num_samples, T)
-    generator = torch.Generator(device).manual_seed(c.seed)
-    samples = [Sample(tokenizer, c.stop) for _ in range(c.num_samples)]
+    idx = torch.tensor(ids, device=device).repeat(config.num_samples, 1)  # (num_samples, T)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    samples = [Sample(tokenizer, config.stop) for _ in range(config.num_samples)]
     yield prompt
-    for tokens in stream(model, idx, c.max_new_tokens, c.temperature, c.top_k, c.top_p,
-                         generator=generator, compile=compiled):
+    for tokens in stream(model, idx, config.max_new_tokens, config.temperature, config.top_k,
+                         config.top_p, generator=generator, compile=compiled):
         pieces = [sample.add(token) for sample, token in zip(samples, tokens.tolist(), strict=True)]
         yield pieces[0]
         if all(sample.done for sample in samples):
