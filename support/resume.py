@@ -66,9 +66,10 @@ def find_start(config: Any, given: dict[str, str]) -> tuple[Any, dict | None, bo
         return c, None, False
     if c.init_from.endswith(".pt") or os.path.isdir(c.init_from):
         return c, read_checkpoint(c.init_from), False
+    start = {"tokenizer": {"tokenizer": "gpt2"}}
+    read_source(os.path.join(c.data_dir, c.dataset), start, False)  # before a download
     model = read_pretrained(c.init_from)
-    return c, {"model": model.state_dict(), "model_args": asdict(model.config),
-               "tokenizer": {"tokenizer": "gpt2"}}, False
+    return c, start | {"model": model.state_dict(), "model_args": asdict(model.config)}, False
 
 
 def stored_options(config: Any, given: dict[str, str], checkpoint: dict) -> Any:
