@@ -323,8 +323,8 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
 
     with stop_signals() as signals, contextlib.closing(prefetch(micro_batches())) as batches:
         if master:
-            open_folder(c, resumed)
             log = Log(c, run.log_length, model, windows_per_step * c.block_size, ranks)
+            open_folder(c, resumed)
         saved = run.step if resumed else None  # the step of ckpt.pt
         while True:
             # --- evaluate ---
