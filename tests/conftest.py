@@ -57,11 +57,11 @@ def write_data(folder, train, val=None, vocab_size=257, dtype="uint16", **meta) 
 def data_dir(tmp_path_factory) -> Path:
     """tiny: random bytes, 20 windows of 16 (2.5 steps of TINY) an epoch; edge: 24 windows (3
     steps); count: 20 windows in which a token's id is its position; easy: eight ids in turn;
-    long_val: 562 windows to evaluate on."""
+    long_val: 150 windows to evaluate on."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     write_data(root / "tiny", rng.integers(256, size=343), rng.integers(256, size=300))
     write_data(root / "edge", rng.integers(256, size=407), rng.integers(256, size=300))
-    write_data(root / "long_val", rng.integers(256, size=343), rng.integers(256, size=9005))
+    write_data(root / "long_val", rng.integers(256, size=343), rng.integers(256, size=2405))
     write_data(root / "easy", np.arange(343) % 8)
     write_data(root / "count", np.arange(343), vocab_size=343)
     return root
