@@ -71,15 +71,15 @@ def data_dir(tmp_path_factory) -> Path:
 def no_pictures():
     """Drawing loss.png takes longer than a tiny run: a test of it asks for `pictures`."""
     with pytest.MonkeyPatch.context() as patch:
-        draw = log.refresh_picture
-        patch.setattr(log, "refresh_picture", lambda _: None)
+        draw = log.draw_losses
+        patch.setattr(log, "draw_losses", lambda _: None)
         yield draw
 
 
 @pytest.fixture
 def pictures(no_pictures, monkeypatch):
     """The runs of this test draw loss.png."""
-    monkeypatch.setattr(log, "refresh_picture", no_pictures)
+    monkeypatch.setattr(log, "draw_losses", no_pictures)
 
 
 # -----------------------------------------------------------------------------
