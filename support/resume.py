@@ -60,8 +60,9 @@ def find_start(config: Any, given: dict[str, str]) -> tuple[Any, dict | None, bo
              f"or choose another --out_dir")
     if c.init_from in ("scratch", "auto"):
         return c, None, False
-    if c.init_from in GPT2:  # before a download
-        read_source(os.path.join(c.data_dir, c.dataset), {"tokenizer": {"tokenizer": "gpt2"}}, False)
+    if c.init_from in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):  # before a download
+        tokenizer = {"tokenizer": {"tokenizer": "gpt2"}}
+        read_source(os.path.join(c.data_dir, c.dataset), tokenizer, resumed=False)
     return c, read_checkpoint(c.init_from), False
 
 
