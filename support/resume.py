@@ -85,6 +85,8 @@ def stored_options(config: Any, given: dict[str, str], checkpoint: dict) -> Any:
             values[field.name] = stored.get(field.name, field.default)
     if "eval_tokens" in words - {"eval_iters"}:
         values["eval_iters"] = None
+    elif values["eval_iters"] is not None:  # which says it, also for another batch_size
+        values["eval_tokens"] = type(config).eval_tokens
     try:
         options = replace(config, **values)
     except (TypeError, ValueError) as error:
