@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from config import check_rules, read_config
 from model import GPT, KVCache
 from support.checkpoint import model_from, read_checkpoint, read_latest
-from support.device import can_compile, out_of_memory, pick_device, pick_dtype
-from support.errors import cli, fail
+from support.device import can_compile, pick_device, pick_dtype
+from support.errors import cli, explained, fail
 from support.meta import load_meta
 from support.tokenizer import Tokenizer
 
@@ -370,15 +370,12 @@ def main(argv: list[str]) -> None:
     prompt = read_prompt(config.start)
     model, tokenizer = load_model(config)
     dtype = pick_dtype(config.dtype, device)
-    try:
+    with explained("standard output", mend="print to another place",
+                   shrink="halve --num_samples or --max_new_tokens, or use --device=cpu"):
         model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
         store_matrices(model, dtype)
         for piece in draw_samples(model, tokenizer, config, prompt):
             print(piece, end="", flush=True)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        fail("out of memory: halve --num_samples or --max_new_tokens, or use --device=cpu")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ draws against their definition. The command: prompts, the stop text, whole chara
 checkpoint, whose tokenizer.
 """
 
-import gc
 import io
 import itertools
 import os
@@ -19,17 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import option_words, write_data
-from torch.utils._python_dispatch import TorchDispatchMode
-from variants import (
-    BYTES,
-    IDX,
-    VARIANTS,
-    assert_close,
-    build,
-    every_variant,
-    logits,
-    write_checkpoint,
-)
+from variants import IDX, VARIANTS, assert_close, build, every_variant, logits, write_checkpoint
 
 import sample
 from sample import DecodingCache, DecodingLinear, draw, store_matrices, stream
@@ -74,7 +63,7 @@ def greedy(model, prompts, n):
     return torch.tensor(rows)
 
 
-def decode(model, idx, n, lengths=None, **how):
+def decode(model, idx, lengths=None, n=15, **how):
     """What `stream` yields, (B, n); greedy unless `how` says else."""
     return torch.stack(list(stream(model, idx, n, lengths=lengths, **{"temperature": 0, **how})), 1)
 
@@ -91,10 +80,10 @@ def test_a_row_does_not_depend_on_the_others(name):
     for width, seed in ((0, 1), (40, 2)):  # another padding, and one that no row needs
         idx, lengths = padded(prompts, width, seed)
         before = idx.clone(), lengths.clone()
-        assert torch.equal(decode(model, idx, 15, lengths), expected)
+        assert torch.equal(decode(model, idx, lengths), expected)
         assert torch.equal(idx, before[0]) and torch.equal(lengths, before[1])
     for prompt, row in zip(prompts, expected, strict=True):
-        assert torch.equal(decode(model, prompt[None].int(), 15)[0], row)  # ids of either width
+        assert torch.equal(decode(model, prompt[None].int())[0], row)  # ids of either width
 
 
 @pytest.mark.parametrize("block_size, lengths", [
@@ -107,8 +96,7 @@ def test_rows_of_different_lengths_in_every_context(block_size, lengths):
         model = build(**dict(VARIANTS[name], block_size=block_size))
         expected = greedy(model, prompts, 25)
         for n in (1, 14, 25):
-            assert torch.equal(decode(model, *padded(prompts)[:1], n, padded(prompts)[1]),
-                               expected[:, :n])
+            assert torch.equal(decode(model, *padded(prompts), n), expected[:, :n])
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])
@@ -129,7 +117,7 @@ def test_stop_tokens(name):
         idx, lengths = padded(prompts)
         for row, n in zip(idx, lengths, strict=True):
             row[n:] = stops[0]
-        out = decode(model, idx, 16, lengths, stop_tokens=stops)
+        out = decode(model, idx, lengths, 16, stop_tokens=stops)
         assert torch.equal(out, expected[:, :width])
     assert width <= 10
 
@@ -137,14 +125,9 @@ def test_stop_tokens(name):
 @pytest.mark.parametrize("how", [dict(), dict(top_k=5), dict(top_p=0.8), dict(temperature=2.0)])
 def test_padding_changes_no_draw(how):
     model, prompts = build(**VARIANTS["nesterov-llama"]), prompts_of(LENGTHS)
-    how = {"temperature": 1.0, **how}
-    outs = [decode(model, *padded(prompts, width, seed)[:1], 20, padded(prompts)[1],
-                   generator=seeded(), **how) for width, seed in ((0, 1), (0, 2), (50, 3))]
+    outs = [decode(model, *padded(prompts, width, seed), 20, generator=seeded(),
+                   **{"temperature": 1.0, **how}) for width, seed in ((0, 1), (0, 2), (50, 3))]
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
-    idx = torch.stack(prompts_of((5, 5, 5)))
-    one, two = (decode(model, idx, 20, lengths, generator=seeded(), **how)
-                for lengths in (None, torch.tensor([5, 5, 5])))
-    assert torch.equal(one, two)
 
 
 def test_padded_rows_of_the_vocabulary_are_never_drawn():
@@ -153,7 +136,7 @@ def test_padded_rows_of_the_vocabulary_are_never_drawn():
         model.lm_head.weight[4:] *= 100  # which would win
     assert model(IDX)[0].argmax() >= 4
     for how in (dict(), dict(top_k=4), dict(top_k=100), dict(top_p=0.9), dict(temperature=0)):
-        assert decode(model, IDX, 20, generator=seeded(), **{"temperature": 3.0, **how}).max() < 4
+        assert decode(model, IDX, generator=seeded(), **{"temperature": 3.0, **how}).max() < 4
 
 
 # -----------------------------------------------------------------------------
@@ -171,9 +154,8 @@ def test_a_cache_can_be_used_anew(name):
 
     for seed, lengths in enumerate([(12, 5, 9, 13), (4, 2), (30, 1, 12, 5), (7,), (1, 1, 1)]):
         prompts = prompts_of(lengths, seed)
-        expected, (idx, counts) = greedy(model, prompts, 15), padded(prompts + prompts)
-        idx, counts = idx[:len(lengths)], counts[:len(lengths)]
-        assert torch.equal(decode(model, idx, 15, counts, cache=cache), expected)
+        expected, (idx, counts) = greedy(model, prompts, 15), padded(prompts)
+        assert torch.equal(decode(model, idx, counts, cache=cache), expected)
         left = stream(model, idx, 15, temperature=0, lengths=counts, cache=cache)
         assert torch.equal(torch.stack(list(itertools.islice(left, 3)), 1), expected[:, :3])
         for passes in (0, 2):
@@ -189,13 +171,13 @@ def test_a_cache_of_any_length_that_suffices():
     model, idx = build(bias=True), IDX[:, :4]
     expected = greedy(model, idx, 6)
     for size in (9, 10, 12, 100):  # the last token drawn is not read
-        assert torch.equal(decode(model, idx, 6, cache=DecodingCache(size)), expected)
+        assert torch.equal(decode(model, idx, n=6, cache=DecodingCache(size)), expected)
     for size, n in ((8, 6), (3, 1), (11, 50)):
         with pytest.raises(ValueError, match=f"room for {size}"):
-            decode(model, idx, n, cache=DecodingCache(size))
+            decode(model, idx, n=n, cache=DecodingCache(size))
     for lengths in ((0, 3), (4, 5)):
         with pytest.raises(ValueError, match=r"1\.\.4"):
-            decode(model, idx, 6, torch.tensor(lengths))
+            decode(model, idx, torch.tensor(lengths))
 
 
 @pytest.mark.parametrize("name", SEVERAL)
@@ -206,16 +188,14 @@ def test_a_chunk_behind_rows_of_different_lengths(name):
     starts = torch.tensor([7, 4, 2, 6])
     idx, _ = padded([row[:n] for row, n in zip(rows, starts, strict=True)])
     cache.crop(torch.zeros_like(starts))
-    first = model(idx, targets=idx, cache=cache)[0]
+    model(idx, cache=cache)
     cache.crop(starts)
-    for i, row in enumerate(rows):
-        assert_close(first[i, :starts[i]], logits(model, row[None, :starts[i]])[0], 1e-12)
     for size in (3, 2):  # as many as fit
         chunk = torch.stack([row[n:n + size] for row, n in zip(rows, starts, strict=True)])
         out = model(chunk, targets=chunk, cache=cache)[0]
         for i, row in enumerate(rows):
-            full = logits(model, row[None, :starts[i] + size])
-            assert_close(out[i], full[0, starts[i]:], 1e-12)
+            alone = logits(model, row[None, :starts[i] + size])[0]
+            assert_close(out[i], alone[starts[i]:], 1e-12)
         starts = starts + size
         assert torch.equal(cache.lengths, starts)
 
@@ -225,60 +205,48 @@ def test_a_chunk_behind_rows_of_different_lengths(name):
 
 
 @pytest.fixture
-def dynamo():
-    """Nothing remembered from other models, no fallback to eager."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    gc.disable()
+def graphs(monkeypatch):
+    """graphs(backend) -> torch's counts, nothing remembered from other models, no fallback to
+    eager. inductor's C++ compiler takes a second for each kernel, aot_eager needs none."""
+    def compile_with(backend):
+        compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda model, mode, **how: compile(
+            model, backend=backend, **how))
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        return torch._dynamo.utils.counters
+
     with torch._dynamo.config.patch(error_on_recompile=True, suppress_errors=False):
-        yield torch._dynamo.utils.counters
-    gc.enable()
+        yield compile_with
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def no_kernels(dynamo, monkeypatch):
-    """Without the C++ compiler, which takes a second for each kernel."""
-    def compiled(model, fullgraph, dynamic, mode, wrapped=torch.compile):
-        return wrapped(model, fullgraph=fullgraph, dynamic=dynamic, backend="aot_eager")
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    return dynamo
-
-
-def one_graph(name, counters):
-    """While lengths grow, over a full context, and for other prompts with the same cache."""
+@pytest.mark.parametrize("backend, name", [
+    *(("aot_eager", name) for name in ("gpt", "nesterov-lie_trotter", "llama", "hourglass-strang")),
+    ("inductor", "gpt"), ("inductor", "nesterov-llama")])
+def test_all_steps_are_one_graph(graphs, backend, name):
+    """While lengths grow, over a full context, and for other prompts with the same cache; of the
+    same numbers as eager steps."""
+    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("inductor needs a C++ compiler on the CPU")
     model = build(torch.float32, **dict(VARIANTS[name], n_layer=1, ffn_depth=2))
-    cache = DecodingCache(12)
+    counts, cache = graphs(backend), DecodingCache(12)
     for seed, lengths in enumerate([(2, 5, 1), (9, 3, 14), (4, 4, 4)]):
         prompts = prompts_of(lengths, seed)
-        idx, counts = padded(prompts)
-        out = decode(model, idx, 20, counts, cache=cache, compile=True)
+        out = decode(model, *padded(prompts), 20, cache=cache, compile=True)
         assert torch.equal(out, greedy(model, prompts, 20))
-        assert torch.equal(out, decode(model, idx, 20, counts))
-        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+        assert torch.equal(out, decode(model, *padded(prompts), 20))
+        assert counts["stats"]["unique_graphs"] == 1 and not counts["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "llama", "hourglass-strang"])
-def test_all_steps_are_one_graph(name, no_kernels):
-    one_graph(name, no_kernels)
-
-
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))),
-                    reason="inductor needs a C++ compiler on the CPU")
-@pytest.mark.parametrize("name", ["gpt", "nesterov-llama"])
-def test_compiled_steps_equal_eager_ones(name, dynamo):
-    one_graph(name, dynamo)
-
-
-def test_compiled_steps_of_one_row(no_kernels):
+def test_compiled_steps_of_one_row(graphs):
     """With the matrices stored in bf16; a new cache of the same size is the same graph."""
     model = build(torch.float32, **dict(VARIANTS["nesterov-none"], n_layer=1))
     store_matrices(model, torch.bfloat16)
-    out = decode(model, IDX[:1, :3], 12)
+    out, counts = decode(model, IDX[:1, :3], n=12), graphs("aot_eager")
     for _ in range(2):
-        assert torch.equal(decode(model, IDX[:1, :3], 12, compile=True), out)
-        assert no_kernels["stats"]["unique_graphs"] == 1
+        assert torch.equal(decode(model, IDX[:1, :3], n=12, compile=True), out)
+        assert counts["stats"]["unique_graphs"] == 1
 
 
 # -----------------------------------------------------------------------------
@@ -308,38 +276,27 @@ def stored_and_autocast(dtype, rows=2, **options):
         for t in (slice(0, 5), slice(5, 6), slice(6, 7), slice(7, 10)):
             yield model(idx[:, t], cache=cache)[0]
 
-    with torch.autocast("cpu", dtype):
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         expected = list(outputs(plain))
     return list(zip(outputs(stored), expected, strict=True))
 
 
 @every_variant
 def test_stored_matrices_give_the_numbers_of_autocast(name):
-    """Bit for bit; in fp16 too."""
+    """Bit for bit."""
     for dtype in (torch.bfloat16, torch.float16):
         for i, (a, b) in enumerate(stored_and_autocast(dtype, **VARIANTS[name])):
-            assert a.dtype == b.dtype and torch.equal(a, b), (i, (a - b).abs().max())
+            assert a.dtype == b.dtype and torch.equal(a, b), (dtype, i)
 
 
+@pytest.mark.parametrize("dtype, rows, tolerance", [
+    (torch.bfloat16, 1, 0.04), (torch.float32, 1, 1e-5), (torch.float32, 2, 1e-5)])
 @pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "imex-3", "llama"])
-def test_stored_matrices_of_one_row(name):
-    """Which a token at a time takes the path of vectors, with biases and without: as precise."""
-    for a, b in stored_and_autocast(torch.bfloat16, rows=1, **VARIANTS[name]):
+def test_stored_matrices_of_one_row_or_as_they_are(name, dtype, rows, tolerance):
+    """A token at a time, one row takes the path of vectors, with biases and without."""
+    for a, b in stored_and_autocast(dtype, rows, **VARIANTS[name]):
         assert a.dtype == b.dtype
-        assert_close(a.float(), b.float(), 0.02)
-
-
-@pytest.mark.parametrize("name", SEVERAL[:6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_storing_matrices_as_they_are_changes_nothing(name, dtype):
-    model = build(dtype, **VARIANTS[name])
-    idx, lengths = padded(prompts_of(LENGTHS))
-    before = logits(model), decode(model, idx, 15, lengths)
-    weights = {n: w.clone() for n, w in model.state_dict().items()}
-    store_matrices(model, dtype)
-    assert torch.equal(logits(model), before[0])
-    assert torch.equal(decode(model, idx, 15, lengths), before[1])
-    assert all(torch.equal(w, weights[n]) for n, w in model.state_dict().items())
+        assert_close(a.float(), b.float(), tolerance)
 
 
 def test_a_linear_with_a_forward_of_its_own_keeps_it():
@@ -354,30 +311,19 @@ def test_a_linear_with_a_forward_of_its_own_keeps_it():
     assert torch.equal(model[0](x), expected) and model(x).dtype == torch.float16
 
 
-class Names(TorchDispatchMode):
-    """The names of the operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(16,), (1, 16), (1, 1, 16), (2, 16), (3, 1, 16)])
 @torch.no_grad()
-def test_one_row_is_multiplied_as_a_vector(shape, bias):
+def test_one_row_is_multiplied_as_a_vector(monkeypatch, shape, bias, dtype, tolerance):
     torch.manual_seed(0)
-    linear, x = DecodingLinear(16, 24, bias=bias).double(), torch.randn(shape).double()
-    with Names() as operations:
-        out = linear(x)
-    assert ("mv" in operations.names) == (x.numel() == 16)
-    scattered = torch.stack([x, x], -1)[..., 0]  # not contiguous
-    for product in (out, linear(scattered)):
-        assert_close(product, F.linear(x, linear.weight, linear.bias), 1e-12)
+    linear, x = DecodingLinear(16, 24, bias=bias).to(dtype), torch.randn(shape).to(dtype)
+    expected = F.linear(x.double(), *(p.double() for p in linear.parameters()))
+    vectors, mv = [], torch.mv
+    monkeypatch.setattr(torch, "mv", lambda weight, x: vectors.append(x) or mv(weight, x))
+    for rows in (x, torch.stack([x, x], -1)[..., 0]):  # which is not contiguous
+        assert_close(linear(rows).double(), expected, tolerance)
+    assert len(vectors) == (2 if x.numel() == 16 else 0)
 
 
 # -----------------------------------------------------------------------------
@@ -426,15 +372,6 @@ def test_top_p_at_the_edge(top_p, expected):
     """Probabilities that floats have exactly, out of order: the smallest set that reaches p."""
     rows = (torch.tensor([1, 4, 0, 8, 2, 1]) / 16).double().log().repeat(2000, 1)
     assert set(draw(rows, top_p=top_p, generator=seeded()).tolist()) == expected
-
-
-@pytest.mark.parametrize("how", [dict(top_k=2), dict(top_p=0.5), dict(top_k=3, top_p=0.9), dict(),
-                                 dict(temperature=0)])
-def test_draws_of_a_large_vocabulary(how):
-    """The kept ids, not their ranks, in float32 and over many rows of different logits."""
-    rows = torch.randn(64, 5000, generator=seeded(3))
-    rows[torch.arange(64), torch.arange(64) * 70] = 20.0  # one token has nearly all
-    assert torch.equal(draw(rows, generator=seeded(), **how), torch.arange(64) * 70)
 
 
 # -----------------------------------------------------------------------------
@@ -518,19 +455,14 @@ def test_prompts_arrive_whole(out, tmp_path, monkeypatch, source):
     assert seen == [*"Zwölf 😀\r\nzwei\n".encode(), 256, ord("a")]
 
 
-def test_a_program_and_its_pipes(tmp_path):
-    """UTF-8 comes in and goes out; a terminal without the letters, and a reader that leaves."""
+def test_a_program_reads_standard_input_and_prints_utf8(tmp_path):
     write_checkpoint(tmp_path / "ckpt.pt")
     command = [sys.executable, "sample.py", f"--out_dir={tmp_path}", "--start=-", "--device=cpu",
                "--num_samples=1", "--max_new_tokens=5"]
-    for encoding, shown in (("utf-8", "Grüße 😀".encode()), ("ascii", b"Gr??e ?")):
-        done = subprocess.run(command, cwd=ROOT, input="Grüße 😀".encode(), capture_output=True,
-                              env=os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": encoding})
-        assert done.returncode == 0 and done.stdout.startswith(shown) and not done.stderr, done
-    command[3] = "--start=a"
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as left:
-        left.stdout.close()
-        assert "Traceback" not in left.stderr.read().decode()
+    done = subprocess.run(command, cwd=ROOT, input="Grüße 😀".encode(), capture_output=True,
+                          env=os.environ | {"LC_ALL": "C"})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.startswith("Grüße 😀".encode())
 
 
 @pytest.fixture
@@ -621,28 +553,23 @@ def test_a_damaged_best_does_not_keep_from_the_latest(out, tmp_path):
     assert out(temperature=0) == text
 
 
-@pytest.fixture
-def gpt2_cache(tmp_path, monkeypatch):
-    cache = ROOT.parent / "shared" / "data" / "tiktoken_cache"
-    if not cache.is_dir():
-        pytest.skip("no copy of GPT-2's vocabulary")
-    shutil.copytree(cache, tmp_path / "cache", copy_function=shutil.copyfile)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-
-
 @pytest.mark.parametrize("size", [50257, 50304])
-def test_a_vocabulary_of_gpt2s_size_is_gpt2s(out, tmp_path, gpt2_cache, size):
+def test_a_vocabulary_of_gpt2s_size_is_gpt2s(out, tmp_path, monkeypatch, size):
     """Also where the padding's rows would win."""
-    write_checkpoint(tmp_path / "out" / "ckpt.pt", None, vocab_size=size)
+    shared = Path(os.environ.get("NANOYURII_SHARED", ROOT.parent / "shared/data"))
+    if not (shared / "tiktoken_cache").is_dir():
+        pytest.skip("no copy of GPT-2's vocabulary")
+    cache = shutil.copytree(shared / "tiktoken_cache", tmp_path / "cache",
+                            copy_function=shutil.copyfile)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
     path = tmp_path / "out" / "ckpt.pt"
+    write_checkpoint(path, None, vocab_size=size)
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["model_args"]["vocab_used"]  # nanoGPT has no such thing
     checkpoint["model"]["transformer.wte.weight"][50257:] *= 100
     torch.save(checkpoint, path)
     text = out(start="Hello world", temperature=2.0, max_new_tokens=30)
     assert text.startswith("Hello world") and len(text) > 30
-    model, tokenizer = sample.load_model(sample.SampleConfig(out_dir=str(tmp_path / "out")))
-    assert tokenizer.name == "gpt2" and model.config.vocab_used == 50257
 
 
 def nanogpt_data(folder, alphabet):
@@ -669,7 +596,7 @@ def test_a_checkpoint_decodes_with_its_own_tokenizer_or_none(out, tmp_path):
     for size in (25, 28, 257):  # a data folder of the same name, but another vocabulary
         write_checkpoint(path, None, size, config={"dataset": "named"})
         refused(lambda: out(**capitals), "token ids", "named")
-    write_checkpoint(path, BYTES, 200)
+    write_checkpoint(path, vocab_size=200)
     refused(lambda: out(), "257", "200")
     write_checkpoint(path, None, 27)  # and says nothing of its data
     refused(lambda: out(**capitals), "27 token ids", "does not say which", "safetensors")
