@@ -5,13 +5,19 @@ Weights are random everywhere, gains, biases and scalars included, so that nothi
 initial value. Identities hold in float64; "bit for bit" is torch.equal.
 """
 
+import ast
 import gc
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import reference
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from variants import (
     HOURGLASS,
@@ -27,7 +33,19 @@ from variants import (
     randomise,
 )
 
-from model import GPT, GPTConfig, KVCache
+import model as model_module
+from model import (
+    ATTENTIONS,
+    FFNS,
+    GPT,
+    TEMPLATES,
+    CausalSelfAttention,
+    GPTConfig,
+    KVCache,
+    OutputProjection,
+    Template,
+)
+from support.log import learned_scalars
 
 
 def loss_and_gradients(model, forward=None, idx=IDX):
@@ -321,7 +339,7 @@ def test_which_variants_own_velocity_tables(options, tables):
 
 @pytest.mark.parametrize("options, ignored", [
     (dict(), dict(velocity_norm="read", mu_init=0.9, imex_steps=7, ffn_depth=9)),
-    (dict(template="rmsprop"), dict(velocity_norm="none", scalar_map="softplus")),
+    (dict(template="rmsprop"), dict(mu_init=0.9, scalar_map="softplus")),
     (dict(template="nesterov"), dict(ffn_substeps="each", ffn_depth=9, rope_theta=5.0))])
 def test_options_a_variant_does_not_use_are_ignored(options, ignored):
     model = build(**options)
@@ -761,3 +779,233 @@ def test_dropout_acts_in_training_only():
     without = build(state=with_dropout.state_dict(), template="nesterov")
     assert torch.equal(logits(with_dropout), logits(without))
     assert not torch.equal(logits(with_dropout.train()), logits(without))
+
+
+# -----------------------------------------------------------------------------
+# What a fork adds: one class and one line in a table, nothing else
+
+
+class Scheduled(Template):
+    """Heavy ball without a norm, whose momentum n / (n + 3) depends on the layer."""
+
+    streams, velocity_norms = ("zeros",), ()
+
+    def __init__(self, config, layer, index):
+        super().__init__(config, layer, index)
+        self.beta = layer / (layer + 3)
+
+    def forward(self, oracle, state, h=1.0):
+        x, v = state
+        v = self.beta * v + h * oracle(x)
+        return x + v, v
+
+
+class Average(Template):
+    """Answers averaged from the second stream, which starts as x; a beta for each channel."""
+
+    streams, velocity_norms = ("x",), ()
+
+    def __init__(self, config, layer, index):
+        super().__init__(config, layer, index)
+        self.learn("beta", 0.25, "sigmoid", shape=(config.n_embd,))
+
+    def forward(self, oracle, state, h=1.0):
+        x, a = state
+        a = a.lerp(x, self.scalar("beta"))
+        return x + h * oracle(a), a
+
+
+class Gated(Template):
+    """A learned gate on every answer."""
+
+    def __init__(self, config, layer, index):
+        super().__init__(config, layer, index)
+        self.gate = nn.Linear(config.n_embd, 1)
+
+    def forward(self, oracle, state, h=1.0):
+        (x,) = state
+        return (x + h * self.gate(x).sigmoid() * self.norm(oracle(x)),)
+
+
+class Extragradient(Template):
+    """The gradient where a first step leads."""
+
+    oracle_calls, velocity_norms, splittings = 2, (), ("lie_trotter", "strang")
+
+    def forward(self, oracle, state, h=1.0):
+        (x,) = state
+        return (x + h * oracle(x + h * oracle(x)),)
+
+
+def expected(model, name, idx):
+    """The final x in float64, by a loop over the substeps."""
+    t = model.transformer
+    x = t.wte(idx) + t.wpe.weight[:idx.size(1)]
+    other = torch.zeros_like(x) if name == "scheduled" else x
+    for n, block in enumerate(t.h):
+        for k, oracle in enumerate((lambda z, b=block: b.attn(b.ln_1(z)),
+                                    lambda z, b=block: b.mlp(b.ln_2(z)))):
+            if name == "scheduled":
+                other = n / (n + 3) * other + oracle(x)
+                x = x + other
+            elif name == "average":
+                beta = 1 / (1 + (-block.steps[k].beta).exp())
+                other = (1 - beta) * other + beta * x
+                x = x + oracle(other)
+            elif name == "gated":
+                g = block.steps[k].gate
+                share = 1 / (1 + (-(x @ g.weight[0] + g.bias)[..., None]).exp())
+                x = x + share * block.steps[k].norm(oracle(x))
+            else:
+                x = x + oracle(x + oracle(x))
+    return x
+
+
+@pytest.fixture(params=["scheduled", "average", "gated", "extragradient"])
+def added(request, monkeypatch):
+    """The name of a template that was added to the table."""
+    template = dict(scheduled=Scheduled, average=Average, gated=Gated, extragradient=Extragradient)
+    monkeypatch.setitem(TEMPLATES, request.param, template[request.param])
+    return request.param
+
+
+def test_an_added_template(added):
+    model, plain = build(template=added).double(), build(template="gd")
+    idx = IDX[:, :12]
+    with torch.no_grad():
+        want = model.transformer.ln_f(expected(model, added, idx))
+        assert_close(model.hidden(idx), want)
+        new = model.eval().generate(idx[:, :4], 6, temperature=0)
+        for i in range(4, 10):
+            assert torch.equal(model(new[:, :i])[0][:, -1].argmax(-1), new[:, i])
+    names = {name for role in model.parameter_roles().values() for name in role}
+    assert names == {name for name, _ in model.named_parameters()}
+    groups = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", scalar_lr=5e-3).param_groups
+    scalars = [group for group in groups if group["role"] == "scalar"]
+    count = {"average": 4, "gated": 8}.get(added, 0)  # 2 layers of 2 substeps
+    assert sum(len(group["params"]) for group in scalars) == count
+    assert all((group["lr"], group["weight_decay"]) == (5e-3, 0.0) for group in scalars)
+    calls = 2 if added == "extragradient" else 1
+    head = 6 * model.config.vocab_size * model.config.n_embd
+    assert model.flops_per_token() - head == calls * (plain.flops_per_token() - head)
+    model.train()(idx, idx)[1].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_an_added_template_takes_the_splittings_that_it_says(added):
+    for splitting in SPLITTINGS:
+        if splitting in TEMPLATES[added].splittings:
+            build(template=added, splitting=splitting)(IDX, IDX)
+        else:
+            with pytest.raises(ValueError, match="use splitting=lie_trotter or strang"):
+                config(template=added, splitting=splitting)
+
+
+def test_a_channels_beta_starts_where_it_should(monkeypatch):
+    monkeypatch.setitem(TEMPLATES, "average", Average)
+    model = GPT(config(template="average"))
+    for block in model.transformer.h:
+        for step in block.steps:
+            assert_close(step.scalar("beta"), torch.full((config().n_embd,), 0.25), 1e-6)
+    assert learned_scalars(model)["beta"] == [[pytest.approx(0.25)] * 2] * 2
+
+
+class ReLU2(nn.Module):
+    """W_proj relu(W_fc x)^2."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.d_ffn, bias=config.bias)
+        self.c_proj = OutputProjection(config.d_ffn, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Window(CausalSelfAttention):
+    """Attention that is only causal."""
+
+
+def test_an_added_ffn_and_attention(monkeypatch):
+    monkeypatch.setitem(FFNS, "relu2", ReLU2)
+    monkeypatch.setitem(ATTENTIONS, "window", Window)
+    model = GPT(config(ffn="relu2", attention="window", template="nesterov"))
+    assert isinstance(model.transformer.h[0].attn, Window)
+    mlp = model.transformer.h[0].mlp
+    assert mlp.c_proj.weight.std() < 0.7 * mlp.c_fc.weight.std()  # it writes to the stream
+    assert len(model.parameter_roles()["matrix"]) == 8
+    assert model.flops_per_token() == build(template="nesterov").flops_per_token()
+    with pytest.raises(ValueError, match=r"ffn=relu: expected mlp \| swiglu \| hourglass \| relu2"):
+        config(ffn="relu")
+
+
+class Bare(nn.Module):
+    """An FFN with a parameter that nobody knows."""
+
+    role: str | None = None
+
+    def __init__(self, config):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(config.n_embd))
+
+    def forward(self, x):
+        return self.scale * x
+
+
+class Experts(Bare):
+    """One that says what it is."""
+
+    role = "norm"
+
+
+class Careless(Gated):
+    """A template with a parameter that starts nowhere."""
+
+    def __init__(self, config, layer, index):
+        super().__init__(config, layer, index)
+        self.beta = nn.Parameter(torch.empty(config.n_embd))
+
+
+def test_a_parameter_without_a_role_is_an_error(monkeypatch):
+    monkeypatch.setitem(FFNS, "bare", Bare)
+    monkeypatch.setitem(FFNS, "experts", Experts)
+    monkeypatch.setitem(TEMPLATES, "careless", Careless)
+    with pytest.raises(ValueError, match=r'h\.0\.mlp\.scale: .* Bare.*role = "matrix"'):
+        build(ffn="bare")
+    with pytest.raises(ValueError, match=r"h\.0\.steps\.0\.beta: .*self\.learn\(name, start"):
+        build(template="careless")
+    model = build(ffn="experts")
+    assert "transformer.h.1.mlp.scale" in model.parameter_roles()["norm"]
+    model.transformer.h[1].bias = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"h\.1\.bias: .*Block"):
+        model.parameter_roles()
+
+
+def test_a_templates_module_may_have_another_role(monkeypatch):
+    class Mixed(Gated):
+        def __init__(self, config, layer, index):
+            super().__init__(config, layer, index)
+            self.gate.role = "matrix"
+
+    monkeypatch.setitem(TEMPLATES, "mixed", Mixed)
+    roles = build(template="mixed").parameter_roles()
+    assert "transformer.h.0.steps.1.gate.weight" in roles["matrix"]
+    assert "transformer.h.0.steps.1.gate.bias" in roles["norm"] and not roles["scalar"]
+
+
+def test_this_file_alone(tmp_path):
+    shutil.copy(model_module.__file__, tmp_path / "model.py")
+    program = ("import torch; from model import GPT, GPTConfig\n"
+               "c = GPTConfig(block_size=8, vocab_size=17, n_layer=2, n_head=2, n_embd=8,\n"
+               "              template='tmm', ffn='hourglass', ffn_depth=2)\n"
+               "model, x = GPT(c), torch.randint(17, (2, 8))\n"
+               "adamw = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')\n"
+               "before = model(x, x)[1]; before.backward(); adamw.step()\n"
+               "assert model(x, x)[1] < before\n"
+               "print(model.generate(x[:, :2], 9).shape)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": ""})
+    assert done.stdout.strip() == "torch.Size([2, 11])", done.stderr
+    tree = ast.parse(Path(model_module.__file__).read_text())
+    kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign)
+    assert all(isinstance(node, kinds) for node in tree.body[1:])  # nothing runs at its import
