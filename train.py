@@ -159,8 +159,8 @@ def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dic
     the checkpoint's model has; block_size may be smaller."""
     wanted = model_args(config)
     if checkpoint is None:
-        size = config.vocab_size or meta["padded_vocab_size"]
-        model = GPT(GPTConfig(**wanted | {"vocab_size": size, "vocab_used": meta["vocab_size"]}))
+        rows = config.vocab_size or meta["padded_vocab_size"]
+        model = GPT(GPTConfig(**wanted | {"vocab_size": rows}))
     else:
         model = model_from(checkpoint, dropout=config.dropout)
     for name, value in asdict(model.config).items():
@@ -171,6 +171,8 @@ def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dic
     if meta["vocab_size"] > model.config.vocab_size:
         fail(f"the data has {meta['vocab_size']} token ids, the model only "
              f"{model.config.vocab_size}; prepare the data with the model's tokenizer")
+    if checkpoint is None:
+        model.config.vocab_used = meta["vocab_size"]
     if "block_size" in given and config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     return model
