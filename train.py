@@ -130,11 +130,10 @@ class TrainConfig(GPTConfig):
              f"min_lr={self.min_lr}: is the floor of learning_rate={self.learning_rate}, so that "
              f"the rate would rise where it should decay; choose a smaller one")
         end = self.lr_decay_iters or self.max_iters
-        decay_begins = end - wsd_decay_iters(self)
-        rule(self.schedule != "wsd" or not self.decay_lr or self.warmup_iters >= self.max_iters
-             or self.warmup_iters <= decay_begins,
-             f"warmup_iters={self.warmup_iters}: reaches into wsd's decay, which begins at step "
-             f"{decay_begins}; warm up for fewer steps, or choose a smaller decay_fraction")
+        last = {"cosine": end - 1, "wsd": end - wsd_decay_iters(self)}.get(self.schedule, math.inf)
+        rule(self.warmup_iters <= last or self.warmup_iters >= self.max_iters or not self.decay_lr,
+             f"warmup_iters={self.warmup_iters}: reaches into {self.schedule}'s decay, which begins "
+             f"at step {last} at the latest; warm up for fewer steps, or set lr_decay_iters")
         converted = (self.eval_iters or 0) * self.batch_size * self.block_size
         rule(self.eval_iters is None or self.eval_tokens in (TrainConfig.eval_tokens, converted),
              "eval_iters and eval_tokens: say the same thing twice; drop one (--eval_iters=auto)")
