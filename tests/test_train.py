@@ -15,7 +15,6 @@ import torch
 from conftest import (
     BAD,
     HOURGLASS,
-    TINY,
     assert_same,
     largest_difference,
     load,
@@ -23,26 +22,25 @@ from conftest import (
     losses,
     of_kind,
     overflow,
-    record_windows,
     refused,
     scales,
     spoil,
     steps_of,
     stop_after,
     tensors,
-    windows,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import bench
 import model
+import sample
 import train
-from config import read_config
 from model import GPT, GPTConfig
 from support.checkpoint import model_from
 from support.data import WindowOrder
-from support.errors import UserError, cli
+from support.errors import cli
 from train import TrainConfig, lr_multiplier
 
 YURII = dict(template="nesterov")
@@ -193,11 +191,6 @@ def test_a_run_shorter_than_its_warm_up(run, tmp_path):
         assert rates == pytest.approx([1e-4, 2e-4])
 
 
-def test_a_learning_rate_of_zero_trains_nothing(run, tmp_path):
-    run(tmp_path, learning_rate=0, min_lr=0, max_iters=4, save_interval=2)
-    assert_same(load(tmp_path)["model"], load(tmp_path, "ckpt_prev.pt")["model"])
-
-
 def test_exactly_max_iters_steps_and_one_multiplier_for_all_groups(run, tmp_path):
     steps = []
 
@@ -221,31 +214,7 @@ def test_exactly_max_iters_steps_and_one_multiplier_for_all_groups(run, tmp_path
 
 
 # -----------------------------------------------------------------------------
-# A step's windows and gradients
-
-
-@pytest.mark.parametrize("batch, accumulation, world",
-                         [(8, 1, 1), (2, 4, 1), (4, 2, 2), (2, 4, 4)])
-def test_a_step_reads_the_same_windows_however_it_is_cut(run, tmp_path, batch, accumulation, world):
-    """48 windows of epochs of 20: the ranks share out every step, also over an epoch's edge."""
-    for rank in range(world):
-        def one_of_several(patch, rank=rank):  # without the others
-            class Ranks(train.Ranks):
-                def __init__(self, config):
-                    super().__init__(config)
-                    self.rank, self.world = rank, world
-
-            patch.setattr(train, "Ranks", Ranks)
-            patch.setattr(train, "save", lambda *_: None)
-            patch.setattr(train, "evaluate", lambda *_: 1.0)
-
-        run(tmp_path / f"{rank}", dataset="count", batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            hooks=[one_of_several, partial(record_windows, tmp_path / f"windows-{rank}")])
-    shares = [windows(tmp_path / f"windows-{rank}", 6)[0] for rank in range(world)]
-    assert {share.shape for share in shares} == {(6, 8 // world)}
-    expected = np.reshape(WindowOrder(343, 16, TrainConfig.seed).starts(0, 48), (6, 8))
-    assert (np.sort(np.concatenate(shares, axis=1)) == np.sort(expected)).all()
+# A step's gradients
 
 
 @pytest.mark.parametrize("variant", [dict(bias=True), dict(template="nesterov"),
@@ -393,7 +362,32 @@ def test_when_one_optimisers_gradients_overflow_neither_steps(run, tmp_path, kin
 
 
 # -----------------------------------------------------------------------------
-# What a user does wrong
+# What a machine cannot do, and what a user does wrong
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    MemoryError()], ids=["cuda", "mps", "cpu", "python"])
+def test_out_of_memory_says_what_to_halve(run, tmp_path, monkeypatch, error):
+    run(tmp_path / "run", max_iters=1)
+
+    def too_large(*_, **__):
+        raise error
+
+    monkeypatch.setattr(GPT, "forward", too_large)
+    refused(lambda: run(tmp_path / "new"), "halve --batch_size", "--gradient_accumulation_steps",
+            "--activation_checkpointing")
+    refused(lambda: sample.main([f"--out_dir={tmp_path}/run"]), "halve --num_samples")
+    refused(lambda: bench.main(["speed", "--device=cpu", "--n_layer=1", "--n_embd=12",
+                                "--block_size=8", "--vocab_size=32"]), "halve --batch_size")
+
+
+def test_other_errors_keep_their_traceback(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(GPT, "forward", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run(tmp_path)
 
 
 def in_this_process(argv, monkeypatch, capsys):
@@ -439,16 +433,3 @@ def test_all_mistakes_come_together(words, tmp_path, monkeypatch, capsys):
     assert any("tmm" in line for line in lines)  # the nearest name
     words = words(tmp_path, n_layer=0, batch_size=0, dropout=1)
     assert len(in_this_process(words, monkeypatch, capsys)) == 3
-
-
-def test_nanogpts_options_mean_the_same(tmp_path):
-    """A preset that sets them, as nanoGPT's files do, and what follows from them."""
-    (tmp_path / "preset.py").write_text(
-        "batch_size = 8\nblock_size = 32\neval_iters = 5\nlearning_rate = 1e-3\nmax_iters = 70\n"
-        "lr_decay_iters = 70\nmin_lr = 1e-4\nbeta2 = 0.99\nwarmup_iters = 10\n")
-    config, given_names = read_config(TrainConfig, [str(tmp_path / "preset.py"), "--max_iters=7"])
-    assert config.eval_tokens == 5 * 8 * 32 and not config.bias and config.max_iters == 7
-    assert given_names["max_iters"] == "" and given_names["beta2"].endswith("preset.py")
-    assert TINY.keys() < TrainConfig.__dataclass_fields__.keys()
-    with pytest.raises((UserError, ValueError)):
-        TrainConfig(eval_iters=5, eval_tokens=7)
