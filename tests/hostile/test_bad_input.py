@@ -1,4 +1,4 @@
-"""Files and input from strangers: every mistake ends in one line and exit code 2, leaves the folder
+"""Files and words from strangers: every mistake ends in one line and exit code 2, leaves the folder
 as it was, and no file that is only data runs anything.
 
 A case is a command line, words that its error line must have (what was wrong, and something of the
@@ -11,32 +11,32 @@ fix), and perhaps a function that first spoils a file. It runs in a folder of it
 """
 
 import ast
-import builtins
+import functools
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import shlex
 import shutil
 import string
-import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, option_words, write_data
+from faults import limit_resources
+from processes import ROOT, Program
 
-import model
 import prepare
 import sample
 import train
 from model import GPT, GPTConfig
-from support.errors import cli
+from support.errors import UserError, cli
 
-ROOT = Path(__file__).parent.parent
 LETTERS = string.ascii_lowercase
 MAINS = {"train": train.main, "sample": sample.main, "prepare": prepare.main}
 USUAL = {  # the words that come before those of a case
@@ -47,6 +47,7 @@ USUAL = {  # the words that come before those of a case
 TEXT = "text --input=text.txt --tokenizer=bytes --name=new"  # what prepare.py can do
 RESUME = "--init_from=resume --out_dir=run"
 MANY, MORE = 10**12, 10**400  # more than any memory holds; more than any float or int64 holds
+WTE, FC = "transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"
 
 
 # -----------------------------------------------------------------------------
@@ -80,18 +81,20 @@ def place(original, tmp_path, monkeypatch) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """What is there: files with their bytes, folders; but not the locks in them."""
+    """Files with their bytes, folders; but not the locks in them."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
             for p in folder.rglob("*") if p.name != ".lock"}
+
+
+def argv(name: str, words: str) -> list[str]:
+    return [*USUAL[name], *shlex.split(words)]
 
 
 @pytest.fixture
 def program(monkeypatch, capsys):
     """program(name, words) runs it in this process: (exit code, lines on stderr)."""
     def go(name, words):
-        argv = [f"{name}.py", *USUAL[name],
-                *(shlex.split(words) if isinstance(words, str) else words)]
-        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv(name, words)])
         capsys.readouterr()
         try:
             cli(MAINS[name])
@@ -103,73 +106,58 @@ def program(monkeypatch, capsys):
     return go
 
 
-def check(code: int, lines: list[str], said: tuple[str, ...], problems: int = 1) -> None:
+def check(code: int, lines: list[str], expected: tuple[str, ...], problems: int = 1) -> None:
     """Exit code 2, one line a problem, these words; nothing that could steer a terminal."""
     lines = [line for line in lines if line and not line.startswith(("reading: ", "encoding: "))]
     assert code == 2, f"exit code {code}: {' | '.join(lines[-1:])[-300:]}"
     assert len(lines) == problems, lines
     assert all(line.startswith("error: ") and line.isprintable() for line in lines), lines
     assert all(len(line) < 1000 for line in lines), "a line that no one reads"
-    assert all(word in "\n".join(lines) for word in said), (said, lines)
+    assert all(word in "\n".join(lines) for word in expected), (expected, lines)
 
 
-def limited(name: str, argv: list[str], folder: str, stderr: str) -> None:
-    """In a process of its own: the program with 4 GiB and four seconds of CPU."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    resource.setrlimit(resource.RLIMIT_CPU, (4, 5))  # SIGXCPU, -24
-    os.chdir(folder)
-    sys.argv = [f"{name}.py", *argv]
-    sys.stderr, sys.stdout = open(stderr, "w"), open(os.devnull, "w")
-    cli(MAINS[name])
+@dataclass
+class Case:
+    program: str
+    words: str
+    expected: tuple[str, ...]  # words of the error line
+    spoil: Callable[[Path], None] | None
+    problems: int
+    environment: dict[str, str]
 
 
-@pytest.fixture(scope="module")
-def fork_server():
-    pytest.importorskip("resource")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy", "pytest"])
-    return context
-
-
-@pytest.fixture
-def limited_program(fork_server, tmp_path):
-    """As `program`, where a mistake in the code would eat all memory, or never end."""
-    def go(name, words):
-        argv = (name, [*USUAL[name], *shlex.split(words)], os.getcwd(), str(tmp_path / "stderr"))
-        process = fork_server.Process(target=limited, args=argv)
-        process.start()
-        process.join(60)
-        process.kill()
-        return process.exitcode, (tmp_path / "stderr").read_text().splitlines()
-
-    return go
-
-
-def case(program, words, *said, spoil=None, label="", problems=1, env=None):
-    """A row of a table: the command line, what its error must say, and what is spoiled before."""
+def case(program, words, *expected, spoil=None, label="", problems=1, **environment):
     name = " ".join(filter(None, (program, words if len(words) < 60 else words[:60] + "...",
                                   label)))
-    return pytest.param(program, words, said, spoil, problems, env or {}, id=ascii(name)[1:-1])
+    return pytest.param(Case(program, words, expected, spoil, problems, environment),
+                        id=ascii(name)[1:-1])
 
 
 def cases(*rows):
-    return pytest.mark.parametrize("name, words, said, spoil, problems, env", rows)
+    return pytest.mark.parametrize("case", rows)
 
 
-def refuse(place, runner, monkeypatch, name, words, said, spoil, problems, env):
+def on_both(*expected, spoil, label):
+    """The same checkpoint for the trainer, which resumes from it, and for sample.py."""
+    return [case("train", RESUME, *expected, spoil=spoil, label=label),
+            case("sample", "", *expected, spoil=spoil, label=label)]
+
+
+@pytest.fixture
+def refuse(place, program, monkeypatch):
     """Run a case; what is there stays, byte for byte, and nothing comes."""
-    if spoil:
-        spoil(place)
-    for key, value in env.items():
-        monkeypatch.setenv(key, value)
-    before = contents(place)
-    code, lines = runner(name, words)
-    check(code, lines, said, problems)
-    after = contents(place)
-    assert after.keys() == before.keys()
-    assert after == before
+    def go(case: Case, runner=program):
+        if case.spoil is not None:
+            case.spoil(place)
+        for name, value in case.environment.items():
+            monkeypatch.setenv(name, value)
+        before = contents(place)
+        check(*runner(case.program, case.words), case.expected, case.problems)
+        after = contents(place)
+        assert after.keys() == before.keys()
+        assert after == before
+
+    return go
 
 
 # --- ways to spoil something
@@ -246,6 +234,11 @@ def setting(**changes):
     return checkpoint(lambda content: content.update(changes))
 
 
+def progress(**changes):
+    """Set what it says of how far the run was."""
+    return checkpoint(lambda content: content["run"].update(changes))
+
+
 def arg(**changes):
     """Set options of the checkpoint's model."""
     return checkpoint(lambda content: content["model_args"].update(changes))
@@ -264,35 +257,26 @@ def weight(name, change):
 
 
 class Payload:
-    """Unpickled, it calls `function(*words)`."""
-
-    def __init__(self, function, *words):
-        self.call = function, words
+    """Unpickled, it makes a folder."""
 
     def __reduce__(self):
-        return self.call
+        return os.mkdir, ("hacked",)
 
 
-PAYLOADS = {"system": Payload(os.system, "touch hacked"),
-            "exec": Payload(builtins.exec, "open('hacked', 'w').close()"),
-            "popen": Payload(subprocess.check_call, ["touch", "hacked"])}
-
-
-def evil_checkpoint(path: Path, payload: Payload, form: str) -> None:
+def evil_checkpoint(path: Path, form: str) -> None:
     """What would be a checkpoint of a model, but for one value."""
-    content = {"model": {"w": payload}, "model_args": {"n_layer": 1}, "iter_num": 1}
+    content = {"model": {"w": Payload()}, "model_args": {"n_layer": 1}, "iter_num": 1}
     if form == "pickle":
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
 
 
-@pytest.mark.parametrize("payload", PAYLOADS)
 @pytest.mark.parametrize("form", ["pickle", "zip", "legacy"])
-def test_the_traps_are_set(tmp_path, monkeypatch, payload, form):
+def test_the_traps_are_set(tmp_path, monkeypatch, form):
     """The same files do run their code where classes are let in."""
     monkeypatch.chdir(tmp_path)
-    evil_checkpoint(tmp_path / "x.pt", PAYLOADS[payload], form)
+    evil_checkpoint(tmp_path / "x.pt", form)
     if form == "pickle":
         pickle.loads((tmp_path / "x.pt").read_bytes())
     else:
@@ -300,7 +284,6 @@ def test_the_traps_are_set(tmp_path, monkeypatch, payload, form):
     assert (tmp_path / "hacked").exists()
 
 
-@pytest.mark.parametrize("payload", PAYLOADS)
 @pytest.mark.parametrize("name, words, file", [
     ("train", RESUME, "run/ckpt.pt"),
     ("train", "--init_from=auto --out_dir=run", "run/ckpt.pt"),
@@ -308,136 +291,60 @@ def test_the_traps_are_set(tmp_path, monkeypatch, payload, form):
     ("sample", "--out_dir=run", "run/ckpt.pt"),
     ("sample", "--out_dir=run", "run/best.pt"),
     ("sample", "--init_from=other.pt", "other.pt"),
-], ids=lambda word: word)
-def test_a_checkpoint_runs_nothing(place, program, name, words, file, payload):
+])
+def test_a_checkpoint_runs_nothing(place, program, name, words, file):
     for old in place.glob("run/*.pt"):
         old.unlink()
     for form in "pickle", "zip", "legacy":
-        evil_checkpoint(place / file, PAYLOADS[payload], form)
+        evil_checkpoint(place / file, form)
         before = contents(place)
         check(*program(name, words), (file,))
         assert contents(place) == before and "hacked" not in before
 
 
-@pytest.mark.parametrize("payload", PAYLOADS)
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("name", ["train", "sample"])
-def test_a_meta_pkl_runs_nothing(place, program, name, protocol, payload):
-    for where in "itos", "other":  # also in an entry that no one asks for
-        table = {"itos": dict(enumerate(LETTERS))} | {where: PAYLOADS[payload]}
-        (place / "data/nano/meta.pkl").write_bytes(pickle.dumps(table, protocol))
-        checkpoint(lambda c: c.update(tokenizer=None, config={"dataset": "nano"}))(place)
-        before = contents(place)
-        check(*program(name, "--dataset=nano" if name == "train" else ""), ("meta.pkl",))
-        assert contents(place) == before and "hacked" not in before
-
-
-def dotted(node: ast.expr) -> str:
-    return ast.unparse(node) if isinstance(node, (ast.Name, ast.Attribute)) else ""
+@pytest.mark.parametrize("name, words", [("train", "--dataset=nano"), ("sample", "")])
+def test_a_meta_pkl_runs_nothing(place, program, name, words):
+    checkpoint(lambda c: c.pop("tokenizer") and c.update(config={"dataset": "nano"}))(place)
+    for key in "itos", "other":  # also in an entry that no one asks for
+        for protocol in 0, 2, 4:
+            table = {"itos": dict(enumerate(LETTERS))} | {key: Payload()}
+            (place / "data/nano/meta.pkl").write_bytes(pickle.dumps(table, protocol))
+            before = contents(place)
+            check(*program(name, words), ("meta.pkl",))
+            assert contents(place) == before and "hacked" not in before
 
 
 FORBIDDEN = {"pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "marshal.load",
              "shelve.open", "joblib.load", "eval", "exec", "os.system", "os.popen"}
-CALLS = FORBIDDEN | {"torch.load", "numpy.load"}
 
 
 def test_no_file_is_unpickled_freely():
-    """Every torch.load says weights_only=True; nothing else unpickles but readers that admit few
-    classes or none; nothing is evaluated."""
+    """Every torch.load says weights_only=True; nothing else unpickles but a reader that admits no
+    class; nothing is evaluated."""
     torch_loads, readers = 0, []
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("config/*.py")):
+    folders = ("", "config/", "support/", "tools/")
+    for path in (path for folder in folders for path in ROOT.glob(f"{folder}*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             where = f"{path.name}, line {getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Call):
-                called = dotted(node.func)
-                said = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+                called = ast.unparse(node.func)
+                options = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
                 if called == "torch.load":
                     torch_loads += 1
-                    assert said.get("weights_only") is True, where
-                assert called not in FORBIDDEN, where
-                assert not said.get("allow_pickle") and not said.get("shell"), where
-                assert not said.get("trust_remote_code"), where
+                    assert options.get("weights_only") is True, where
+                assert called not in FORBIDDEN or where.startswith("__init__.py"), where
+                assert not options.get("allow_pickle") and not options.get("shell"), where
+                assert not options.get("trust_remote_code"), where
             if isinstance(node, ast.ImportFrom):  # no short names, which would not be found above
-                assert not {f"{node.module}.{a.name}" for a in node.names} & CALLS, where
-            if isinstance(node, ast.ClassDef) and "pickle.Unpickler" in map(dotted, node.bases):
+                names = {f"{node.module}.{a.name}" for a in node.names}
+                assert not names & (FORBIDDEN | {"torch.load", "numpy.load"}), where
+            if isinstance(node, ast.ClassDef) and "pickle.Unpickler" in map(ast.unparse,
+                                                                           node.bases):
                 readers.append(node.name)
                 (method,) = (m for m in node.body if getattr(m, "name", "") == "find_class")
                 assert isinstance(method.body[-1], ast.Raise), where
     assert torch_loads >= 1
-    assert {*readers} == {"_NoClasses", "ShardMetadata"}  # a new one needs tests like these
-
-
-@pytest.mark.parametrize("reader", [prepare._NoClasses, model.ShardMetadata])
-@pytest.mark.parametrize("module, name", [
-    ("os", "system"), ("posix", "system"), ("builtins", "eval"), ("builtins", "getattr"),
-    ("torch", "load"), ("torch", "hub.load"), ("torch", "Size.__class__"), ("torch", "float32.x"),
-    ("torch.serialization", "load"), ("torch.serialization", "os.system"), ("pathlib", "os.system"),
-    ("pathlib", "PosixPath.unlink"), ("torch.distributed.checkpoint.filesystem", "os.remove"),
-    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "os.system")])
-def test_what_the_readers_refuse(reader, module, name):
-    """Also through an admitted module, and by a dotted name, as protocol 4 has it."""
-    for protocol in 2, 4:
-        words = (f"c{module}\n{name}\n." if protocol == 2 else
-                 f"\x80\x04\x8c{chr(len(module))}{module}\x8c{chr(len(name))}{name}\x93.")
-        with pytest.raises(pickle.UnpicklingError, match="asks for"):
-            reader(io.BytesIO(words.encode("latin1"))).load()
-
-
-def write_shards(place, metadata: bytes | None, shards="shards-2"):
-    """Let the run's checkpoint say that its weights are in shards, and write their metadata."""
-    checkpoint(lambda c: c.update(model={}, shards=shards))(place)
-    (place / "run/shards-2").mkdir()
-    if metadata is not None:
-        (place / "run/shards-2/.metadata").write_bytes(metadata)
-
-
-def honest_metadata(**changes):
-    """Of one tensor of four numbers."""
-    from torch.distributed.checkpoint import filesystem
-    from torch.distributed.checkpoint import metadata as m
-
-    tensor = m.TensorStorageMetadata(m.TensorProperties(), torch.Size([4]), [
-        m.ChunkStorageMetadata(torch.Size([0]), torch.Size([4]))])
-    where = filesystem._StorageInfo(changes.pop("path", "__0_0.distcp"), 0, 16)
-    return m.Metadata(**{"state_dict_metadata": {"model/w": tensor}, "storage_data": {
-        m.MetadataIndex("model/w", torch.Size([0]), 0): where}, **changes})
-
-
-@pytest.mark.parametrize("payload", ["system"])
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("name, words", [("train", RESUME), ("sample", ""),
-                                         ("train", "--init_from=run/ckpt.pt")])
-@pytest.mark.parametrize("where", ["all", "planner_data", "object"])
-def test_shards_run_nothing(place, program, name, words, where, protocol, payload):
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-
-    evil = PAYLOADS[payload]
-    content = {"all": evil, "planner_data": honest_metadata(planner_data=evil), "object":
-               honest_metadata(state_dict_metadata={"model/w": BytesStorageMetadata()})}[where]
-    write_shards(place, pickle.dumps(content, protocol))
-    (place / "run/shards-2/__0_0.distcp").write_bytes(pickle.dumps(evil, 2) + b" " * 64)
-    before = contents(place)
-    check(*program(name, words), ("shards-2",))
-    assert contents(place) == before and "hacked" not in before
-
-
-@cases(*(row for label, spoil in (
-    ("no folder", setting(model={}, shards="shards-3")), ("a number", setting(shards=7)),
-    ("None", setting(shards=None, model={})), ("a list", setting(shards=["x"])),
-    ("elsewhere", setting(shards="/etc")), ("no metadata", lambda p: write_shards(p, None)),
-    ("empty", lambda p: write_shards(p, b"")), ("a number within", lambda p: write_shards(
-        p, pickle.dumps(7))), ("cut", lambda p: write_shards(p, pickle.dumps(
-            honest_metadata())[:-20])),
-    ("no such file", lambda p: write_shards(p, pickle.dumps(honest_metadata()))),
-    ("a file elsewhere", lambda p: write_shards(p, pickle.dumps(honest_metadata(
-        path="../../text.txt")))),
-    ("wrong types", lambda p: write_shards(p, pickle.dumps(honest_metadata(
-        state_dict_metadata=[7], storage_data={7: 7})))),
-) for row in (case("train", RESUME, "run/", spoil=spoil, label=label),
-              case("sample", "", "run/", spoil=spoil, label=label))))
-def test_bad_shards(place, program, monkeypatch, name, words, said, spoil, problems, env):
-    refuse(place, program, monkeypatch, name, words, said, spoil, problems, env)
+    assert readers == ["_NoClasses"]  # a new one needs tests like these
 
 
 # -----------------------------------------------------------------------------
@@ -446,45 +353,28 @@ def test_bad_shards(place, program, monkeypatch, name, words, said, spoil, probl
 
 @cases(
     # --- bins
-    case("train", "", "train", "--overwrite", label="odd length", spoil=cut(
-        "data/tiny/train.bin", -1)),
-    case("train", "", "val", "damaged", label="odd length of val.bin", spoil=cut(
-        "data/tiny/val.bin", -1)),
+    *(case("train", "", *expected, label=label, spoil=spoil) for label, spoil, *expected in (
+        ("odd length", cut("data/tiny/train.bin", -1), "train", "--overwrite"),
+        ("odd length of val.bin", cut("data/tiny/val.bin", -1), "val", "damaged"),
+        ("meta.json says uint32", meta(dtype="uint32"), "train", "damaged"),
+        ("uint32, meta.json says uint16", ids("data/tiny/train.bin", *range(343), dtype="<u4"),
+         "train", "damaged"),
+        ("too long", ids("data/tiny/train.bin", *[1] * 344), "train", "damaged"),
+        ("empty", ids("data/tiny/val.bin"), "val", "damaged"),
+        ("empty, meta.json says so", both(ids("data/tiny/train.bin"), meta(train={"tokens": 0})),
+         "train.bin", "0 tokens"),
+        *((f"{split} one token short", both(ids(f"data/tiny/{split}.bin", *range(16)),
+                                            meta(**{split: {"tokens": 16}})),
+           f"{split}.bin", "16 tokens", "17", "--block_size") for split in ("train", "val")),
+        ("no train.bin", put("data/tiny/train.bin", None), "train.bin", "prepare.py"),
+        ("no val.bin", put("data/tiny/val.bin", None), "val.bin", "prepare.py"),
+        ("train.bin is a folder", put("data/tiny/train.bin", {}), "train.bin"),
+        ("unfinished", both(put("data/tiny/partial", {}), put("data/tiny/val.bin", None)),
+         "unfinished", "prepare.py"))),
     case("train", "--dataset=gpt2", "train.bin", label="odd length, nanoGPT's", spoil=cut(
         "data/gpt2/train.bin", -1)),
-    case("train", "", "train", "damaged", label="meta.json says uint32", spoil=meta(
-        dtype="uint32")),
-    case("train", "", "train", "damaged", label="uint32, meta.json says uint16", spoil=ids(
-        "data/tiny/train.bin", *range(343), dtype="<u4")),
-    case("train", "", "train", "damaged", label="too long", spoil=ids(
-        "data/tiny/train.bin", *[1] * 344)),
-    case("train", "", "val", "damaged", label="empty", spoil=ids("data/tiny/val.bin")),
-    case("train", "", "train.bin", "0 tokens", label="empty, meta.json says so", spoil=both(
-        ids("data/tiny/train.bin"), meta(train={"tokens": 0}))),
     case("train", "--dataset=gpt2", "train.bin", "0 tokens", label="empty, nanoGPT's", spoil=ids(
         "data/gpt2/train.bin")),
-    case("train", "", "train.bin", "16 tokens", "17", "--block_size", label="one token short",
-         spoil=both(ids("data/tiny/train.bin", *range(16)), meta(train={"tokens": 16}))),
-    case("train", "", "val.bin", "16 tokens", "17", "--block_size", label="val one token short",
-         spoil=both(ids("data/tiny/val.bin", *range(16)), meta(val={"tokens": 16}))),
-    case("train", "", "train.bin", "prepare.py", label="no train.bin", spoil=put(
-        "data/tiny/train.bin", None)),
-    case("train", "", "val.bin", "prepare.py", label="no val.bin", spoil=put(
-        "data/tiny/val.bin", None)),
-    case("train", "", "train.bin", label="train.bin is a folder", spoil=put(
-        "data/tiny/train.bin", {})),
-    case("train", "", "unfinished", "prepare.py", label="unfinished", spoil=both(
-        put("data/tiny/partial", {}), put("data/tiny/val.bin", None))),
-    case("train", "--check_data", "train.bin", "sha256", label="other ids", spoil=ids(
-        "data/tiny/train.bin", *[1] * 343)),
-    case("train", "--check_data", "val.bin", "sha256", label="other ids in val.bin", spoil=ids(
-        "data/tiny/val.bin", *[1] * 300)),
-    case("train", f"--check_data {RESUME}", "train.bin", "sha256", label="resuming", spoil=ids(
-        "data/tiny/train.bin", *[1] * 343)),
-    case("train", "--check_data", "sha256", label="none in meta.json", spoil=both(
-        meta(train={"sha256": None}))),
-    case("train", "--check_data", "sha256", label="not a digest", spoil=meta(train={"sha256": 7})),
-    case("train", "--check_data --dataset=nano", "nano", label="nanoGPT's has none"),
     # --- meta.json
     *(case("train", "", "meta.json", "--overwrite", label=f"meta.json is {text[:9]!r}",
            spoil=put("data/tiny/meta.json", text))
@@ -494,8 +384,6 @@ def test_bad_shards(place, program, monkeypatch, name, words, said, spoil, probl
         "data/tiny/meta.json", {})),
     *(case("train", "", "meta.json", label=f"no {key}", spoil=meta(without=key))
       for key in ("tokenizer", "vocab_size", "padded_vocab_size", "dtype", "train", "val")),
-    case("train", "--dataset=char", "meta.json", label="no alphabet", spoil=meta(
-        "char", without="alphabet")),
     *(case("train", "", "meta.json", label=f"{key}={value!r}", spoil=meta(**{key: value}))
       for key, value in (
           ("vocab_size", "257"), ("vocab_size", -257), ("vocab_size", 0), ("vocab_size", 256.5),
@@ -509,6 +397,8 @@ def test_bad_shards(place, program, monkeypatch, name, words, said, spoil, probl
     *(case("train", "--dataset=char", "meta.json", label=f"alphabet={alphabet!r:.12}", spoil=meta(
         "char", alphabet=alphabet))
       for alphabet in (LETTERS[1:], LETTERS + "A", "a" * 26, list(LETTERS), None, "")),
+    case("train", "--dataset=char", "meta.json", label="no alphabet", spoil=meta(
+        "char", without="alphabet")),
     case("train", "--dataset=char", "meta.json", label="vocab_size=27", spoil=meta(
         "char", vocab_size=27, padded_vocab_size=27)),
     # --- meta.pkl
@@ -520,8 +410,8 @@ def test_bad_shards(place, program, monkeypatch, name, words, said, spoil, probl
     case("train", "--dataset=../run", "run", "prepare.py", label="not a data folder"),
     case("train", "--data_dir=text.txt", "text.txt", label="data_dir is a file"),
 )
-def test_a_bad_data_folder(place, program, monkeypatch, name, words, said, spoil, problems, env):
-    refuse(place, program, monkeypatch, name, words, said, spoil, problems, env)
+def test_a_bad_data_folder(refuse, case):
+    refuse(case)
 
 
 @pytest.mark.parametrize("dataset, split, token, size", [
@@ -537,23 +427,8 @@ def test_an_id_past_the_vocabulary(place, program, dataset, split, token, size):
     assert not [*place.glob("new/*.pt*")]
 
 
-def test_check_data_lets_good_data_pass(place, program):
-    assert program("train", "--check_data --max_iters=2")[0] == 0
-    ids("data/tiny/train.bin", *[1] * 343)(place)
-    assert program("train", "--out_dir=unchecked --max_iters=2")[0] == 0  # only where it is asked
-
-
 # -----------------------------------------------------------------------------
 # Checkpoints
-
-
-WTE, FC = "transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"
-
-
-def on_both(*said, spoil, label):
-    """The same file for the trainer, which resumes from it, and for sample.py."""
-    return [case("train", RESUME, *said, spoil=spoil, label=label),
-            case("sample", "", *said, spoil=spoil, label=label)]
 
 
 @cases(
@@ -561,17 +436,14 @@ def on_both(*said, spoil, label):
     *(row for length in (0, 1, 100, 0.5, 0.9, -100, -1) for row in on_both(
         "ckpt.pt", label=f"cut at {length}", spoil=both(cut("run/ckpt.pt", length),
                                                         put("run/best.pt", None)))),
-    *on_both("ckpt.pt", label="a text", spoil=both(put("run/ckpt.pt", "not weights\n"),
-                                                  put("run/best.pt", None))),
-    *on_both("ckpt.pt", label="a folder", spoil=both(put("run/ckpt.pt", {}),
-                                                    put("run/best.pt", None))),
-    *(row for thing in (torch.zeros(3), [1, 2], 7, None, {}, "x") for row in on_both(
-        "ckpt.pt", "model_args", label=f"holds {thing!r}", spoil=holds(thing))),
+    *(row for content in ("not weights\n", {}) for row in on_both(
+        "ckpt.pt", label=f"is {content!r}", spoil=both(put("run/ckpt.pt", content),
+                                                       put("run/best.pt", None)))),
+    *(row for thing in (torch.zeros(3), [1, 2], 7, None, {}, "x", {"w": torch.zeros(2)})
+      for row in on_both("ckpt.pt", "model_args", label=f"holds {thing!r}", spoil=holds(thing))),
     *on_both("model_args", label="no model_args", spoil=checkpoint(
         lambda c: c.pop("model_args"))),
     *on_both("model", label="no model", spoil=checkpoint(lambda c: c.pop("model"))),
-    case("train", "--init_from=bare.pt", "bare.pt", "model_args", label="a bare state dict",
-         spoil=lambda place: torch.save({"w": torch.zeros(2)}, place / "bare.pt")),
     case("train", "--init_from=text.pt", "no checkpoint text.pt"),
     case("train", "--init_from=run", "init_from=run", ".pt"),
     case("sample", "--init_from=run", "run", label="a folder, not a file"),
@@ -582,11 +454,13 @@ def on_both(*said, spoil, label):
     *on_both("template=lion", label="a newer template", spoil=arg(template="lion")),
     *on_both("weights", label="no n_layer", spoil=checkpoint(
         lambda c: c["model_args"].pop("n_layer"))),
-    *(row for key, value in (("n_layer", "2"), ("n_layer", 2.5), ("n_layer", 0), ("n_layer", -2),
-                             ("n_head", 3), ("n_head", None), ("n_embd", True), ("n_embd", [32]),
+    *(row for key, value in (("n_layer", 0), ("n_layer", -2), ("n_head", 3), ("n_embd", True),
                              ("dropout", 2.0), ("dropout", float("nan")), ("block_size", -16),
                              ("vocab_size", 0), ("bias", "maybe"), ("ffn", 3))
       for row in on_both(key, label=f"{key}={value!r}", spoil=arg(**{key: value}))),
+    *(row for key, value in (("n_layer", "2"), ("n_layer", 2.5), ("n_head", None),
+                             ("n_embd", [32]))
+      for row in on_both("model_args", label=f"{key}={value!r}", spoil=arg(**{key: value}))),
     *on_both("options", label="an option that is no word", spoil=checkpoint(
         lambda c: c["model_args"].update({7: 7}))),
     # --- its weights
@@ -622,46 +496,71 @@ def on_both(*said, spoil, label):
     case("train", RESUME, "no run to resume", "--init_from=", label="no iter_num",
          spoil=checkpoint(lambda c: c.pop("iter_num"))),
     *(case("train", RESUME, key, label=f"{key}={value!r:.30}", spoil=setting(**{key: value}))
-      for key, value in (("iter_num", "two"), ("iter_num", -5), ("iter_num", None),
-                         ("iter_num", 2.5), ("best_val_loss", "low"), ("best_val_loss", None),
-                         ("tokens_seen", -16), ("tokens_seen", "all"), ("tokens_seen", 1.5),
-                         ("log_length", -1), ("log_length", "long"), ("optimizer", [1]),
-                         ("optimizer", {"adamw": 7}), ("rng", 7), ("rng", [7]),
-                         ("rng", [{"cpu": torch.zeros(3)}]), ("evaluated", "yes"))),
+      for key, value in (("run", 7), ("run", [1]), ("run", {"pace": 7}),
+                         ("optimizer", [1]), ("optimizer", {"adamw": 7}), ("rng", 7), ("rng", [7]),
+                         ("rng", [{"cpu": torch.zeros(3)}]))),
+    *(case("train", RESUME, "run", label=f"{key}={value!r:.30}", spoil=progress(**{key: value}))
+      for key, value in (("step", -5), ("step", "two"), ("step", None), ("step", 2.5),
+                         ("position", -16), ("position", "all"), ("position", 1.5),
+                         ("position", MORE), ("log_length", -1), ("log_length", "long"),
+                         ("evaluated", "yes"), ("best_val_loss", "low"))),
+    *(case("train", RESUME, "run", "damaged", label=f"nanoGPT's {key}={value!r}",
+           spoil=checkpoint(lambda c, key=key, value=value: c.pop("run") and c.update(
+               {key: value})))
+      for key, value in (("iter_num", "two"), ("iter_num", None), ("best_val_loss", "low"),
+                         ("best_val_loss", None))),
     case("train", RESUME, "data", "--init_from=", label="other data", spoil=setting(data=[])),
-    case("train", RESUME, "exp_avg", label="a state that is a word", spoil=checkpoint(
+    case("train", RESUME, "earlier version", "--init_from=run/ckpt.pt", label="an older run",
+         spoil=setting(tokens_seen=16)),
+    case("train", RESUME, "optimizer", label="a state that is a word", spoil=checkpoint(
         lambda c: c["optimizer"]["adamw"][WTE].update(exp_avg="x"))),
+    case("train", RESUME, "exp_avg", label="a state of another shape", spoil=checkpoint(
+        lambda c: c["optimizer"]["adamw"][WTE].update(exp_avg=torch.zeros(257, 3)))),
     # --- flags that contradict it
-    *(case("train", f"--init_from=run/ckpt.pt {words}", said, "checkpoint") for words, said in (
-        ("--template=nesterov", "template=gd"), ("--ffn=swiglu", "ffn=mlp"),
-        ("--n_embd=64", "n_embd=32"), ("--bias", "bias=False"), ("--position=rope", "learned"),
-        ("--head_dim=8", "head_dim"), ("--block_size=17", "block_size=16"))),
+    *(case("train", f"--init_from=run/ckpt.pt {words}", expected, "checkpoint")
+      for words, expected in (
+          ("--template=nesterov", "template=gd"), ("--ffn=swiglu", "ffn=mlp"),
+          ("--n_embd=64", "n_embd=32"), ("--bias", "bias=False"), ("--position=rope", "learned"),
+          ("--head_dim=8", "head_dim"), ("--block_size=17", "block_size=16"))),
     case("train", f"{RESUME} --dataset=char", "char", "tokenizer", "bytes"),
     case("train", f"{RESUME} --dataset=nano", "nano", "tokenizer", "bytes"),
     case("train", "--out_dir=run", "run", "--init_from=resume", "--overwrite"),
     case("train", RESUME.replace("run", "empty"), "empty", "resume", label="an empty folder",
          spoil=lambda place: (place / "empty").mkdir()),
 )
-def test_a_bad_checkpoint(place, program, monkeypatch, name, words, said, spoil, problems, env):
-    refuse(place, program, monkeypatch, name, words, said, spoil, problems, env)
+def test_a_bad_checkpoint(refuse, case):
+    refuse(case)
+
+
+@pytest.mark.parametrize("content", [b"", 0.6, b"no checkpoint"])
+def test_a_damaged_checkpoint_falls_back_on_the_previous(place, program, content):
+    """With a warning that names it; both programs."""
+    shutil.copy(place / "run/ckpt.pt", place / "run/ckpt_prev.pt")
+    spoil = cut if isinstance(content, float) else put
+    spoil("run/ckpt.pt", content)(place)
+    for name, words in ("sample", ""), ("train", f"{RESUME} --max_iters=3"):
+        code, lines = program(name, words)
+        (warning,) = (line for line in lines if line.startswith("warning: "))
+        assert code == 0 and "ckpt.pt is damaged" in warning and "ckpt_prev.pt" in warning
+    assert torch.load(place / "run/ckpt.pt", weights_only=True)["iter_num"] == 3
+
+
+STEERS = "a\x1b[2J\nerror: b"
 
 
 @cases(
-    case("train", RESUME, "tokenizer", label="a tokenizer's name", spoil=setting(
-        tokenizer={"tokenizer": "a\x1b[2J\nerror: b"})),
-    case("sample", "", "tokenizer", label="a tokenizer's name", spoil=setting(
-        tokenizer={"tokenizer": "a\x1b[2J\nerror: b"})),
-    *on_both("template", label="a template's name", spoil=arg(template="a\x1b[2J\nerror: b")),
+    *on_both("tokenizer", label="a tokenizer's name", spoil=setting(
+        tokenizer={"tokenizer": STEERS})),
+    *on_both("template", label="a template's name", spoil=arg(template=STEERS)),
     *on_both("model_args", label="a weight's name", spoil=weight(
-        "a\x1b[2J\nerror: b", lambda _: torch.zeros(2))),
+        STEERS, lambda _: torch.zeros(2))),
     case("train", "'--n_layer=1\n\x1b[2J'", "n_layer"),
     case("sample", "'--start=FILE:a\n\x1b[2J'", "FILE:a"),
     case("prepare", "text --name=new '--input=a\n\x1b[2J'", "no file"),
 )
-def test_what_is_quoted_stays_one_line(place, program, monkeypatch, name, words, said, spoil,
-                                       problems, env):
+def test_what_is_quoted_stays_one_line(refuse, case):
     """Names from a file may hold newlines and the codes that steer a terminal."""
-    refuse(place, program, monkeypatch, name, words, said, spoil, problems, env)
+    refuse(case)
 
 
 # -----------------------------------------------------------------------------
@@ -673,21 +572,24 @@ ALPHABET = setting(tokenizer={"tokenizer": "char", "alphabet": LETTERS, "vocab_s
 
 
 @cases(
-    case("sample", "--start=FILE:empty", "prompt", "empty", spoil=put("empty", "")),
+    *(case("sample", f"--start=FILE:{name}", "prompt", name, spoil=put(name, content))
+      for name, content in (
+          ("empty", ""), ("folder", {}), ("no/such", None), ("latin1", b"caf\xe9"),
+          ("utf16", "abc".encode("utf-16")), ("cut", "é".encode()[:1]))),
     case("sample", "--start=FILE:", "prompt"),
-    case("sample", "--start=FILE:run", "prompt", "run", label="a folder"),
-    case("sample", "--start=FILE:no/such", "prompt", "no/such"),
-    case("sample", "--start=FILE:latin1", "prompt", "latin1", spoil=put("latin1", b"caf\xe9")),
-    case("sample", "--start=FILE:utf16", "prompt", "utf16", spoil=put(
-        "utf16", "abc".encode("utf-16"))),
-    case("sample", "--start=FILE:cut", "prompt", "cut", spoil=put("cut", "é".encode()[:1])),
     case("sample", "--start=ABC", "alphabet", "ABC", spoil=ALPHABET),
     case("sample", "--start=FILE:x", "alphabet", "é", spoil=both(ALPHABET, put("x", "café"))),
     case("sample", "'--start=a\nb'", "alphabet", r"\n", spoil=ALPHABET),
     case("sample", "--start", "start", "value"),
 )
-def test_a_bad_prompt(place, program, monkeypatch, name, words, said, spoil, problems, env):
-    refuse(place, program, monkeypatch, name, words, said, spoil, problems, env)
+def test_a_bad_prompt(refuse, case):
+    refuse(case)
+
+
+@pytest.mark.parametrize("stdin, expected", [(b"", "empty"), (b"\xff\xfe", "-")])
+def test_a_bad_prompt_from_standard_input(place, program, monkeypatch, stdin, expected):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    check(*program("sample", "--start=-"), ("prompt", expected))
 
 
 @pytest.mark.parametrize("prompt", ["x" * 5000, "\x00", "\n", "<|endoftext|>", "e\u0301😀" * 99])
@@ -701,37 +603,31 @@ def test_a_strange_prompt_that_works(place, program, capsys, prompt):
 # Numbers and words
 
 
-COUNTS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "head_dim", "ffn_hidden",
-          "ffn_depth", "imex_steps", "batch_size", "gradient_accumulation_steps", "max_iters",
-          "lr_decay_iters", "eval_interval", "eval_tokens", "eval_iters", "save_interval",
-          "log_interval")
-AMOUNTS = ("learning_rate", "muon_lr", "scalar_lr", "weight_decay", "muon_weight_decay",
-           "grad_clip", "min_lr", "dropout", "beta1", "beta2", "decay_fraction", "rope_theta",
-           "gamma_init", "mu_init", "beta_init")
-NO_NUMBER = ("nan", "inf", "-inf", "1e400", "many", "", "1,5", "0x10", "[1]")
+COUNTS = ("block_size vocab_size n_layer n_head n_embd head_dim ffn_hidden ffn_depth imex_steps "
+          "batch_size gradient_accumulation_steps max_iters lr_decay_iters eval_interval "
+          "eval_tokens eval_iters save_interval log_interval")
+AMOUNTS = ("learning_rate muon_lr weight_decay muon_weight_decay grad_clip min_lr dropout beta1 "
+           "beta2 decay_fraction rope_theta gamma_init mu_init beta_init")
 
 
-@pytest.mark.parametrize("name, option, words", [
-    (name, option, words) for name, options, words in (
-        ("train", COUNTS, ("0", "-1", "1.5", "1e-30")),
-        ("train", ("seed", "warmup_iters"), ("-1", "0.5")),
-        ("train", AMOUNTS, ("-1", "-1e-30", "true")),
-        ("train", ("dropout", "beta1", "beta2", "mu_init", "beta_init"), ("1", "1.5")),
-        ("train", ("decay_fraction", "rope_theta", "gamma_init", "mu_init", "beta_init"), ("0",)),
-        ("train", ("decay_fraction",), ("1.0001",)),
-        ("sample", ("num_samples", "max_new_tokens", "top_k"), ("0", "-1", "1.5")),
-        ("sample", ("temperature",), ("-1e-9",)),
-        ("sample", ("top_p",), ("0", "-0.1", "1.1")),
-        ("sample", ("seed",), ("0.5",)),
-        ("prepare", ("num_proc",), ("0", "-1", "1.5")),
-        ("prepare", ("val_fraction",), ("0", "-0.1", "1e-400", "1.1")),
-        ("prepare", ("seed",), ("0.5",))) for option in options
-])
-def test_a_bad_number(place, program, name, option, words):
+@pytest.mark.parametrize("name, options, words", [
+    ("train", COUNTS, "0 -1 1.5 1e-30"), ("train", "seed warmup_iters", "-1 0.5"),
+    ("train", AMOUNTS, "-1 -1e-30 true"), ("train", "dropout beta1 beta2 mu_init beta_init", "1"),
+    ("train", "decay_fraction rope_theta gamma_init mu_init beta_init", "0"),
+    ("train", "decay_fraction", "1.0001"),
+    ("sample", "num_samples max_new_tokens top_k", "0 -1 1.5"), ("sample", "temperature", "-1e-9"),
+    ("sample", "top_p", "0 -0.1 1.1"), ("sample", "seed", "0.5"),
+    ("prepare", "num_proc", "0 -1 1.5"), ("prepare", "val_fraction", "0 -0.1 1e-400 1.1"),
+    ("prepare", "seed", "0.5")])
+def test_a_bad_number(place, name, options, words):
     """Each option with each of the words, and with what is no number at all."""
     before, usual = contents(place), TEXT if name == "prepare" else ""
-    for word in (*words, *NO_NUMBER):
-        check(*program(name, f"{usual} --{option}={word}"), (option,))
+    no_numbers = ["nan", "inf", "-inf", "1e400", "many", "", "1,5", "0x10", "[1]"]
+    for option in options.split():
+        for word in (*words.split(), *no_numbers):
+            with pytest.raises(UserError) as error:
+                MAINS[name](argv(name, f"{usual} --{option}={word}"))
+            assert all(option in line for line in str(error.value).splitlines())
     assert contents(place) == before
 
 
@@ -743,12 +639,11 @@ def as_imex(content):
 
 
 @cases(
-    *(case("train", f"{words}={MANY}", *said, label="too many") for words, *said in (
-        ("--n_layer", "n_layer"), ("--n_embd", "n_embd"), ("--block_size", "block_size"),
-        ("--vocab_size", "vocab_size"), ("--ffn_hidden", "ffn_hidden"), ("--head_dim", "head_dim"),
-        ("--ffn=hourglass --ffn_depth", "ffn_depth"), ("--batch_size", "batch_size"),
-        ("--template=imex --imex_steps", "imex_steps"),
-        ("--template=nesterov --velocity_init=embed --n_embd", "n_embd"))),
+    *(case("train", f"--{name}={MANY}", name, label="too many") for name in (
+        "n_layer", "n_embd", "block_size", "vocab_size", "ffn_hidden", "head_dim", "ffn_depth",
+        "imex_steps")),
+    *(case("train", f"--{name}={2**31 - 1}", "out of memory", "smaller", label="too many")
+      for name in ("ffn_hidden", "head_dim", "block_size")),
     case("train", f"--n_head={MANY} --n_embd={MANY}", "n_head", "n_embd", problems=2),
     *(case("train", f"--{key}={MORE}", key) for key in (
         "n_layer", "n_embd", "batch_size", "seed", "max_iters", "gradient_accumulation_steps",
@@ -756,22 +651,24 @@ def as_imex(content):
     case("train", "--seed=1e30", "seed"),
     case("train", "--gamma_init=1e30 --template=nesterov", "gamma_init"),
     case("train", "--scalar_map=softplus --mu_init=1e30 --template=nesterov", "mu_init"),
-    case("sample", f"--num_samples={MANY}", "num_samples"),
-    case("sample", f"--num_samples={MORE}", "num_samples"),
-    case("sample", f"--seed={MORE}", "seed"),
+    *(case("sample", words, words.split("=")[0].strip("-")) for words in (
+        f"--num_samples={MANY}", f"--num_samples={MORE}", f"--seed={MORE}")),
     *on_both("n_layer", label="n_layer too many", spoil=arg(n_layer=MANY)),
     *on_both("n_embd", label="n_embd too many", spoil=arg(n_embd=MANY)),
     *on_both("block_size", label="block_size too many", spoil=arg(block_size=MANY)),
     *on_both("imex_steps", label="imex_steps too many", spoil=checkpoint(as_imex)),
     case("train", "", "meta.json", label="a vocabulary too large", spoil=meta(
         padded_vocab_size=MANY)),
-    case("train", f"{RESUME} --max_iters=4", "tokens_seen", label="tokens_seen too many",
-         spoil=setting(tokens_seen=16 * 10**400)),
 )
-def test_a_huge_number(place, limited_program, monkeypatch, name, words, said, spoil, problems,
-                       env):
-    """No allocation that ends in a traceback, and no loop that never ends."""
-    refuse(place, limited_program, monkeypatch, name, words, said, spoil, problems, env)
+def test_a_huge_number(refuse, place, case):
+    """No allocation that ends in a traceback, and no loop that never ends: 4 GiB of memory, four
+    seconds of CPU."""
+    def limited(name, words):
+        process = Program(argv(name, words), name, functools.partial(limit_resources, str(place)))
+        return process.wait(60), [line for line in process.output.splitlines()
+                                  if line.startswith(("error: ", "Traceback"))]
+
+    refuse(case, limited)
 
 
 @pytest.mark.parametrize("words", ["--temperature=1e-40", "--temperature=1e-320", "--top_p=1e-320",
@@ -788,9 +685,9 @@ def test_an_extreme_number_works_or_is_refused(place, program, words):
     case("train", "--n_embd=30 --position=rope", "head_dim=15", "even"),
     case("train", "--head_dim=7 --position=rope", "head_dim=7", "even"),
     case("train", "--n_embd=33", "n_embd=33", "n_head=2", "head_dim"),
-    case("train", "--warmup_iters=7", "warmup_iters=7", "max_iters", "6"),
-    case("train", "--warmup_iters=5 --lr_decay_iters=4", "warmup_iters=5", "lr_decay_iters", "4"),
-    case("train", "--warmup_iters=2000 --schedule=wsd", "warmup_iters=2000", "max_iters", "6"),
+    case("train", "--min_lr=0.1", "min_lr=0.1", "learning_rate=0.001"),
+    case("train", "--warmup_iters=5 --schedule=wsd --decay_fraction=0.5", "warmup_iters=5", "step 3",
+         "decay_fraction"),
     case("train", "--template=adam --splitting=strang", "splitting=strang", "template=adam",
          "lie_trotter"),
     case("train", "--template=imex --splitting=euler", "splitting=euler", "template=imex",
@@ -804,17 +701,15 @@ def test_an_extreme_number_works_or_is_refused(place, program, words):
     case("train", "--template=imex --velocity_norm=read", "velocity_norm=read", "template=imex"),
     case("train", "--template=symplectic --velocity_norm=none", "velocity_norm=none", "update"),
     case("train", "--eval_iters=2 --eval_tokens=64", "eval_iters", "eval_tokens", "drop"),
-    case("train", "--n_embd=33 --warmup_iters=7 --beta1=1", "n_embd=33", "warmup_iters=7",
-         "beta1=1", problems=3),
+    case("train", "--n_embd=33 --min_lr=7 --beta1=1", "n_embd=33", "min_lr=7", "beta1=1",
+         problems=3),
     # --- torchrun's words
-    case("train", "", "gradient_accumulation_steps=2", "3", env={"WORLD_SIZE": "3"},
-         label="WORLD_SIZE=3"),
-    *(case("train", "", key, env={key: value}, label=f"{key}={value}") for key, value in (
+    case("train", "", "gradient_accumulation_steps=2", "3", WORLD_SIZE="3", label="WORLD_SIZE=3"),
+    *(case("train", "", key, **{key: value}, label=f"{key}={value}") for key, value in (
         ("WORLD_SIZE", "0"), ("WORLD_SIZE", "two"), ("WORLD_SIZE", "-2"), ("RANK", "first"))),
-    case("train", "", "torchrun", env={"RANK": "0", "WORLD_SIZE": "1"}, label="RANK alone"),
+    case("train", "", "torchrun", RANK="0", WORLD_SIZE="1", label="RANK alone"),
     # --- names
     case("train", "--lerning_rate=1", "lerning_rate", "learning_rate"),
-    case("train", "--batchsize=1", "batchsize", "batch_size"),
     case("train", "--qqqq=1", "qqqq", "--help"),
     case("train", "--template=nesterow", "template=nesterow", "nesterov"),
     case("train", "--ffn=hourglas", "ffn=hourglas", "hourglass"),
@@ -842,8 +737,9 @@ def test_an_extreme_number_works_or_is_refused(place, program, words):
     case("prepare", f"{TEXT} --name={'x' * 300}", "xxx", "long"),
     case("prepare", f"{TEXT} --data_dir=text.txt", "text.txt"),
     case("prepare", f"{TEXT} --input=text.txt no.txt", "no.txt"),
-    case("prepare", f"{TEXT} --input=empty", "no text", "empty",
-         spoil=lambda place: (place / "empty").mkdir()),
+    case("prepare", f"{TEXT} --input=caf\udce9.txt", "no file", "caf"),
+    case("prepare", f"{TEXT} --input=data/tiny/train.bin", "train.bin", "UTF-8"),
+    case("prepare", f"{TEXT} --input=empty", "no text", "empty", spoil=put("empty", {})),
     case("prepare", f"{TEXT} --val_input=no.txt", "no.txt"),
     case("prepare", f"{TEXT} --val_input=blank", "no text", spoil=put("blank", " \n")),
     case("prepare", f"{TEXT} --input=x.jsonl", "x.jsonl", "line 1", spoil=put("x.jsonl", "NaN")),
@@ -856,67 +752,20 @@ def test_an_extreme_number_works_or_is_refused(place, program, words):
          spoil=meta(settings=[1])),
     case("prepare", "openwebtext --input=text.txt --tokenizer=bytes --seed=-1", "seed=-1"),
 )
-def test_bad_words(place, program, monkeypatch, name, words, said, spoil, problems, env):
-    refuse(place, program, monkeypatch, name, words, said, spoil, problems, env)
+def test_bad_words(refuse, case):
+    refuse(case)
 
 
-def test_a_warm_up_may_be_longer_where_nothing_decays(place, program):
-    assert program("train", "--max_iters=2 --warmup_iters=2000 --decay_lr=False")[0] == 0
-    assert program("train", "--max_iters=2 --warmup_iters=2 --out_dir=as_long")[0] == 0
-
-
-# -----------------------------------------------------------------------------
-# Presets
-
-
-@cases(
-    case("train", "config/yuri_owt.py", "no preset", "did you mean config/yurii_owt.py",
-         spoil=lambda place: (place / "config").mkdir() or put("config/yurii_owt.py", "")(place)),
-    case("train", "config", "config", label="a folder",
-         spoil=lambda place: (place / "config").mkdir()),
-    case("train", "tiny", "no preset", "tiny"),
-    *(case("train", "p.py", "p.py", *said, label=f"{text!r:.40}", spoil=put("p.py", text))
-      for text, *said in (
-          ("n_layer = 2\nn_layer = = 3", "line 2", "SyntaxError"),
-          ("1 / 0", "line 1", "ZeroDivisionError"),
-          ("raise SystemExit", "line 1", "SystemExit"),
-          ("def f(): f()\nf()", "RecursionError"),
-          ("import no_such_module", "no_such_module"),
-          ("  n_layer = 2", "line 1", "IndentationError"),
-          (b"name = '\xff'", "p.py"), (b"\x00\x01", "p.py"), ("(" * 1000, "p.py"),
-          ("n_layr = 2", "n_layr", "n_layer"), ("n_layer = 2.5", "n_layer=2.5"),
-          ("n_layer = '2x'", "n_layer=2x"), ("n_layer = [2]", "n_layer"),
-          ("n_layer = True", "n_layer=True"),
-          ("n_layer = None", "n_layer=None"), ("n_layer = 2 + 0j", "n_layer"),
-          ("learning_rate = float('nan')", "learning_rate=nan"),
-          ("learning_rate = 1e999", "learning_rate=inf"),
-          ("learning_rate = 10**400", "learning_rate"), ("max_iters = -10**5000", "max_iters"),
-          ("dataset = 7", "dataset=7"), ("dataset = b'tiny'", "dataset"),
-          ("import numpy\ntemplate = numpy.zeros(3)", "template"),
-          ("import numpy\nn_layer = numpy.zeros(3)", "n_layer"),
-          ("compile = 'si'", "compile=si"), ("template = 3", "template=3"))),
-    case("train", "p.py --n_layr=1 --beta1=2", "learning_rate=x", "n_layr", "beta1", problems=3,
-         spoil=put("p.py", "learning_rate = 'x'")),
-)
-def test_a_bad_preset(place, program, monkeypatch, name, words, said, spoil, problems, env):
-    refuse(place, program, monkeypatch, name, words, said, spoil, problems, env)
-
-
-# -----------------------------------------------------------------------------
-# The same as programs of their own
-
-
-@pytest.mark.parametrize("name, words, stdin, said", [
-    ("train", [*USUAL["train"], "--n_embd=33", "--dataset=none"], b"", ("n_embd=33", "head_dim")),
-    ("sample", [*USUAL["sample"], "--start=-"], b"", ("prompt", "empty")),
-    ("sample", [*USUAL["sample"], "--start=-"], b"\xff\xfe", ("prompt", "-")),
-    ("prepare", ["text", "--input=data/tiny/train.bin", "--tokenizer=bytes"], b"",
-     ("train.bin", "UTF-8")),
-    ("prepare", ["text", "--input", b"caf\xe9.txt", "--tokenizer=bytes"], b"", ("no file", "caf")),
-])
-def test_programs(place, name, words, stdin, said):
-    before = contents(place)
-    done = subprocess.run([sys.executable, ROOT / f"{name}.py", *words], input=stdin,
-                          capture_output=True)
-    check(done.returncode, done.stderr.decode().splitlines(), said)
-    assert contents(place) == before
+@pytest.mark.parametrize("text, expected", [
+    ("n_layer = 2\nn_layer = = 3", ["line 2", "SyntaxError"]),
+    ("1 / 0", ["line 1", "ZeroDivisionError"]), ("raise SystemExit", ["line 1", "SystemExit"]),
+    ("def f(): f()\nf()", ["RecursionError"]), ("import no_such_module", ["no_such_module"]),
+    (b"name = '\xff'", []), (b"\x00\x01", []), ("(" * 1000, []),
+    ("n_layr = 2", ["n_layr", "n_layer"]), ("n_layer = 2.5", ["n_layer=2.5"]),
+    ("n_layer = True", ["n_layer=True"]), ("n_layer = None", ["n_layer=None"]),
+    ("learning_rate = float('nan')", ["learning_rate=nan"]),
+    ("max_iters = -10**5000", ["max_iters"]), ("dataset = 7", ["dataset=7"]),
+    ("dataset = b'tiny'", ["dataset"]), ("import numpy\ntemplate = numpy.zeros(3)", []),
+    ("import numpy\nn_layer = numpy.zeros(3)", ["n_layer"]), ("compile = 'si'", ["compile=si"])])
+def test_a_bad_preset(refuse, text, expected):
+    refuse(Case("train", "p.py", ("p.py", *expected), put("p.py", text), 1, {}))
