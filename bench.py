@@ -68,8 +68,9 @@ from support.device import (
     tune_allocator,
 )
 from support.errors import UserError, cli, fail
+from support.meta import load_meta
 from support.muon import Muon
-from support.tokenizer import END_OF_TEXT, load_meta
+from support.tokenizer import END_OF_TEXT
 from tools.compare import compare
 from tools.exchange import convert, export
 from tools.judge import judge

@@ -24,10 +24,10 @@ from model import GPT, GPTConfig
 from support.checkpoint import holds_weights, model_from, open_folder
 from support.data import Tokens, WindowOrder, evaluation_starts, prefetch, to_device
 from support.device import autocast, pick_dtype, try_compile, tune_machine
-from support.errors import cli, fail
+from support.errors import cli, explained, fail
 from support.log import Log, hide, report, show
 from support.muon import Muon
-from support.ranks import Ranks, explained, out_folder, shard, stop_signals
+from support.ranks import Ranks, out_folder, shard, stop_signals
 from support.resume import (
     Progress,
     find_start,
@@ -308,7 +308,8 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     del checkpoint
     windows_per_step = c.batch_size * c.gradient_accumulation_steps
     if master:
-        report(model, c, meta, train_tokens, val_tokens, ranks, dtype, compiled)
+        report(model, c, meta, train_tokens, val_tokens, ranks,
+               f"{str(dtype).removeprefix('torch.')}, {'compiled' if compiled else 'eager'}")
     if c.eval_only:
         loss = evaluate(model, val_tokens, c, ranks, dtype, signals=[])
         return show(f"val loss {loss:.4f}") if master else None
@@ -324,7 +325,7 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     with stop_signals() as signals, contextlib.closing(prefetch(micro_batches())) as batches:
         if master:
             open_folder(c, resumed)
-            log = Log(c, run.log_length, model, windows_per_step * c.block_size, ranks)
+            log = Log(c, run.log_length, model, device, ranks.world)
         saved = run.step if resumed else None  # the step of ckpt.pt
         while True:
             # --- evaluate ---
@@ -395,7 +396,11 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
 def main(argv: list[str]) -> None:
     """Read the options, take the output folder, train."""
     config, given = read_config(TrainConfig, argv, usage=__doc__)
-    with explained(config.out_dir):
+    with explained(config.out_dir,
+                   mend="the checkpoints that were there are intact; mend that or choose another "
+                        "--out_dir",
+                   shrink="halve --batch_size and double --gradient_accumulation_steps (the step "
+                          "stays the same), or add --activation_checkpointing"):
         ranks = Ranks(config)
         with out_folder(config.out_dir, use=ranks.rank == 0 and not config.eval_only):
             train(config, given, ranks)

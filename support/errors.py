@@ -1,8 +1,10 @@
-"""TODO."""
+"""One-line errors for what a user can mend, and the wrapper that ends a program with them."""
 
+import contextlib
 import os
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 
@@ -24,14 +26,43 @@ def printable(value: Any) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line: its kind and the first line that says something. Of torch's
-    CheckpointException, which has those of several processes: one of them."""
-    error = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return textwrap.shorten(": ".join([type(error).__name__, *lines[:1]]), 160)
+    """An exception in one line: its kind and the first line that says something."""
+    words = type(error).__name__
+    for line in str(error).splitlines():
+        if line.strip():
+            words += f": {line.strip()}"
+            break
+    return textwrap.shorten(words, 160)
 
 
-def cli(main) -> None:
+def out_of_memory(error: BaseException) -> bool:
+    """CUDA has an exception for it; MPS and CPUs raise a plain RuntimeError."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
+
+
+@contextlib.contextmanager
+def explained(place: str, mend: str, shrink: str) -> Iterator[None]:
+    """What the machine, or another process of a run, does to a program becomes a UserError: of the
+    file or place, with how to mend that; of a full memory, with what to shrink."""
+    try:
+        yield
+    except BrokenPipeError:  # cli's
+        raise
+    except OSError as error:  # a full disk, a folder that may not be written to
+        fail(f"{error.filename or place}: {error.strerror or error}; {mend}")
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            fail(f"out of memory: {shrink}")
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        if "RANK" in os.environ and ("DistError" in kinds or "gloo" in str(error).lower()):
+            fail(f"another process of this run has ended or does not answer; its own message, or "
+                 f"torchrun's, says why ({reason(error)})")
+        raise
+
+
+def cli(main: Callable[[list[str]], None]) -> None:
     """Run `main(argv)` as a program: a UserError ends it with its lines and exit code 2."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     try:
@@ -44,5 +75,6 @@ def cli(main) -> None:
         sys.exit(130)
     except UserError as error:
         sys.stdout.flush()
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

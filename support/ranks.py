@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from support.device import out_of_memory, pick_device
-from support.errors import UserError, fail, reason
+from support.device import pick_device
+from support.errors import UserError, fail
 from support.files import locked
 
 
@@ -26,14 +26,13 @@ class Ranks:
     def __init__(self, config: Any):
         """config: TrainConfig; of it device, backend and parallel."""
         self.parallel = "RANK" in os.environ
-        numbers = {name: os.environ.get(name, default) for name, default in
-                   (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
-        complete = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or not self.parallel
-        if not (complete and all(n.isdecimal() for n in numbers.values())
-                and int(numbers["RANK"]) < int(numbers["WORLD_SIZE"])):
-            words = ", ".join(f"{name}={number}" for name, number in numbers.items())
-            fail(f"{words} is not what torchrun sets; start with torchrun, or unset them")
-        self.rank, local_rank, self.world = map(int, numbers.values())
+        missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+                   if name not in os.environ]
+        if self.parallel and missing:
+            fail(f"RANK is set, and {', '.join(missing)} is not, as torchrun would; start with "
+                 f"torchrun, or unset RANK")
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE") if self.parallel else ()
+        self.rank, local_rank, self.world = [int(os.environ[n]) for n in names] or (0, 0, 1)
         self.device = pick_device(config.device, local_rank)
         if config.parallel == "fsdp" and not self.parallel:
             fail("parallel=fsdp divides the model over processes, and here is only one; start "
@@ -58,34 +57,34 @@ class Ranks:
         # for what waits for files to be read or written
         self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
-    def check_accumulation(self, batch_size: int, accumulation_steps: int) -> None:
+    def check_accumulation(self, batch_size: int, steps: int) -> None:
         """UserError where the ranks do not divide the micro-batches of a step."""
-        if accumulation_steps % self.world == 0:
+        if steps % self.world == 0:
             return
-        sequences = batch_size * accumulation_steps
-        words = (f"gradient_accumulation_steps={accumulation_steps}: must be a multiple of the "
-                 f"{self.world} processes, over all of which it is the total; ")
+        sequences = batch_size * steps
+        problem = (f"gradient_accumulation_steps={steps}: must be a multiple of the {self.world} "
+                   f"processes, over all of which it is the total")
         for size in range(batch_size, 0, -1):
             if sequences % (size * self.world) == 0:
-                fail(f"{words}for as many tokens a step use --batch_size={size} "
+                fail(f"{problem}; for as many tokens a step use --batch_size={size} "
                      f"--gradient_accumulation_steps={sequences // size}")
-        fewer = next(n for n in range(self.world, 0, -1) if sequences % n == 0)
-        more = next((n for n in range(self.world, sequences + 1) if sequences % n == 0), None)
-        fail(f"{words}the {sequences} sequences of a step are no multiple of {self.world}: use "
-             f"{fewer}{f' or {more}' if more else ''} processes, or other sizes")
+        counts = [n for n in range(1, sequences + 1) if sequences % n == 0]
+        nearest = [max(n for n in counts if n < self.world), *(n for n in counts if n > self.world)]
+        fail(f"{problem}; a step has {sequences} sequences, which is no multiple of {self.world}: "
+             f"use {' or '.join(map(str, nearest[:2]))} processes, or other sizes")
 
     def first(self, function: Callable[[], Any], shared: Callable[[Any], Any] = lambda x: x) -> Any:
         """function() of rank 0 alone; the others get shared(its result), or its UserError."""
         if not self.parallel:
             return function()
         result, message = None, [None]
-        if self.rank == 0:
-            try:
+        try:
+            if self.rank == 0:
                 result = function()
                 message = [shared(result)]
-            except UserError as error:
-                message = [error]
-        dist.broadcast_object_list(message, src=0, group=self.patient, device=torch.device("cpu"))
+        except UserError as error:
+            message = [error]
+        dist.broadcast_object_list(message, group=self.patient, device=torch.device("cpu"))
         if isinstance(message[0], UserError):
             raise message[0]
         return result if self.rank == 0 else message[0]
@@ -116,11 +115,10 @@ class Ranks:
 
     def gather(self, value: Any) -> list:
         """Every process's value, in the order of the ranks."""
-        if not self.parallel:
-            return [value]
-        gathered = [None] * self.world
-        dist.all_gather_object(gathered, value)
-        return gathered
+        values = [value] * self.world
+        if self.parallel:
+            dist.all_gather_object(values, value)
+        return values
 
     def whole(self, x: Any) -> Any:
         """A sharded tensor whole, on rank 0's CPU (a collective); other values as they are."""
@@ -166,23 +164,18 @@ def stop_signals() -> Iterator[list[int]]:
     writer.setblocking(False)
 
     def watch() -> None:
-        first = None
+        if reader.recv(1):
+            first = time.monotonic()
+            print("\nstopping after this step; another signal ends it at once", file=sys.stderr)
         while number := reader.recv(1):
-            now = time.monotonic()
-            if first is not None and now - first > 1:
+            if time.monotonic() - first > 1:
                 os._exit(128 + number[0])
-            if first is None:
-                first = now
-                print("\nstopping after this step; another signal ends it at once",
-                      file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    names = ("SIGTERM", "SIGINT", "SIGHUP")
-    before = {}
-    for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, lambda n, _: caught.append(n))
+    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")]
+    before = {n: signal.signal(n, lambda number, _: caught.append(number))
+              for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN}
     signal.set_wakeup_fd(writer.fileno())
     try:
         yield caught
@@ -210,24 +203,3 @@ def out_folder(path: str, use: bool) -> Iterator[None]:
     finally:
         if new and os.path.isdir(path) and os.listdir(path) in ([], [".lock"]):
             shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def explained(out_dir: str) -> Iterator[None]:
-    """What the machine or another process did to a run becomes one line that says what to do."""
-    try:
-        yield
-    except BrokenPipeError:  # the program's own business
-        raise
-    except OSError as error:  # a full disk, a folder that may not be written to
-        fail(f"{error.filename or out_dir}: {error.strerror or error}; the checkpoints that were "
-             f"there are intact; mend that or choose another --out_dir")
-    except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error):
-            fail("out of memory: halve --batch_size and double --gradient_accumulation_steps (the "
-                 "step stays the same), or add --activation_checkpointing")
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-        if lost and "RANK" in os.environ:
-            fail(f"another process of this run has ended or does not answer; its own message, or "
-                 f"torchrun's, says why ({reason(error)})")
-        raise

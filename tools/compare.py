@@ -32,7 +32,7 @@ from support.device import pick_device
 from support.errors import fail, reason
 from support.files import locked, sha256
 from support.log import clock, read_log
-from support.tokenizer import load_meta
+from support.meta import load_meta
 from tools.findings import differences, draw, markdown, pairs, summary
 from tools.options import BenchConfig
 from train import TrainConfig, model_args

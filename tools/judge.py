@@ -14,12 +14,13 @@ import torch
 from tqdm import tqdm
 
 from model import GPT
-from prepare import text_pieces
 from sample import load_model
 from support.data import Tokens, evaluation_starts
 from support.device import pick_device, pick_dtype, tune_allocator
 from support.errors import fail, reason
-from support.tokenizer import Tokenizer, load_meta
+from support.meta import load_meta
+from support.text import text_pieces
+from support.tokenizer import Tokenizer
 from tools.exchange import named
 from tools.options import BenchConfig
 

@@ -19,7 +19,7 @@ from support.checkpoint import (
 from support.data import Tokens
 from support.errors import fail
 from support.log import plot_losses, read_log, run_names
-from support.tokenizer import load_meta
+from support.meta import load_meta
 from tools.options import BenchConfig
 
 NO_MATPLOTLIB = "plot needs matplotlib: pip install matplotlib"
