@@ -15,14 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from conftest import assert_same
 
 from support.checkpoint import CHECKPOINTS, read_checkpoint, read_latest
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([  # and what a run imports later by itself
-    "processes", "train", "sample", "torch.distributed.fsdp", "torch._dynamo",
+    "conftest", "sample", "torch.distributed.fsdp", "torch._dynamo",
     "torch._decomp.decompositions_for_rng", "numpy.random", "fsspec"])
 # on `easy` every evaluation is the best
 SMALL = dict(template="nesterov", dropout=0.1, save_interval=1, eval_interval=3, init_from="auto",
@@ -43,7 +42,7 @@ def _program(program: str, argv: list[str], environment: dict[str, str], output:
     from support.errors import cli
 
     module = __import__(program)
-    log.refresh_picture = lambda _: None  # half a second
+    log.draw_losses = lambda _: None  # half a second
     if hook is not None:
         hook()
     cli(module.main)
@@ -131,17 +130,12 @@ def until(condition: Callable, timeout: float = 60.0):
 # What a run has left
 
 
-def records(out) -> list[dict]:
-    """The whole lines of log.jsonl, without what may differ between equal runs."""
+def steps_made(out) -> int:
+    """By the whole lines of its log, whose last may be cut off."""
     path = Path(out, "log.jsonl")
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    differs = {"tokens_per_s", "mfu", "seconds", "peak_mb", "out_dir", "init_from"}
-    return [{k: v for k, v in json.loads(line).items() if k not in differs}
-            for line in lines if line.endswith("\n")]
-
-
-def steps_made(out) -> int:
-    return max([r["iter"] + 1 for r in records(out) if r["type"] == "train"], default=0)
+    made = [json.loads(line) for line in lines if line.endswith("\n")]
+    return max([r["iter"] + 1 for r in made if r["type"] == "train"], default=0)
 
 
 def checkpoints(out) -> dict[str, bytes]:
@@ -153,11 +147,6 @@ def state(out) -> dict:
     checkpoint = read_checkpoint(os.path.join(out, "ckpt.pt"))
     del checkpoint["config"], checkpoint["run"]["log_length"]
     return checkpoint
-
-
-def assert_equal_runs(one, other) -> None:
-    assert records(one) == records(other)
-    assert_same(state(one), state(other))
 
 
 def survey(out, interval: int = 1) -> int:

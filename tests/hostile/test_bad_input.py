@@ -12,7 +12,6 @@ fix), and perhaps a function that first spoils a file. It runs in a folder of it
 
 import ast
 import functools
-import io
 import json
 import os
 import pickle
@@ -123,14 +122,12 @@ class Case:
     expected: tuple[str, ...]  # words of the error line
     spoil: Callable[[Path], None] | None
     problems: int
-    environment: dict[str, str]
 
 
-def case(program, words, *expected, spoil=None, label="", problems=1, **environment):
+def case(program, words, *expected, spoil=None, label="", problems=1):
     name = " ".join(filter(None, (program, words if len(words) < 60 else words[:60] + "...",
                                   label)))
-    return pytest.param(Case(program, words, expected, spoil, problems, environment),
-                        id=ascii(name)[1:-1])
+    return pytest.param(Case(program, words, expected, spoil, problems), id=ascii(name)[1:-1])
 
 
 def cases(*rows):
@@ -144,13 +141,11 @@ def on_both(*expected, spoil, label):
 
 
 @pytest.fixture
-def refuse(place, program, monkeypatch):
+def refuse(place, program):
     """Run a case; what is there stays, byte for byte, and nothing comes."""
     def go(case: Case, runner=program):
         if case.spoil is not None:
             case.spoil(place)
-        for name, value in case.environment.items():
-            monkeypatch.setenv(name, value)
         before = contents(place)
         check(*runner(case.program, case.words), case.expected, case.problems)
         after = contents(place)
@@ -196,12 +191,11 @@ def both(*spoils):
     return lambda place: [spoil(place) for spoil in spoils]
 
 
-def meta(dataset="tiny", without="", **changes):
-    """Change or remove keys of a meta.json; train=... updates inside."""
+def meta(dataset="tiny", **changes):
+    """Change keys of a meta.json; train=... updates inside."""
     def spoil(place):
         path = place / "data" / dataset / "meta.json"
         content = json.loads(path.read_text())
-        content.pop(without, None)
         for key, value in changes.items():
             inner = isinstance(value, dict) and key in content
             content[key] = content[key] | value if inner else value
@@ -272,18 +266,6 @@ def evil_checkpoint(path: Path, form: str) -> None:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
 
 
-@pytest.mark.parametrize("form", ["pickle", "zip", "legacy"])
-def test_the_traps_are_set(tmp_path, monkeypatch, form):
-    """The same files do run their code where classes are let in."""
-    monkeypatch.chdir(tmp_path)
-    evil_checkpoint(tmp_path / "x.pt", form)
-    if form == "pickle":
-        pickle.loads((tmp_path / "x.pt").read_bytes())
-    else:
-        torch.load(tmp_path / "x.pt", weights_only=False)
-    assert (tmp_path / "hacked").exists()
-
-
 @pytest.mark.parametrize("name, words, file", [
     ("train", RESUME, "run/ckpt.pt"),
     ("train", "--init_from=auto --out_dir=run", "run/ckpt.pt"),
@@ -300,6 +282,11 @@ def test_a_checkpoint_runs_nothing(place, program, name, words, file):
         before = contents(place)
         check(*program(name, words), (file,))
         assert contents(place) == before and "hacked" not in before
+        if form == "pickle":  # the trap is set: where classes are let in, it runs its code
+            pickle.loads((place / file).read_bytes())
+        else:
+            torch.load(place / file, weights_only=False)
+        (place / "hacked").rmdir()
 
 
 @pytest.mark.parametrize("name, words", [("train", "--dataset=nano"), ("sample", "")])
@@ -375,32 +362,21 @@ def test_no_file_is_unpickled_freely():
         "data/gpt2/train.bin", -1)),
     case("train", "--dataset=gpt2", "train.bin", "0 tokens", label="empty, nanoGPT's", spoil=ids(
         "data/gpt2/train.bin")),
-    # --- meta.json
+    # --- meta.json (test_tokenizer.py has a property for any)
     *(case("train", "", "meta.json", "--overwrite", label=f"meta.json is {text[:9]!r}",
            spoil=put("data/tiny/meta.json", text))
-      for text in ("", "{", "[]", "null", "7", '"x"', "{}", "NaN", "[" * 100_000, b"\xff\xfe{}",
-                   '{"dtype": "uint16"}')),
+      for text in ("", "{", "[]", '{"dtype": "uint16"}', "[" * 100_000, b"\xff\xfe{}")),
     case("train", "", "meta.json", label="meta.json is a folder", spoil=put(
         "data/tiny/meta.json", {})),
-    *(case("train", "", "meta.json", label=f"no {key}", spoil=meta(without=key))
-      for key in ("tokenizer", "vocab_size", "padded_vocab_size", "dtype", "train", "val")),
     *(case("train", "", "meta.json", label=f"{key}={value!r}", spoil=meta(**{key: value}))
       for key, value in (
-          ("vocab_size", "257"), ("vocab_size", -257), ("vocab_size", 0), ("vocab_size", 256.5),
-          ("vocab_size", True), ("vocab_size", [257]), ("padded_vocab_size", "257"),
-          ("padded_vocab_size", 257.5), ("padded_vocab_size", -1), ("padded_vocab_size", None),
+          ("vocab_size", "257"), ("vocab_size", 0), ("vocab_size", True), ("vocab_size", None),
           ("padded_vocab_size", float("inf")), ("dtype", "float32"), ("dtype", ["uint16"]),
-          ("dtype", 16), ("tokenizer", 3), ("tokenizer", None), ("tokenizer", ["bytes"]),
-          ("train", []), ("train", 343), ("val", None), ("alphabet", 7))),
+          ("tokenizer", 3), ("train", []), ("val", None), ("alphabet", 7))),
     *(case("train", "", "damaged", label=f"tokens={tokens!r}", spoil=meta(train={"tokens": tokens}))
-      for tokens in ("343", None, [343], 342, -343, 344, True)),
+      for tokens in ("343", None, 342, -343, True)),
     *(case("train", "--dataset=char", "meta.json", label=f"alphabet={alphabet!r:.12}", spoil=meta(
-        "char", alphabet=alphabet))
-      for alphabet in (LETTERS[1:], LETTERS + "A", "a" * 26, list(LETTERS), None, "")),
-    case("train", "--dataset=char", "meta.json", label="no alphabet", spoil=meta(
-        "char", without="alphabet")),
-    case("train", "--dataset=char", "meta.json", label="vocab_size=27", spoil=meta(
-        "char", vocab_size=27, padded_vocab_size=27)),
+        "char", alphabet=alphabet)) for alphabet in (LETTERS[1:], "a" * 26, list(LETTERS), None)),
     # --- meta.pkl
     *(case("train", "--dataset=nano", "meta.pkl", label=f"meta.pkl is {content!r:.30}",
            spoil=put("data/nano/meta.pkl", content))
@@ -532,19 +508,6 @@ def test_a_bad_checkpoint(refuse, case):
     refuse(case)
 
 
-@pytest.mark.parametrize("content", [b"", 0.6, b"no checkpoint"])
-def test_a_damaged_checkpoint_falls_back_on_the_previous(place, program, content):
-    """With a warning that names it; both programs."""
-    shutil.copy(place / "run/ckpt.pt", place / "run/ckpt_prev.pt")
-    spoil = cut if isinstance(content, float) else put
-    spoil("run/ckpt.pt", content)(place)
-    for name, words in ("sample", ""), ("train", f"{RESUME} --max_iters=3"):
-        code, lines = program(name, words)
-        (warning,) = (line for line in lines if line.startswith("warning: "))
-        assert code == 0 and "ckpt.pt is damaged" in warning and "ckpt_prev.pt" in warning
-    assert torch.load(place / "run/ckpt.pt", weights_only=True)["iter_num"] == 3
-
-
 STEERS = "a\x1b[2J\nerror: b"
 
 
@@ -575,21 +538,13 @@ ALPHABET = setting(tokenizer={"tokenizer": "char", "alphabet": LETTERS, "vocab_s
     *(case("sample", f"--start=FILE:{name}", "prompt", name, spoil=put(name, content))
       for name, content in (
           ("empty", ""), ("folder", {}), ("no/such", None), ("latin1", b"caf\xe9"),
-          ("utf16", "abc".encode("utf-16")), ("cut", "é".encode()[:1]))),
-    case("sample", "--start=FILE:", "prompt"),
+          ("cut", "é".encode()[:1]))),
     case("sample", "--start=ABC", "alphabet", "ABC", spoil=ALPHABET),
     case("sample", "--start=FILE:x", "alphabet", "é", spoil=both(ALPHABET, put("x", "café"))),
     case("sample", "'--start=a\nb'", "alphabet", r"\n", spoil=ALPHABET),
-    case("sample", "--start", "start", "value"),
 )
 def test_a_bad_prompt(refuse, case):
     refuse(case)
-
-
-@pytest.mark.parametrize("stdin, expected", [(b"", "empty"), (b"\xff\xfe", "-")])
-def test_a_bad_prompt_from_standard_input(place, program, monkeypatch, stdin, expected):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-    check(*program("sample", "--start=-"), ("prompt", expected))
 
 
 @pytest.mark.parametrize("prompt", ["x" * 5000, "\x00", "\n", "<|endoftext|>", "e\u0301😀" * 99])
@@ -682,75 +637,47 @@ def test_an_extreme_number_works_or_is_refused(place, program, words):
 
 @cases(
     # --- what goes with what
-    case("train", "--n_embd=30 --position=rope", "head_dim=15", "even"),
-    case("train", "--head_dim=7 --position=rope", "head_dim=7", "even"),
-    case("train", "--n_embd=33", "n_embd=33", "n_head=2", "head_dim"),
-    case("train", "--min_lr=0.1", "min_lr=0.1", "learning_rate=0.001"),
-    case("train", "--warmup_iters=5 --schedule=wsd --decay_fraction=0.5", "warmup_iters=5", "step 3",
-         "decay_fraction"),
-    case("train", "--template=adam --splitting=strang", "splitting=strang", "template=adam",
-         "lie_trotter"),
-    case("train", "--template=imex --splitting=euler", "splitting=euler", "template=imex",
-         "lie_trotter"),
-    case("train", "--ffn=hourglass --ffn_substeps=each --template=adam", "ffn_substeps=each",
+    *(case("train", words, *expected) for words, *expected in (
+        ("--n_embd=30 --position=rope", "head_dim=15", "even"),
+        ("--n_embd=33", "n_embd=33", "n_head=2", "head_dim"),
+        ("--min_lr=0.1", "min_lr=0.1", "learning_rate=0.001"),
+        ("--schedule=wsd --decay_fraction=0.9", "warmup_iters=2", "step 1", "decay_fraction"),
+        ("--template=adam --splitting=strang", "splitting=strang", "template=adam", "lie_trotter"),
+        ("--template=imex --splitting=euler", "splitting=euler", "template=imex", "lie_trotter"),
+        ("--ffn=hourglass --ffn_substeps=each --template=adam", "ffn_substeps=each",
          "template=adam", "joint"),
-    case("train", "--ffn=hourglass --ffn_substeps=each --splitting=euler", "ffn_substeps=each",
+        ("--ffn=hourglass --ffn_substeps=each --splitting=euler", "ffn_substeps=each",
          "splitting=euler"),
-    case("train", "--template=tmm --velocity_init=add", "velocity_init=add", "template=tmm",
-         "template=gd"),
-    case("train", "--template=imex --velocity_norm=read", "velocity_norm=read", "template=imex"),
-    case("train", "--template=symplectic --velocity_norm=none", "velocity_norm=none", "update"),
-    case("train", "--eval_iters=2 --eval_tokens=64", "eval_iters", "eval_tokens", "drop"),
+        ("--template=tmm --velocity_init=add", "velocity_init=add", "template=tmm", "template=gd"),
+        ("--template=imex --velocity_norm=read", "velocity_norm=read", "template=imex"),
+        ("--template=symplectic --velocity_norm=none", "velocity_norm=none", "update"),
+        ("--eval_iters=2 --eval_tokens=64", "eval_iters", "eval_tokens", "drop"))),
     case("train", "--n_embd=33 --min_lr=7 --beta1=1", "n_embd=33", "min_lr=7", "beta1=1",
          problems=3),
-    # --- torchrun's words
-    case("train", "", "gradient_accumulation_steps=2", "3", WORLD_SIZE="3", label="WORLD_SIZE=3"),
-    *(case("train", "", key, **{key: value}, label=f"{key}={value}") for key, value in (
-        ("WORLD_SIZE", "0"), ("WORLD_SIZE", "two"), ("WORLD_SIZE", "-2"), ("RANK", "first"))),
-    case("train", "", "torchrun", RANK="0", WORLD_SIZE="1", label="RANK alone"),
-    # --- names
-    case("train", "--lerning_rate=1", "lerning_rate", "learning_rate"),
-    case("train", "--qqqq=1", "qqqq", "--help"),
-    case("train", "--template=nesterow", "template=nesterow", "nesterov"),
-    case("train", "--ffn=hourglas", "ffn=hourglas", "hourglass"),
-    case("train", "--init_from=resme", "init_from=resme", "resume"),
-    case("train", "--compile=perhaps", "compile=perhaps", "true or false"),
-    case("train", "--n_layer", "--n_layer", "value"),
-    case("train", "--", "--help"),
-    case("train", "-n_layer=3", "-n_layer=3"),
-    case("train", "--device=cpu:x", "device=cpu:x"),
-    case("train", "--device=meta", "device=meta", "cpu"),
-    case("train", "--out_dir=text.txt", "text.txt"),
-    case("train", "--out_dir=text.txt/new", "text.txt"),
-    case("train", "--out_dir=", "out_dir"),
-    case("train", "--dataset=", "data"),
-    case("sample", "--num_sample=1", "num_sample", "num_samples"),
-    case("sample", "--dtype=float8", "dtype=float8", "float16"),
+    # --- names (those of options are in test_config.py)
+    *(case("train", words, *expected) for words, *expected in (
+        ("--template=nesterow", "template=nesterow", "nesterov"),
+        ("--init_from=resme", "init_from=resme", "resume"), ("-n_layer=3", "-n_layer=3"),
+        ("--device=cpu:x", "device=cpu:x"), ("--device=meta", "device=meta", "cpu"),
+        ("--out_dir=text.txt", "text.txt"), ("--out_dir=text.txt/new", "text.txt"),
+        ("--out_dir=", "out_dir"), ("--dataset=", "data"))),
     case("sample", "preset.py", "preset.py"),
-    case("prepare", f"{TEXT} --val_frac=0.1", "val_frac", "val_fraction"),
-    case("prepare", f"{TEXT} pydoc", "pydoc"),
-    case("prepare", "text --input --name=new", "--input"),
-    case("prepare", f"{TEXT} --overwrite=maybe", "overwrite=maybe", "true or false"),
-    case("prepare", f"{TEXT} --tokenizer=byte", "byte", "did you mean bytes"),
+    case("prepare", "openwebtext --input=text.txt --tokenizer=bytes --seed=-1", "seed=-1"),
     *(case("prepare", f"{TEXT} --name={name}", "name=", "folder name")
       for name in ("a/b", ".", "..", "/tmp/x", "a/")),
-    case("prepare", f"{TEXT} --name={'x' * 300}", "xxx", "long"),
-    case("prepare", f"{TEXT} --data_dir=text.txt", "text.txt"),
-    case("prepare", f"{TEXT} --input=text.txt no.txt", "no.txt"),
-    case("prepare", f"{TEXT} --input=caf\udce9.txt", "no file", "caf"),
-    case("prepare", f"{TEXT} --input=data/tiny/train.bin", "train.bin", "UTF-8"),
-    case("prepare", f"{TEXT} --input=empty", "no text", "empty", spoil=put("empty", {})),
-    case("prepare", f"{TEXT} --val_input=no.txt", "no.txt"),
-    case("prepare", f"{TEXT} --val_input=blank", "no text", spoil=put("blank", " \n")),
-    case("prepare", f"{TEXT} --input=x.jsonl", "x.jsonl", "line 1", spoil=put("x.jsonl", "NaN")),
-    case("prepare", f"{TEXT} --input=x.jsonl", "x.jsonl", "line 1", label="deeply nested",
-         spoil=put("x.jsonl", "[" * 100_000)),
-    case("prepare", f"{TEXT} --name=tiny", "tiny", "other data", "--overwrite"),
-    case("prepare", f"{TEXT} --name=tiny", "tiny", "--overwrite", label="over damaged data",
-         spoil=put("data/tiny/meta.json", "[]")),
+    *(case("prepare", f"{TEXT} {words}", *expected, spoil=put(path, content)) for (
+        words, path, content, *expected) in (
+            (f"--name={'x' * 300}", "x", "", "xxx", "long"),
+            ("--data_dir=text.txt", "x", "", "text.txt"),
+            ("--input=caf\udce9.txt", "x", "", "no file", "caf"),
+            ("--input=data/tiny/train.bin", "x", "", "train.bin", "UTF-8"),
+            ("--input=empty", "empty", {}, "no text", "empty"),
+            ("--val_input=blank", "blank", " \n", "no text"),
+            ("--input=x.jsonl", "x.jsonl", "NaN", "x.jsonl", "line 1"),
+            ("--input=deep.jsonl", "deep.jsonl", "[" * 100_000, "deep.jsonl", "line 1"),
+            ("--name=tiny", "data/tiny/meta.json", "[]", "tiny", "--overwrite"))),
     case("prepare", f"{TEXT} --name=tiny", "tiny", "--overwrite", label="over settings of a list",
          spoil=meta(settings=[1])),
-    case("prepare", "openwebtext --input=text.txt --tokenizer=bytes --seed=-1", "seed=-1"),
 )
 def test_bad_words(refuse, case):
     refuse(case)
@@ -761,11 +688,7 @@ def test_bad_words(refuse, case):
     ("1 / 0", ["line 1", "ZeroDivisionError"]), ("raise SystemExit", ["line 1", "SystemExit"]),
     ("def f(): f()\nf()", ["RecursionError"]), ("import no_such_module", ["no_such_module"]),
     (b"name = '\xff'", []), (b"\x00\x01", []), ("(" * 1000, []),
-    ("n_layr = 2", ["n_layr", "n_layer"]), ("n_layer = 2.5", ["n_layer=2.5"]),
-    ("n_layer = True", ["n_layer=True"]), ("n_layer = None", ["n_layer=None"]),
-    ("learning_rate = float('nan')", ["learning_rate=nan"]),
-    ("max_iters = -10**5000", ["max_iters"]), ("dataset = 7", ["dataset=7"]),
-    ("dataset = b'tiny'", ["dataset"]), ("import numpy\ntemplate = numpy.zeros(3)", []),
-    ("import numpy\nn_layer = numpy.zeros(3)", ["n_layer"]), ("compile = 'si'", ["compile=si"])])
+    ("n_layer = None", ["n_layer=None"]), ("max_iters = -10**5000", ["max_iters"]),
+    ("dataset = b'tiny'", ["dataset"]), ("import numpy\nn_layer = numpy.zeros(3)", ["n_layer"])])
 def test_a_bad_preset(refuse, text, expected):
-    refuse(Case("train", "p.py", ("p.py", *expected), put("p.py", text), 1, {}))
+    refuse(Case("train", "p.py", ("p.py", *expected), put("p.py", text), 1))

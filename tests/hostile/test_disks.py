@@ -8,11 +8,10 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import TINY, assert_same, option_words
+from conftest import assert_same, assert_same_end
 from faults import at_step, delete, limit_files
 from processes import (
     SMALL,
-    assert_equal_runs,
     checkpoints,
     run_ranks,
     start_ranks,
@@ -26,10 +25,10 @@ both = pytest.mark.parametrize("world, parallel", [
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, data_dir):
+def whole(tmp_path_factory, words):
     """An undisturbed run of SMALL."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    run_ranks(option_words(**TINY | SMALL | {"data_dir": data_dir, "out_dir": out}), 1)
+    run_ranks(words(out, **SMALL), 1)
     return out
 
 
@@ -43,7 +42,7 @@ def test_a_checkpoint_that_cannot_grow(words, tmp_path, world, parallel):
     assert survey(out) == 1 and not list(out.glob("*.partial"))
     run_ranks(words(out, **options), world)
     run_ranks(words(tmp_path / "whole", **options), world)
-    assert_equal_runs(out, tmp_path / "whole")
+    assert_same_end(out, tmp_path / "whole")
 
 
 def test_a_log_that_cannot_grow(words, tmp_path):
@@ -55,7 +54,7 @@ def test_a_log_that_cannot_grow(words, tmp_path):
     program.refused(str(out), "File too large")
     assert survey(out, 20) == 60
     run_ranks(words(out, **options), 1)
-    assert_equal_runs(out, whole)
+    assert_same_end(out, whole)
 
 
 @contextlib.contextmanager
@@ -86,7 +85,7 @@ def test_a_disk_that_is_full(words, tmp_path, whole):
             assert survey(out) == 1 and not list(out.glob("*.partial"))
         assert remount(f"size={20 * size}") == 0
         run_ranks(words(out, **SMALL), 1)
-        assert_equal_runs(out, whole)
+        assert_same_end(out, whole)
         if remount("ro") == 0:
             before = checkpoints(out)
             (program,) = start_ranks(words(out, **SMALL | {"max_iters": 8}), 1)

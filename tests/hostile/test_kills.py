@@ -17,13 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_data
+from conftest import assert_same_end, write_data
 from faults import at_step, crash, die, hang, kill_at
 from processes import (
     LEFT_ALONE,
     ROOT,
     SMALL,
-    assert_equal_runs,
     kill,
     run_ranks,
     start_ranks,
@@ -80,7 +79,7 @@ def test_kill_9(words, tmp_path, kills, inside, world, interval):
         assert before <= saved < options["max_iters"]
     run_ranks(words(out, **options), world)
     survey(out, interval)
-    assert_equal_runs(out, whole)
+    assert_same_end(out, whole)
     assert not list(out.glob("*.partial"))
     print(f"\n{kills} kills of {world} process(es) survived, of these {inside} inside a save "
           f"(about {moments} moments each); seed {SEED}, {time.monotonic() - begun:.0f} s")
@@ -113,7 +112,7 @@ def test_every_moment_of_a_save(words, tmp_path, step, every, world):
         assert survey(out) == step + 1 or inside
         if code:
             run_ranks(words(out, **options), world)
-        assert_equal_runs(out, tmp_path / "whole")
+        assert_same_end(out, tmp_path / "whole")
         assert not list(out.glob("*.partial"))
         if not inside:
             break
@@ -137,7 +136,7 @@ def test_a_second_attempt_in_the_same_store(words, tmp_path):
     assert programs[1].wait() == -signal.SIGKILL
     kill(programs)
     run_ranks(words(out, **options), 2, **torchruns, TORCHELASTIC_RESTART_COUNT="1")
-    assert_equal_runs(out, whole)
+    assert_same_end(out, whole)
 
 
 def children(pid: int) -> list[int]:
@@ -167,7 +166,7 @@ def test_torchrun_starts_a_killed_run_again(words, tmp_path, parallel, rank):
     output = (tmp_path / "output").read_text()
     assert len(workers) == 2 and code == 0, output
     assert steps_made(out) == 300 and output.count("model: ") == 2, output  # it began twice
-    assert_equal_runs(out, whole)
+    assert_same_end(out, whole)
 
 
 # -----------------------------------------------------------------------------
