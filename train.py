@@ -288,13 +288,13 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     torch.manual_seed(c.seed)
     fixed = {name for name, preset in given.items() if not (resumed and preset)}
     model = make_model(c, fixed, meta, checkpoint)
+    model.to(torch.float64 if dtype == torch.float64 else torch.float32)
     ranks.share(model)
     c.adopt(model.config)
     train_tokens, val_tokens = (Tokens(os.path.join(c.data_dir, c.dataset), split, meta,
                                        c.block_size) for split in ("train", "val"))
     order = WindowOrder(len(train_tokens), c.block_size, c.seed)
     model.activation_checkpointing = c.activation_checkpointing
-    model.to(torch.float64 if dtype == torch.float64 else torch.float32)
     compiled = try_compile(model, c.compile, device, show if master else hide, blocks=sharded)
     if sharded:
         shard(model, ranks)
@@ -324,8 +324,8 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
 
     with stop_signals() as signals, contextlib.closing(prefetch(micro_batches())) as batches:
         if master:
-            open_folder(c, resumed)
             log = Log(c, run.log_length, model, device, ranks.world)
+            open_folder(c, resumed)
         saved = run.step if resumed else None  # the step of ckpt.pt
         while True:
             # --- evaluate ---

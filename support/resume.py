@@ -59,8 +59,12 @@ def find_start(config: Any, given: dict[str, str]) -> tuple[Any, dict | None, bo
     if used and not (c.overwrite or c.eval_only):
         fail(f"{folder} holds a run; go on with --init_from=resume, begin anew with --overwrite, "
              f"or choose another --out_dir")
-    weights = c.init_from not in ("scratch", "auto")
-    return c, read_checkpoint(c.init_from) if weights else None, False
+    if c.init_from in ("scratch", "auto"):
+        return c, None, False
+    if c.init_from in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):  # before a download
+        tokenizer = {"tokenizer": {"tokenizer": "gpt2"}}
+        read_source(os.path.join(c.data_dir, c.dataset), tokenizer, resumed=False)
+    return c, read_checkpoint(c.init_from), False
 
 
 def stored_options(config: Any, given: dict[str, str], checkpoint: dict) -> Any:
@@ -82,6 +86,8 @@ def stored_options(config: Any, given: dict[str, str], checkpoint: dict) -> Any:
             values[field.name] = stored.get(field.name, field.default)
     if "eval_tokens" in words - {"eval_iters"}:
         values["eval_iters"] = None
+    elif values["eval_iters"] is not None:  # which says it, also for another batch_size
+        values["eval_tokens"] = type(config).eval_tokens
     try:
         options = replace(config, **values)
     except (TypeError, ValueError) as error:
