@@ -401,7 +401,8 @@ def main(argv: list[str]) -> None:
                    mend="the checkpoints that were there are intact; mend that or choose another "
                         "--out_dir",
                    shrink="halve --batch_size and double --gradient_accumulation_steps (the step "
-                          "stays the same), or add --activation_checkpointing"):
+                          "stays the same), add --activation_checkpointing, or choose a smaller "
+                          "model"):
         ranks = Ranks(config)
         with out_folder(config.out_dir, use=ranks.rank == 0 and not config.eval_only):
             train(config, given, ranks)
