@@ -125,6 +125,19 @@ def check_fields(config) -> list[str]:
     return problems
 
 
+def check_rules(config) -> None:
+    """Raise ValueError with all that config.rules(rule) finds broken, a line each."""
+    problems: list[str] = []
+
+    def rule(holds: bool, otherwise: str) -> None:
+        if not holds:
+            problems.append(otherwise)
+
+    config.rules(rule)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
 # -----------------------------------------------------------------------------
 # Reading presets and the command line
 
