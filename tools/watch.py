@@ -3,11 +3,15 @@
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
+from config import check_rules
 from model import GPT
 from support.checkpoint import (
     checkpoint_config,
@@ -20,64 +24,82 @@ from support.data import Tokens
 from support.errors import fail
 from support.log import plot_losses, read_log, run_names
 from support.tokenizer import load_meta
-from tools.options import BenchConfig
 
-NO_MATPLOTLIB = "plot needs matplotlib: pip install matplotlib"
+
+@dataclass
+class PlotConfig:
+    """Draw runs together: their losses, learned scalars, or the paths of their residual streams."""
+
+    runs: tuple[str, ...] = ()  # the out_dirs to draw together; --runs may be left out
+    draw: Literal["losses", "scalars", "path"] = "losses"  # what to draw of them
+    x: Literal["steps", "tokens", "seconds", "flops"] = "steps"  # what losses are drawn over
+    plot: str | None = None  # the PNG; auto: losses.png, scalars.png, path.png
+    data: str | None = None  # path: the data folder to read; auto: the one a run was trained on
+    data_dir: str = "data"  # path: where the data folders are
+
+    def __post_init__(self) -> None:
+        check_rules(self)
+
+    def rules(self, rule: Callable[[bool, str], None]) -> None:
+        rule(bool(self.runs), "name the out_dirs of one run or several: python bench.py plot "
+                              "OUT_DIR...")
+        folder = os.path.dirname(self.plot or "") or "."
+        rule(os.path.isdir(folder), f"plot={self.plot}: there is no folder {folder}; make it first")
+        rule((self.plot or ".png").endswith(".png"),
+             f"plot={self.plot}: a picture is a PNG; end the name in .png")
 
 
 @contextlib.contextmanager
 def picture(path: str, width: float, height: float, dpi: int = 120) -> Iterator:
     """A matplotlib figure, in inches, that becomes a PNG."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        fail(NO_MATPLOTLIB)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     yield figure
     FigureCanvasAgg(figure).print_png(path)
 
 
-def plot(c: BenchConfig) -> None:
-    """Several runs in one PNG: their losses, learned scalars, or paths of the residual stream."""
-    if not c.runs:
-        fail("name the out_dirs of one run or several: python bench.py plot OUT_DIR...")
+def plot(config: PlotConfig) -> str:
+    """Several runs in one PNG. Returns what was done."""
     if importlib.util.find_spec("matplotlib") is None:
-        fail(NO_MATPLOTLIB)
-    path = c.plot or f"{c.draw}.png"
-    if c.draw == "losses":
-        flops = [flops_per_token(run) for run in c.runs] if c.x == "flops" else []
-        plot_losses(list(c.runs), path, c.x, tuple(flops))
+        fail("plot needs matplotlib: pip install matplotlib")
+    path = config.plot or f"{config.draw}.png"
+    if config.draw == "losses":
+        flops = tuple(flops_per_token(run) for run in config.runs) if config.x == "flops" else ()
+        plot_losses(list(config.runs), path, config.x, flops)
+    elif config.draw == "scalars":
+        draw_scalars(logged_scalars(config.runs), path)
     else:
-        (plot_scalars if c.draw == "scalars" else plot_paths)(c, path)
-    print(f"wrote {path}")
+        draw_paths({run: residual_path(*model_and_tokens(run, config)) for run in config.runs},
+                   path)
+    return f"wrote {path}"
 
 
-def checkpoint_of(run: str, weights: bool = True) -> dict:
+def checkpoint_of(run: str) -> dict:
     """A run's latest checkpoint, or that of a file or an exported folder; UserError where there is
     none."""
     if os.path.isfile(run) or holds_weights(run):
-        return read_checkpoint(run, weights)
-    return read_latest(run, weights) or read_checkpoint(os.path.join(run, "ckpt.pt"), weights)
+        return read_checkpoint(run)
+    return read_latest(run) or read_checkpoint(os.path.join(run, "ckpt.pt"))
 
 
 def flops_per_token(out_dir: str) -> int:
     """Training FLOPs per token of a run's model."""
     with torch.device("meta"):
-        return GPT(checkpoint_config(checkpoint_of(out_dir, weights=False))).flops_per_token()
+        return GPT(checkpoint_config(checkpoint_of(out_dir))).flops_per_token()
 
 
-def plot_scalars(c: BenchConfig, path: str) -> None:
-    """The learned scalars that these runs have logged."""
-    names = run_names(c.runs)
+def logged_scalars(runs: tuple[str, ...]) -> dict[str, list[dict]]:
+    """Name of each run -> the learned scalars that it has logged."""
     logs = {name: [r["scalars"] | {"step": r["iter"]} for r in read_log(run) if "scalars" in r]
-            for run, name in names.items()}
+            for run, name in run_names(runs).items()}
     if not any(logs.values()):
-        fail(f"{', '.join(c.runs)}: no learned scalars in log.jsonl; a momentum template "
+        fail(f"{', '.join(runs)}: no learned scalars in log.jsonl; a momentum template "
              f"(--template=nesterov) logs them at every evaluation")
     if without := [name for name, log in logs.items() if not log]:
         print(f"no learned scalars in {', '.join(without)}")
-    draw_scalars(logs, path)
+    return logs
 
 
 STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 4)), (0, (1, 4)))
@@ -118,31 +140,53 @@ def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
                       fontsize="small", handlelength=3)
 
 
-def plot_paths(c: BenchConfig, path: str) -> None:
-    """How far x moves in each layer, and by what angle it turns from one to the next: means over
-    the tokens of 16 windows of each run's validation split, or of --data's."""
-    found = {}
-    for run in c.runs:
-        checkpoint = checkpoint_of(run)
-        model, trained = model_from(checkpoint).eval(), checkpoint.get("config", {})
-        if not (dataset := c.data or trained.get("dataset")):
-            fail(f"{run} does not say its data; name a folder in {c.data_dir}: --data=NAME")
-        data_dirs = [c.data_dir] if c.data else [trained.get("data_dir", c.data_dir), c.data_dir]
-        folders = [os.path.join(data_dir, dataset) for data_dir in data_dirs]
-        folder = next(filter(os.path.isdir, folders), folders[0])
-        meta = load_meta(folder)
-        if meta["vocab_size"] > model.config.vocab_size:
-            fail(f"{folder} has {meta['vocab_size']} token ids, and {run} only "
-                 f"{model.config.vocab_size}; name its own data: --data=NAME")
-        tokens = Tokens(folder, "val", meta, model.config.block_size)
-        starts = range(0, len(tokens) - model.config.block_size, model.config.block_size)
-        found[run] = model.residual_path(tokens.read(starts[:16])[:, :-1].long())
+def model_and_tokens(run: str, config: PlotConfig) -> tuple[GPT, torch.Tensor]:
+    """A run's model, and 16 windows (16, T) of its validation split, or of that of --data."""
+    checkpoint = checkpoint_of(run)
+    model, trained = model_from(checkpoint).eval(), checkpoint.get("config", {})
+    dataset = config.data or trained.get("dataset")
+    if not dataset:
+        fail(f"{run} does not say its data; name a folder in {config.data_dir}: --data=NAME")
+    folder = os.path.join(config.data_dir, dataset)
+    recorded = os.path.join(trained.get("data_dir", config.data_dir), dataset)
+    if not config.data and os.path.isdir(recorded):
+        folder = recorded
+    meta, T = load_meta(folder), model.config.block_size
+    if meta["vocab_size"] > model.config.vocab_size:
+        fail(f"{folder} has {meta['vocab_size']} token ids, and {run} only "
+             f"{model.config.vocab_size}; name its own data: --data=NAME")
+    tokens = Tokens(folder, "val", meta, T)
+    return model, tokens.read(range(0, len(tokens) - T, T)[:16])[:, :-1].long()
+
+
+@torch.no_grad()
+def residual_path(model: GPT, idx: torch.Tensor) -> tuple[list[float], list[float]]:
+    """The way of x through depth for tokens idx (B, T), means over tokens: the L lengths
+    |x_{l+1} - x_l|, and the L - 1 angles between a layer's step and the next, in degrees."""
+    xs: list[torch.Tensor] = []
+    blocks = model.transformer.h
+    hooks = [block.register_forward_pre_hook(lambda _, inputs: xs.append(inputs[0][0]))
+             for block in blocks]
+    hooks.append(blocks[-1].register_forward_hook(lambda _, __, state: xs.append(state[0])))
+    try:
+        model(idx)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    steps = torch.stack(xs).double().diff(dim=0)  # (L, B, T, C)
+    cosines = F.cosine_similarity(steps[1:], steps[:-1], dim=-1).clamp(-1, 1)
+    angles = cosines.arccos().rad2deg().mean(dim=(1, 2))
+    return steps.norm(dim=-1).mean(dim=(1, 2)).tolist(), angles.tolist()
+
+
+def draw_paths(paths: dict[str, tuple[list[float], list[float]]], path: str) -> None:
+    """How far x moves in each layer, and by what angle it turns from one to the next."""
     with picture(path, 8, 3.6) as figure:
         lengths, turns = figure.subplots(1, 2)
         lengths.set(xlabel="layer", ylabel="length of the layer's step")
         turns.set(xlabel="between layers l and l + 1", ylabel="turning angle (degrees)")
-        names = run_names(c.runs)
-        for run, (steps, angles) in found.items():
+        names = run_names(list(paths))
+        for run, (steps, angles) in paths.items():
             lengths.plot(range(1, len(steps) + 1), steps, marker="o", ms=3,
                          label=f"{names[run]}: {sum(steps):.1f} in all")
             turns.plot(range(1, len(angles) + 1), angles, marker="o", ms=3)
