@@ -117,7 +117,7 @@ class GPTConfig:
         rule(self.velocity_init != "add" or not template.streams,
              f"velocity_init=add: template={self.template} has a velocity of its own; use "
              f"template=gd, or velocity_init=embed")
-        rule(self.velocity_norm in template.velocity_norms,
+        rule(self.velocity_norm in template.velocity_norms or not template.velocity_norms,
              f"velocity_norm={self.velocity_norm}: template={self.template} has no such form; use "
              f"velocity_norm={' or '.join(template.velocity_norms)}")
 
@@ -322,14 +322,16 @@ class Template(nn.Module):
 
     streams:        how each tensor that travels beside x starts: as "x", "embed" (a second table,
                     or zeros with velocity_init=zero), "zeros" or "ones"
+    scalars:        those of the family that it learns (see __init__); `learn` adds others
     splittings:     those that it takes; (): its oracle is (attention, FFN), and the order its own
-    velocity_norms: the values of velocity_norm that it has
+    velocity_norms: the values of velocity_norm that it has; (): no norm
     oracle_calls:   how often forward asks an oracle that it is given
     """
 
     streams: tuple[str, ...] = ()
+    scalars: tuple[str, ...] = ()
     splittings: tuple[str, ...] = ("lie_trotter", "euler", "strang")
-    velocity_norms: tuple[str, ...] = ("update", "read", "none")
+    velocity_norms: tuple[str, ...] = ("update",)
     oracle_calls = 1
     role = "scalar"
 
@@ -337,6 +339,15 @@ class Template(nn.Module):
         """The substep number `index` of a layer; both count from 0."""
         super().__init__()
         self.learned: dict[str, str] = {}  # name -> its range
+        starts = dict(mu=config.mu_init, beta=config.beta_init, gamma=config.gamma_init,
+                      gamma_a=config.gamma_init, gamma_m=config.gamma_init, nu=1.0, eta=1.0,
+                      beta1=0.5, beta2=0.5, lam=1 / (1 + math.exp(5)))
+        ranges = dict(mu=config.scalar_map, beta=config.scalar_map, beta1="sigmoid",
+                      beta2="sigmoid", lam="sigmoid")
+        for name in self.scalars:
+            self.learn(name, starts[name], ranges.get(name, "softplus"))
+        normed = self.velocity_norms and config.velocity_norm != "none"
+        self.norm = make_norm(config) if normed else None
 
     def learn(self, name: str, start: float, range_map: str, shape: tuple[int, ...] = (1,)) -> None:
         """Add a learned scalar, or a tensor of any shape that broadcasts to (B, T, C). range_map
@@ -362,6 +373,8 @@ class Template(nn.Module):
 class GradientDescent(Template):
     """X' = X + h g(X): the residual connection of every GPT."""
 
+    velocity_norms = ()
+
     def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
         (x,) = state
         g = oracle(x)
@@ -381,16 +394,11 @@ class Momentum(Template):
 
     streams = ("embed",)
     scalars = ("mu", "beta", "gamma", "nu")
+    velocity_norms = ("update", "read", "none")
 
     def __init__(self, config: GPTConfig, layer: int, index: int):
         super().__init__(config, layer, index)
-        starts = dict(mu=(config.mu_init, config.scalar_map),
-                      beta=(config.beta_init, config.scalar_map),
-                      gamma=(config.gamma_init, "softplus"), nu=(1.0, "softplus"))
-        for name in self.scalars:
-            self.learn(name, *starts[name])
         self.velocity_norm = config.velocity_norm
-        self.norm = None if config.velocity_norm == "none" else make_norm(config)
 
     def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
         x, v = state
@@ -421,15 +429,12 @@ class Imex(Template):
     """
 
     streams = ("embed",)
+    scalars = ("gamma_a", "gamma_m", "beta")
     splittings = ()
     velocity_norms = ("update", "none")
 
     def __init__(self, config: GPTConfig, layer: int, index: int):
         super().__init__(config, layer, index)
-        self.learn("gamma_a", config.gamma_init, "softplus")
-        self.learn("gamma_m", config.gamma_init, "softplus")
-        self.learn("beta", config.beta_init, config.scalar_map)
-        self.norm = make_norm(config) if config.velocity_norm == "update" else nn.Identity()
         self.oracle_calls = config.imex_steps
 
     def forward(self, oracles: tuple[Oracle, Oracle], state: State, h: float = 1.0) -> State:
@@ -437,7 +442,8 @@ class Imex(Template):
         beta, gamma_a, gamma_m = map(self.scalar, ("beta", "gamma_a", "gamma_m"))
         z = x
         for _ in range(self.oracle_calls):
-            v_new = self.norm(beta * v + gamma_a * attention(z) + gamma_m * ffn(z))
+            v_new = beta * v + gamma_a * attention(z) + gamma_m * ffn(z)
+            v_new = v_new if self.norm is None else self.norm(v_new)
             z = x + v_new
         return z, v_new
 
@@ -451,15 +457,8 @@ class Symplectic(Template):
     """
 
     streams = ("embed",)
+    scalars = ("beta", "gamma", "eta")
     splittings = ()
-    velocity_norms = ("update",)
-
-    def __init__(self, config: GPTConfig, layer: int, index: int):
-        super().__init__(config, layer, index)
-        self.learn("beta", config.beta_init, config.scalar_map)
-        self.learn("gamma", config.gamma_init, "softplus")
-        self.learn("eta", 1.0, "softplus")
-        self.norm = make_norm(config)
 
     def forward(self, oracles: tuple[Oracle, Oracle], state: State, h: float = 1.0) -> State:
         (x, v), (attention, ffn) = state, oracles
@@ -468,7 +467,7 @@ class Symplectic(Template):
         return x + eta * ffn(v), v
 
 
-class Preconditioned(Template):
+class AdamW(Template):
     """RMSProp, Adam and AdamW as templates (arXiv 2605.24425), no look-ahead, no bias correction:
 
         M' = b1 M + (1 - b1) g(X);   S' = b2 S + (1 - b2) g(X)^2
@@ -477,16 +476,9 @@ class Preconditioned(Template):
     rmsprop has no M (g stands for it), only adamw decays (lam starts at sigmoid(-5)).
     """
 
+    streams = ("embed", "ones")
+    scalars = ("beta1", "beta2", "gamma", "lam")
     splittings = ("lie_trotter",)
-    scalars: tuple[str, ...] = ()
-
-    def __init__(self, config: GPTConfig, layer: int, index: int):
-        super().__init__(config, layer, index)
-        starts = dict(beta1=(0.5, "sigmoid"), beta2=(0.5, "sigmoid"),
-                      gamma=(config.gamma_init, "softplus"), lam=(1 / (1 + math.exp(5)), "sigmoid"))
-        for name in self.scalars:
-            self.learn(name, *starts[name])
-        self.norm = make_norm(config)
 
     def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
         x, *m, s = state
@@ -499,19 +491,13 @@ class Preconditioned(Template):
         return x + gamma * update, *m, s
 
 
-class RMSProp(Preconditioned):
-    streams = ("ones",)
-    scalars = ("beta2", "gamma")
-
-
-class Adam(Preconditioned):
-    streams = ("embed", "ones")
+class Adam(AdamW):
     scalars = ("beta1", "beta2", "gamma")
 
 
-class AdamW(Preconditioned):
-    streams = ("embed", "ones")
-    scalars = ("beta1", "beta2", "gamma", "lam")
+class RMSProp(AdamW):
+    streams = ("ones",)
+    scalars = ("beta2", "gamma")
 
 
 TEMPLATES: dict[str, type[Template]] = {

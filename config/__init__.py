@@ -153,7 +153,7 @@ def read_config(cls, argv: list[str], positional: str | None = None, usage: str 
     """
     kinds = {n: k for n, k in get_type_hints(cls).items() if n in {f.name for f in fields(cls)}}
     values = {f.name: f.default for f in fields(cls)}
-    given: set[str] = set()
+    given: dict[str, str] = {}
     problems: list[str] = []
 
     def assign(name: str, value: Any, where: str = "") -> None:
@@ -164,7 +164,7 @@ def read_config(cls, argv: list[str], positional: str | None = None, usage: str 
             return
         try:
             values[name] = coerce(name, value, kinds[name])
-            given.add(name)
+            given[name] = where.removesuffix(": ")
         except ValueError as error:
             problems.append(f"{where}{error}")
 

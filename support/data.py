@@ -1,7 +1,7 @@
-"""TODO."""
+"""Training data: a memory-mapped stream of tokens, read in windows of T + 1."""
 
 import contextlib
-import math
+import hashlib
 import os
 import queue
 import threading
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from support.errors import fail
-from support.files import sha256
 
 
 class Tokens:
@@ -38,16 +37,16 @@ class Tokens:
         return torch.from_numpy(rows.view(f"<i{rows.itemsize}"))
 
 
-def check_bins(folder: str, meta: dict) -> None:
-    """Compare the bins with what meta.json says of them. Raises UserError if they differ."""
-    for split in ("train", "val"):
-        path = os.path.join(folder, f"{split}.bin")
-        if "sha256" not in meta[split]:
-            fail(f"check_data=True: {folder} has no meta.json with the sha256 of its bins; drop "
-                 f"the option, or make the data with prepare.py")
-        if sha256(path) != meta[split]["sha256"]:
-            fail(f"{path} is not what prepare.py wrote: its sha256 differs from meta.json's; "
-                 f"prepare the data again, with --overwrite")
+def identity(folder: str, meta: dict) -> dict:
+    """What tells these training data from others: their number of tokens and sha256, or, of a
+    nanoGPT folder, that of the first and the last megabyte."""
+    path, digest = os.path.join(folder, "train.bin"), meta["train"].get("sha256")
+    if digest is None:
+        with open(path, "rb") as file:
+            ends = file.read(1 << 20)
+            file.seek(max(0, os.path.getsize(path) - (1 << 20)))
+            digest = "ends: " + hashlib.sha256(ends + file.read()).hexdigest()
+    return {"tokens": meta["train"]["tokens"], "sha256": digest}
 
 
 def to_device(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,62 +56,46 @@ def to_device(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, t
     return ids[:, :-1].contiguous(), ids[:, 1:].clone()  # of a single row both would be views
 
 
-def mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
-    """A hash of uint64 (splitmix64's)."""
-    x = x + key
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def permuted(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """A keyed permutation of range(n), entry by entry, so that none need be stored: a Feistel
-    network on the cells of a rectangle; who lands on a cell beyond n goes through it again."""
-    columns = np.uint64(math.isqrt(n - 1) + 1)
-    rows = np.uint64(-(-n // int(columns)))
-    row, column = np.divmod(x.astype(np.uint64), columns)
-    for key in keys.reshape(-1, 2):
-        row = (row + mix(column, key[0])) % rows
-        column = (column + mix(row, key[1])) % columns
-    x = row * columns + column
-    beyond = x >= n
-    if beyond.any():
-        x[beyond] = permuted(x[beyond], n, keys)
-    return x
-
-
 class WindowOrder:
-    """The order in which training visits the windows, as arithmetic on one integer.
+    """The order in which training visits the windows: position p is window p % W of epoch p // W,
+    whatever the micro-batch or the number of ranks.
 
-    An epoch is a seeded permutation of W = (N - T) // T non-overlapping windows (one if N < 2T);
-    their grid starts at 0 in epoch 0 and at a seeded offset in [0, T) later. Position p is window
-    p % W of epoch p // W, whatever the micro-batch or the number of ranks.
+    An epoch is a seeded permutation of W = (N - T) // T non-overlapping windows (one if N < 2T).
+    Their grid starts at token 0 in epoch 0, and later at a seeded offset, up to the largest at
+    which the last window still fits: every token is read. For OpenWebText an epoch's order takes
+    0.4 s and 71 MB.
     """
 
     def __init__(self, n_tokens: int, block_size: int, seed: int):
         self.n_tokens, self.block_size, self.seed = n_tokens, block_size, seed
         self.per_epoch = max(1, (n_tokens - block_size) // block_size)
+        self.epoch, self.order = -1, np.zeros(0, dtype=np.int64)  # the latest that was asked for
+
+    def begin(self, epoch: int) -> None:
+        """Draw the first tokens of this epoch's windows, (W,)."""
+        generator = np.random.RandomState(np.random.MT19937(
+            np.random.SeedSequence([self.seed, epoch])))
+        windows = generator.permutation(self.per_epoch)
+        spare = self.n_tokens - 1 - self.per_epoch * self.block_size  # targets are one further on
+        offset = generator.randint(spare + 1) if epoch > 0 else 0
+        self.epoch, self.order = epoch, offset + self.block_size * windows
 
     def starts(self, position: int, count: int) -> list[int]:
         """First tokens of the windows position .. position + count - 1."""
         found: list[int] = []
-        while count > 0:
-            epoch, index = divmod(position, self.per_epoch)
-            here = min(count, self.per_epoch - index)
-            keys = np.random.SeedSequence([self.seed, epoch]).generate_state(9, np.uint64)
-            room = min(self.block_size, self.n_tokens - self.block_size)
-            offset = int(keys[8]) % room if epoch else 0
-            windows = permuted(np.arange(index, index + here), self.per_epoch, keys[:8])
-            found += (offset + self.block_size * windows.astype(np.int64)).tolist()
-            position, count = position + here, count - here
+        while len(found) < count:
+            epoch, index = divmod(position + len(found), self.per_epoch)
+            if epoch != self.epoch:
+                self.begin(epoch)
+            found += self.order[index:index + count - len(found)].tolist()
         return found
 
 
 def evaluation_starts(n_tokens: int, block_size: int, eval_tokens: int) -> list[int]:
     """Evenly spaced windows of the split that hold eval_tokens tokens, or all of them if fewer."""
-    there = (n_tokens - 1) // block_size
-    count = min(there, max(1, eval_tokens // block_size))
-    return [i * there // count * block_size for i in range(count)]
+    windows = (n_tokens - 1) // block_size
+    count = min(windows, max(1, eval_tokens // block_size))
+    return [i * windows // count * block_size for i in range(count)]
 
 
 def prefetch(batches: Iterator, depth: int = 4) -> Iterator:

@@ -1,7 +1,8 @@
-"""TODO."""
+"""The machine: device, precision, compilation, memory, peak FLOP/s."""
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 
@@ -10,27 +11,37 @@ import torch
 from support.errors import fail, reason
 
 
-def tune_allocator(ours: bool = True) -> None:
-    """What glibc does with freed memory, a tenth of a training step on a CPU. Ours: the heap keeps
-    small tensors, where it would give them back and fault them in again at every step; from 4 MB
-    on, where the heap would keep pieces, they go back (and come in huge pages: see model.py).
+def tune_machine(device: torch.device) -> None:
+    """Settings that make training faster and change no result beyond rounding."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+    if device.type == "cpu":
+        tune_allocator()
+
+
+def tune_allocator(for_training: bool = True) -> None:
+    """What glibc does with freed memory, a tenth of a training step on a CPU. For training the heap
+    keeps small tensors, where it would give them back and fault them in again at every step; from
+    4 MB on, where the heap would keep pieces, they go back and come in huge pages.
     False: glibc's own setting, as it settles. Without glibc nothing happens."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's, read at its first large tensor
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**22 if ours else 2**25)  # M_MMAP_THRESHOLD: whatever is larger goes back
-        mallopt(-1, 2**27 if ours else 2**26)  # M_TRIM_THRESHOLD: so much the heap may keep
+        # M_MMAP_THRESHOLD: whatever is larger goes back; M_TRIM_THRESHOLD: what the heap may keep
+        mallopt(-3, 2**22 if for_training else 2**25)
+        mallopt(-1, 2**27 if for_training else 2**26)
 
 
 def pick_device(device: str | None = None, index: int = 0) -> torch.device:
     """The named device, or the best there is: CUDA (card `index`), MPS, CPU."""
-    there = torch.accelerator.current_accelerator(check_available=True)
+    best = torch.accelerator.current_accelerator(check_available=True)
     try:
-        chosen = torch.device(device) if device else there or torch.device("cpu")
+        chosen = torch.device(device) if device else best or torch.device("cpu")
     except RuntimeError:
         fail(f"device={device}: no such device; use cpu, cuda, cuda:0 or mps")
     if chosen.type == "cpu":
         return chosen
-    if there is None or there.type != chosen.type:
+    if best is None or best.type != chosen.type:
         fail(f"device={device}: there is no {chosen.type} here; use --device=cpu")
     if chosen.type == "cuda":
         chosen = torch.device("cuda", index if chosen.index is None else chosen.index)
@@ -38,6 +49,8 @@ def pick_device(device: str | None = None, index: int = 0) -> torch.device:
             fail(f"{chosen}: there are {torch.cuda.device_count()} cards here, counted from 0; use "
                  f"one of them, or as many processes as there are cards")
     return chosen
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float64": torch.float64}
 
@@ -68,7 +81,7 @@ def out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
 
 
-def can_compile(wanted: bool | None, device: torch.device, say: Callable = print) -> bool:
+def can_compile(wanted: bool | None, device: torch.device, show: Callable = print) -> bool:
     """Whether to compile: if it is wanted (None: on CUDA) and works here, which a small function
     shows. Where it is not asked for outright, what fails to compile later runs eagerly, with
     torch's warning."""
@@ -81,10 +94,27 @@ def can_compile(wanted: bool | None, device: torch.device, say: Callable = print
         if wanted:
             fail(f"compile=True, but torch.compile does not work here: {reason(error)}; "
                  f"use --compile=False")
-        say(f"not compiled, so slower: torch.compile does not work here: {reason(error)}")
+        show(f"not compiled, so slower: torch.compile does not work here: {reason(error)}")
         return False
     torch._dynamo.config.suppress_errors = not wanted
     return True
+
+
+def try_compile(model: torch.nn.Module, wanted: bool | None, device: torch.device,
+                show: Callable = print, blocks: bool = False) -> bool:
+    """Compile the model in place if it is wanted and works here; with `blocks` each of its blocks,
+    and head and loss as one function."""
+    if not can_compile(wanted, device, show):
+        return False
+    if blocks:
+        for block in model.transformer.h:
+            block.compile(dynamic=False)
+        model.head_and_loss = torch.compile(model.head_and_loss, dynamic=False)
+    else:
+        model.compile(dynamic=False)
+    return True
+
+
 PEAK_FLOPS = {  # dense bf16 (fp16 on V100 and T4) FLOP/s by card, the makers' data sheets
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12,
     "L40S": 362e12, "L4": 121e12, "A10": 125e12, "V100": 125e12, "T4": 65e12, "5090": 209.5e12,

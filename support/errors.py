@@ -1,8 +1,9 @@
-"""TODO."""
+"""One-line errors for what a user can mend, and the wrapper that ends a program with them."""
 
 import os
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 
@@ -24,14 +25,16 @@ def printable(value: Any) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line: its kind and the first line that says something. Of torch's
-    CheckpointException, which has those of several processes: one of them."""
-    error = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return textwrap.shorten(": ".join([type(error).__name__, *lines[:1]]), 160)
+    """An exception in one line: its kind and the first line that says something."""
+    words = type(error).__name__
+    for line in str(error).splitlines():
+        if line.strip():
+            words += f": {line.strip()}"
+            break
+    return textwrap.shorten(words, 160)
 
 
-def cli(main) -> None:
+def cli(main: Callable[[list[str]], None]) -> None:
     """Run `main(argv)` as a program: a UserError ends it with its lines and exit code 2."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     try:
@@ -44,5 +47,6 @@ def cli(main) -> None:
         sys.exit(130)
     except UserError as error:
         sys.stdout.flush()
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

@@ -1,11 +1,13 @@
-"""TODO."""
+"""Locks on folders, and files that are written whole or not at all, whatever dies meanwhile."""
 
 import contextlib
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from support.errors import fail
 
@@ -47,7 +49,17 @@ def sync_folder(folder: str | os.PathLike) -> None:
         os.close(opened)
 
 
-def sha256(path: str | Path) -> str:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """All of it or nothing."""
+    new = path.with_suffix(".new")
+    with open(new, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    rename(new, path)
+
+
+def sha256(path: str | os.PathLike) -> str:
     """Of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Muon, with the Newton-Schulz iteration of all matrices of a shape at once."""
 
 from collections.abc import Callable
 
@@ -20,8 +20,8 @@ def newton_schulz(x: torch.Tensor, group: dict) -> torch.Tensor:
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon, to bf16's rounding, but with Newton-Schulz of all matrices of a shape at
-    once, and under DDP divided over the processes: each does its share and gives it to the others.
-    Its own goes on one matrix at a time, in every process all of them."""
+    once, divided over the processes: each does its share and gives it to the others. (torch's goes
+    one matrix at a time, and every process does all of them.)"""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -44,15 +44,15 @@ class Muon(torch.optim.Muon):
 
 
 def share_out(function: Callable, x: torch.Tensor) -> torch.Tensor:
-    """function(x), along the first dimension divided over the processes, which all get it all."""
+    """function(x), its rows divided over the processes; every process gets the whole result."""
     if not dist.is_initialized():
         return function(x)
     rank, world = dist.get_rank(), dist.get_world_size()
     n = -(-len(x) // world)
     part = torch.zeros(n, *x.shape[1:], dtype=x.dtype, device=x.device)
-    own = x[rank * n:(rank + 1) * n]
-    if len(own):
-        part[:len(own)] = function(own)
+    share = x[rank * n:(rank + 1) * n]
+    if len(share):
+        part[:len(share)] = function(share)
     whole = x.new_empty(n * world, *x.shape[1:])
     dist.all_gather_into_tensor(whole, part)
     return whole[:len(x)]

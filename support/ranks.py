@@ -1,65 +1,107 @@
-"""TODO."""
+"""The processes of a run: torchrun's ranks, what goes between them, signals, the output folder."""
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from support.device import pick_device
-from support.errors import fail
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # longer than writing the largest checkpoint
+from support.device import out_of_memory, pick_device
+from support.errors import UserError, fail, reason
+from support.files import locked
 
 
 class Ranks:
     """This process among those of torchrun; alone, every collective is a no-op."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
+        """config: TrainConfig; of it device, backend and parallel."""
         self.parallel = "RANK" in os.environ
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store, self.restarted = None, attempt != "0"  # is it torchrun's restart of this run?
-        numbers = {name: os.environ.get(name, default) for name, default in
-                   (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
-        complete = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or not self.parallel
-        if not (complete and all(n.isdecimal() for n in numbers.values())
-                and int(numbers["RANK"]) < int(numbers["WORLD_SIZE"])):
-            words = ", ".join(f"{name}={number}" for name, number in numbers.items())
-            fail(f"{words} is not what torchrun sets; start with torchrun, or unset them")
-        self.rank, local_rank, self.world = map(int, numbers.values())
+        missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+                   if name not in os.environ]
+        if self.parallel and missing:
+            fail(f"RANK is set, and {', '.join(missing)} is not, as torchrun would; start with "
+                 f"torchrun, or unset RANK")
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE") if self.parallel else ()
+        self.rank, local_rank, self.world = [int(os.environ[n]) for n in names] or (0, 0, 1)
         self.device = pick_device(config.device, local_rank)
-        if config.gradient_accumulation_steps % self.world:
-            fail(f"gradient_accumulation_steps={config.gradient_accumulation_steps}: must be a "
-                 f"multiple of the {self.world} processes, over all of which it is the total; use "
-                 f"--gradient_accumulation_steps={self.world}, and a smaller --batch_size")
         if config.parallel == "fsdp" and not self.parallel:
             fail("parallel=fsdp divides the model over processes, and here is only one; start "
                  "them with torchrun --nproc_per_node=N")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.parallel:
-            backend = config.backend or ("nccl" if self.device.type == "cuda" else "gloo")
-            if backend == "nccl" and self.device.type != "cuda":
-                fail(f"backend=nccl is for CUDA, and this device is {self.device}; use gloo")
-            store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives restarts
-                self.store, self.restarted = store, store.check(["begun"])
-            dist.init_process_group(  # torchrun's restarts leave addresses of the dead in its store
-                "cpu:gloo,cuda:nccl" if backend == "nccl" else backend, rank=self.rank,
-                world_size=self.world, store=dist.PrefixStore(f"attempt-{attempt}", store),
-                timeout=COLLECTIVE_TIMEOUT)
+            self.join(config.backend or ("nccl" if self.device.type == "cuda" else "gloo"))
 
-    def begun(self) -> None:
-        """From here on torchrun's restarts resume this run. (Not those of one that was refused.)"""
-        if self.store is not None:
-            self.store.set("begun", "")
+    def join(self, backend: str) -> None:
+        """Meet the other processes."""
+        if backend == "nccl" and self.device.type != "cuda":
+            fail(f"backend=nccl is for CUDA, and this device is {self.device}; use gloo")
+        timeout = timedelta(minutes=10)
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun's restarts leave addresses of the dead in its store: each attempt has its own
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if backend == "nccl" else backend, rank=self.rank,
+            world_size=self.world, store=dist.PrefixStore(f"attempt-{attempt}", store),
+            timeout=timeout)
+        # for what waits for files to be read or written
+        self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+    def check_accumulation(self, batch_size: int, steps: int) -> None:
+        """UserError where the ranks do not divide the micro-batches of a step."""
+        if steps % self.world == 0:
+            return
+        sequences = batch_size * steps
+        problem = (f"gradient_accumulation_steps={steps}: must be a multiple of the {self.world} "
+                   f"processes, over all of which it is the total")
+        for size in range(batch_size, 0, -1):
+            if sequences % (size * self.world) == 0:
+                fail(f"{problem}; for as many tokens a step use --batch_size={size} "
+                     f"--gradient_accumulation_steps={sequences // size}")
+        counts = [n for n in range(1, sequences + 1) if sequences % n == 0]
+        nearest = [max(n for n in counts if n < self.world), *(n for n in counts if n > self.world)]
+        fail(f"{problem}; a step has {sequences} sequences, which is no multiple of {self.world}: "
+             f"use {' or '.join(map(str, nearest[:2]))} processes, or other sizes")
+
+    def first(self, function: Callable[[], Any], shared: Callable[[Any], Any] = lambda x: x) -> Any:
+        """function() of rank 0 alone; the others get shared(its result), or its UserError."""
+        if not self.parallel:
+            return function()
+        result, message = None, [None]
+        try:
+            if self.rank == 0:
+                result = function()
+                message = [shared(result)]
+        except UserError as error:
+            message = [error]
+        dist.broadcast_object_list(message, group=self.patient, device=torch.device("cpu"))
+        if isinstance(message[0], UserError):
+            raise message[0]
+        return result if self.rank == 0 else message[0]
+
+    def share(self, model: torch.nn.Module) -> None:
+        """Give every process the parameters of rank 0."""
+        if self.parallel:
+            for p in model.parameters():
+                dist.broadcast(p.data, src=0)
+
+    def average_gradients(self, model: torch.nn.Module) -> None:
+        """The mean of the gradients over the processes."""
+        if self.parallel:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+                work.wait()
+            torch._foreach_div_(gradients, self.world)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum over the processes, in place; returns its argument."""
@@ -71,13 +113,19 @@ class Ranks:
         """Does one process say so?"""
         return self.sum(torch.tensor(float(flag))).item() > 0  # over gloo: the GPU need not wait
 
-    def gather(self, value) -> list:
+    def gather(self, value: Any) -> list:
         """Every process's value, in the order of the ranks."""
-        if not self.parallel:
-            return [value]
-        gathered = [None] * self.world
-        dist.all_gather_object(gathered, value)
-        return gathered
+        values = [value] * self.world
+        if self.parallel:
+            dist.all_gather_object(values, value)
+        return values
+
+    def whole(self, x: Any) -> Any:
+        """A sharded tensor whole, on rank 0's CPU (a collective); other values as they are."""
+        if not hasattr(x, "full_tensor"):
+            return x
+        full = x.full_tensor()
+        return full.cpu() if self.rank == 0 else None
 
     def close(self) -> None:
         """Leave the process group."""
@@ -85,37 +133,94 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def shard(model: torch.nn.Module, ranks: Ranks) -> None:
+    """Divide the model over the processes, block by block (FSDP2), in place."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    for part in (*model.transformer.h, model):
+        fully_shard(part, mesh=mesh)
+
+
+def part_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole tensor where `like` is sharded: Ranks.whole's inverse."""
+    if not hasattr(like, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements,
+                             src_data_rank=None)
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list, for the loop to see. A second signal, a second or more
-    after the first (Ctrl-C under torchrun arrives twice), ends the process at once: a thread sees
-    to that, because Python's handlers wait for a collective or a write to return."""
+    """Collect SIGTERM, SIGINT and SIGHUP (unless it was ignored: nohup) in a list, for the loop to
+    see. A second signal, a second or more after the first (Ctrl-C under torchrun arrives twice),
+    ends the process at once: a thread sees to that, because Python's handlers wait for a collective
+    or a write to return."""
     caught: list[int] = []
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
     def watch() -> None:
-        first = None
+        if reader.recv(1):
+            first = time.monotonic()
+            print("\nstopping after this step; another signal ends it at once", file=sys.stderr)
         while number := reader.recv(1):
-            now = time.monotonic()
-            if first is not None and now - first > 1:
+            if time.monotonic() - first > 1:
                 os._exit(128 + number[0])
-            if first is None:
-                first = now
-                print("\nstopping after this step; another signal ends it at once",
-                      file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
+    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")]
     before = {n: signal.signal(n, lambda number, _: caught.append(number))
-              for n in (signal.SIGTERM, signal.SIGINT)}
+              for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN}
     signal.set_wakeup_fd(writer.fileno())
     try:
         yield caught
     finally:
         signal.set_wakeup_fd(-1)
-        for number, old in before.items():
-            signal.signal(number, old)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         writer.close()
         thread.join()
         reader.close()
+
+
+@contextlib.contextmanager
+def out_folder(path: str, use: bool) -> Iterator[None]:
+    """Hold the output folder of a run, which is made if need be; where the run could not start, it
+    leaves none. use=False: not this process."""
+    if not use:
+        yield
+        return
+    new = not os.path.exists(path)
+    os.makedirs(path, exist_ok=True)
+    try:
+        with locked(path, f"another run is writing to {path}; stop it or choose another --out_dir"):
+            yield
+    finally:
+        if new and os.path.isdir(path) and os.listdir(path) in ([], [".lock"]):
+            shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def explained(out_dir: str) -> Iterator[None]:
+    """What the machine or another process did to a run becomes one line that says what to do."""
+    try:
+        yield
+    except BrokenPipeError:  # the program's own business
+        raise
+    except OSError as error:  # a full disk, a folder that may not be written to
+        fail(f"{error.filename or out_dir}: {error.strerror or error}; the checkpoints that were "
+             f"there are intact; mend that or choose another --out_dir")
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            fail("out of memory: halve --batch_size and double --gradient_accumulation_steps (the "
+                 "step stays the same), or add --activation_checkpointing")
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        if lost and "RANK" in os.environ:
+            fail(f"another process of this run has ended or does not answer; its own message, or "
+                 f"torchrun's, says why ({reason(error)})")
+        raise

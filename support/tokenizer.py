@@ -1,8 +1,11 @@
-"""TODO."""
+"""Tokenizers, and the meta.json of a data folder, which says how its bins were made.
+
+Text <-> ids by bytes, by characters, or by one of tiktoken's vocabularies. `load_meta` also reads
+the folders that nanoGPT's scripts make, which have no meta.json.
+"""
 
 import difflib
 import json
-import os
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,9 +15,10 @@ import numpy as np
 
 from support.errors import fail
 
-NAMED = ("tinystories", "openwebtext", "shakespeare", "shakespeare_char", "pydoc")
 SPLITS = ("train", "val")
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_KEYS = ("tokenizer", "vocab_size", "padded_vocab_size", "alphabet")  # of meta.json
+CORPORA = ("tinystories", "openwebtext", "shakespeare", "shakespeare_char", "pydoc")  # have names
 
 
 class Tokenizer:
@@ -54,17 +58,22 @@ class Tokenizer:
         """Ids of a prompt, in which <|endoftext|> is the end-of-text id, if there is one."""
         if self.eot is None:
             return self.encode(text)
-        first, *others = map(self.encode, text.split(END_OF_TEXT))
-        return first + [i for ids in others for i in (self.eot, *ids)]
+        *ended, last = text.split(END_OF_TEXT)
+        pieces = [*((part, True) for part in ended), (last, False)]
+        return self.encode_pieces(pieces, mark=True).tolist()
 
     def encode_pieces(self, pieces: list[tuple[str, bool]], mark: bool) -> np.ndarray:
         """(text, whether its document ends here) -> ids (n,); with `mark`, eot after each end."""
         if self.bpe and mark and not any(END_OF_TEXT in text for text, _ in pieces):
-            joined = "".join(text + END_OF_TEXT * ends for text, ends in pieces)  # one call: faster
+            joined = "".join(text + END_OF_TEXT if ends else text for text, ends in pieces)
             return self.bpe.encode_to_numpy(joined, allowed_special={END_OF_TEXT},
-                                            disallowed_special=())
-        return np.array([i for text, ends in pieces for i in
-                         self.encode(text) + [self.eot] * (mark and ends)], dtype=np.int64)
+                                            disallowed_special=())  # one call: faster
+        ids: list[int] = []
+        for text, ends in pieces:
+            ids += self.encode(text)
+            if mark and ends:
+                ids.append(self.eot)
+        return np.array(ids, dtype=np.int64)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, perhaps only a part of a character."""
@@ -86,23 +95,25 @@ class Tokenizer:
         """What meta.json says of the tokenizer, for `from_meta`."""
         meta = {"tokenizer": self.name, "vocab_size": self.n_vocab,
                 "padded_vocab_size": self.padded_vocab, "dtype": self.dtype.name}
-        return meta | ({"alphabet": self.alphabet} if self.name == "char" else {})
+        if self.name == "char":
+            meta["alphabet"] = self.alphabet
+        return meta
 
     @classmethod
     def from_meta(cls, meta: dict[str, Any]) -> "Tokenizer":
-        try:
-            check_alphabet(meta)
-        except (ValueError, KeyError, TypeError):
+        if not _is_tokenizer(meta):
             fail(f"there is no such tokenizer: {str(meta)[:60]}")
         return cls(meta["tokenizer"], meta.get("alphabet", ""))
 
 
-def check_alphabet(meta: dict[str, Any]) -> None:
-    """Raises ValueError, KeyError or TypeError where these are not what `to_meta` says."""
-    name, alphabet = meta["tokenizer"], meta.get("alphabet", "")
-    if not isinstance(name, str) or not isinstance(alphabet, str) or (
-            name == "char" and not 0 < len(set(alphabet)) == len(alphabet) == meta["vocab_size"]):
-        raise ValueError(name)
+def _is_tokenizer(meta: Any) -> bool:
+    """Whether this is what `to_meta` says of one."""
+    if not isinstance(meta, dict):
+        return False
+    name, alphabet = meta.get("tokenizer"), meta.get("alphabet", "")
+    if not isinstance(name, str) or not isinstance(alphabet, str):
+        return False
+    return name != "char" or 0 < len(set(alphabet)) == len(alphabet) == meta.get("vocab_size")
 
 
 def _tiktoken(name: str):
@@ -111,8 +122,8 @@ def _tiktoken(name: str):
     names = ["bytes", "char", *tiktoken.list_encoding_names()]
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
-        fail(f"no tokenizer {name}; "
-             + (f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"))
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        fail(f"no tokenizer {name}; {hint}")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # what it downloads with raises OSErrors
@@ -120,11 +131,8 @@ def _tiktoken(name: str):
              f"or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bytes")
 
 
-class _NoClasses(pickle.Unpickler):
-    """nanoGPT's meta.pkl holds plain dicts; a class in it could run code."""
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+# -----------------------------------------------------------------------------
+# A data folder
 
 
 def load_meta(folder: str | Path) -> dict[str, Any]:
@@ -138,28 +146,24 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
     partial = folder / "partial"
     if (partial / "meta.json").exists() or (missing and partial.exists()):
         fail(f"{folder} is unfinished; if prepare.py was stopped there, run it again")
+    words = folder.name if folder.name in CORPORA else f"text --input=FILES --name={folder.name}"
+    if len(missing) == 1:
+        fail(f"no {missing[0]}.bin in {folder}; make both with: python prepare.py {words} "
+             f"--overwrite")
     if missing:
-        named = folder.name in NAMED
-        words = ("" if named else "text --input=FILES --name=") + folder.name
-        if len(missing) == 1:
-            fail(f"no {missing[0]}.bin in {folder}; make both with: python prepare.py {words} "
-                 f"--overwrite")
         fail(f"no data in {folder}; make it with: python prepare.py {words}")
-    sizes = {split: os.path.getsize(folder / f"{split}.bin") for split in SPLITS}
+    sizes = {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS}
     if not (folder / "meta.json").exists():
-        if odd := [split for split in SPLITS if sizes[split] % 2]:
-            fail(f"{folder}/{odd[0]}.bin has {sizes[odd[0]]} bytes, and without a meta.json an id "
-                 f"is two bytes, as nanoGPT's are: it is damaged; make it again")
-        return _nanogpt_meta(folder) | {s: {"tokens": size // 2} for s, size in sizes.items()}
+        return _nanogpt_meta(folder, sizes)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        width = {"uint16": 2, "uint32": 4}[meta["dtype"]]
-        wrong = [f"{s}.bin" for s in SPLITS if sizes[s] != meta[s]["tokens"] * width]
         rows, padded = meta["vocab_size"], meta["padded_vocab_size"]
-        counts = rows, padded, *(meta[split]["tokens"] for split in SPLITS)
-        if not all(type(n) is int for n in counts) or not 0 < rows <= padded < 2**31:
-            raise ValueError(counts)
-        check_alphabet(meta)
+        tokens = {split: meta[split]["tokens"] for split in SPLITS}
+        whole = all(type(n) is int for n in (rows, padded, *tokens.values()))
+        if not (whole and 0 < rows <= padded < 2**31 and _is_tokenizer(meta)):
+            raise ValueError(meta)
+        width = {"uint16": 2, "uint32": 4}[meta["dtype"]]
+        wrong = [f"{split}.bin" for split in SPLITS if sizes[split] != tokens[split] * width]
     except (ValueError, KeyError, TypeError, RecursionError):
         wrong = ["meta.json"]
     if wrong:
@@ -167,8 +171,12 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
     return meta
 
 
-def _nanogpt_meta(folder: Path) -> dict[str, Any]:
+def _nanogpt_meta(folder: Path, sizes: dict[str, int]) -> dict[str, Any]:
     """nanoGPT's ids are uint16: GPT-2's, or those of the table of characters in meta.pkl."""
+    for split, size in sizes.items():
+        if size % 2:
+            fail(f"{folder}/{split}.bin has {size} bytes, and without a meta.json an id is two "
+                 f"bytes, as nanoGPT's are: it is damaged; make it again")
     meta = {"tokenizer": "gpt2", "vocab_size": 50257, "padded_vocab_size": 50304}
     if (folder / "meta.pkl").exists():
         try:
@@ -180,5 +188,11 @@ def _nanogpt_meta(folder: Path) -> dict[str, Any]:
         except Exception as error:  # a damaged pickle may raise anything
             fail(f"{folder}/meta.pkl is not a table of characters such as nanoGPT's: {error}")
         meta = Tokenizer("char", alphabet).to_meta()
-    return meta | {"dtype": "uint16"}
-TOKENIZER_KEYS = ("tokenizer", "vocab_size", "padded_vocab_size", "alphabet")  # of meta.json
+    return meta | {"dtype": "uint16"} | {s: {"tokens": size // 2} for s, size in sizes.items()}
+
+
+class _NoClasses(pickle.Unpickler):
+    """nanoGPT's meta.pkl holds plain dicts; a class in it could run code."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")

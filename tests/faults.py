@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 SAVE = ("save_shards", "save_checkpoint", "remove_remains")  # train.py's
-WRITE = ("_write_bins", "_write_json", "_move_into_place")  # prepare.py's
+WRITE = ("write_bins", "write_json", "move_into_place")  # prepare.py's
 OPERATIONS = ("fsync", "replace", "rename", "link", "remove", "unlink", "mkdir", "rmdir")
 
 
@@ -110,8 +110,10 @@ def kill_at(fatal: int, program: str = "train", inside: tuple[str, ...] = SAVE,
 def small_blocks(then: Callable | None = None) -> None:
     """prepare.py saves all the time, and has work for several processes."""
     import prepare
+    from support import text
 
-    prepare.BLOCK, prepare.SAVE_EVERY, prepare.WORKER_SHARE = 1000, 0.0, 1
+    text.BLOCK = prepare.BATCH = 1000
+    prepare.SAVE_EVERY, prepare.WORKER_SHARE = 0.0, 1
     if then is not None:
         then()
 

@@ -1,15 +1,12 @@
-"""Properties that hold for any value: the config reader, meta.json, the order of the data."""
+"""Properties that hold for any value: the config reader, the order of the data."""
 
 import contextlib
 import io
-import json
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
-from conftest import write_data
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +15,6 @@ from prepare import PrepareConfig
 from sample import SampleConfig
 from support.data import WindowOrder, evaluation_starts
 from support.errors import UserError
-from support.tokenizer import Tokenizer, load_meta
 from train import TrainConfig
 
 settings.register_profile("ours", max_examples=100, deadline=None, derandomize=True,
@@ -155,102 +151,6 @@ def test_any_preset_is_a_config_or_a_user_error(tmp_path, cls, assigned):
                     encoding="utf-8")
     with contextlib.suppress(UserError):
         read_config(cls, [str(path)])
-
-
-# -----------------------------------------------------------------------------
-# meta.json
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-    | st.sampled_from([0, 1, 257, -257, 10**400, "bytes", "char", "uint16", "uint32"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.text(max_size=3) | st.sampled_from(["tokens", "train", "dtype"]), inner, max_size=3),
-    max_leaves=8)
-
-
-@pytest.fixture(scope="module", params=["bytes", "char"])
-def folder(request, tmp_path_factory) -> Path:
-    char = dict(vocab_size=3, tokenizer="char", alphabet="ab\n")
-    return write_data(tmp_path_factory.mktemp("meta") / "x", [0, 1, 2, 1],
-                      **(char if request.param == "char" else {}))
-
-
-def whole(value) -> bool:
-    return type(value) is int
-
-
-def assert_consistent(meta: dict, folder: Path) -> None:
-    """What train.py and sample.py rely on."""
-    assert isinstance(meta["tokenizer"], str) and meta["dtype"] in ("uint16", "uint32")
-    assert whole(meta["vocab_size"]) and whole(meta["padded_vocab_size"])
-    assert 0 < meta["vocab_size"] <= meta["padded_vocab_size"]
-    for split in "train", "val":
-        size = (folder / f"{split}.bin").stat().st_size
-        assert whole(meta[split]["tokens"])
-        assert meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize == size
-    if meta["tokenizer"] == "char":
-        assert isinstance(meta["alphabet"], str)
-        assert len(set(meta["alphabet"])) == len(meta["alphabet"]) == meta["vocab_size"]
-    if meta["tokenizer"] in ("bytes", "char"):
-        tokenizer = Tokenizer.from_meta(meta)
-        assert tokenizer.n_vocab <= meta["padded_vocab_size"]
-        assert tokenizer.decode([0, 1]) and isinstance(meta.get("alphabet", ""), str)
-
-
-def load(folder: Path, content: bytes) -> None:
-    """load_meta gives something consistent, or one line."""
-    path = folder / "meta.json"
-    before = path.read_bytes()
-    path.write_bytes(content)
-    try:
-        assert_consistent(load_meta(folder), folder)
-    except UserError as error:
-        assert len(str(error).splitlines()) == 1 and "--overwrite" in str(error)
-    finally:
-        path.write_bytes(before)
-
-
-@given(JSON)
-def test_any_json_for_meta(folder, content):
-    load(folder, json.dumps(content).encode())
-
-
-@given(st.binary(max_size=40))
-def test_any_bytes_for_meta(folder, content):
-    load(folder, content)
-
-
-@given(st.integers(0), st.integers(0), st.binary(max_size=4))
-def test_a_meta_with_bytes_changed(folder, place, count, content):
-    valid = (folder / "meta.json").read_bytes()
-    place, count = place % len(valid), count % 8
-    load(folder, valid[:place] + content + valid[place + count:])
-
-
-@given(st.lists(st.tuples(
-    st.sampled_from(["tokenizer", "vocab_size", "padded_vocab_size", "dtype", "alphabet", "train",
-                     "val", "train.tokens", "val.tokens", "train.sha256", "settings"]),
-    st.one_of(st.just("remove"), JSON, st.sampled_from([3.0, 257.0, True, 4, 8, "4", ["a", "b"]]))),
-    min_size=1, max_size=3))
-@settings(max_examples=300)
-@example([("vocab_size", 257.0)])
-@example([("vocab_size", True), ("alphabet", "a")])
-@example([("train.tokens", 4.0)])
-@example([("alphabet", "aab")])
-@example([("alphabet", ["a", "b", "c"])])
-@example([("tokenizer", 3)])
-@example([("padded_vocab_size", float("inf"))])
-def test_a_meta_with_values_changed(folder, changes):
-    meta = json.loads((folder / "meta.json").read_text())
-    for path, value in changes:
-        *outer, key = path.split(".")
-        inner = meta.get(outer[0]) if outer else meta
-        if isinstance(inner, dict):
-            inner[key] = value
-            if value == "remove":
-                del inner[key]
-    load(folder, json.dumps(meta).encode())
 
 
 # -----------------------------------------------------------------------------

@@ -23,7 +23,6 @@ import pytest
 import torch
 from conftest import TINY, option_words, write_data
 from faults import (
-    WRITE,
     at_step,
     crash,
     delete,
@@ -32,7 +31,6 @@ from faults import (
     kill_at,
     limit_files,
     slow_save,
-    small_blocks,
 )
 from processes import ROOT, Program, start_ranks
 from test_train import TIMES, assert_same
@@ -40,7 +38,6 @@ from test_train import TIMES, assert_same
 from support.checkpoint import CHECKPOINTS, read_checkpoint, read_latest, read_shards
 from support.data import WindowOrder
 from support.errors import UserError
-from support.tokenizer import load_meta
 
 SEED = int(os.environ.get("TORTURE_SEED", 1))
 SMALL = dict(template="nesterov", dropout=0.1, save_interval=1, eval_interval=3, init_from="auto",
@@ -277,137 +274,10 @@ def test_moments_of_a_sharded_save(words, tmp_path, rank):
     print(f"\n{moment // 3} kills survived, all inside a save of rank {rank}; {left} left a folder")
 
 
-# -----------------------------------------------------------------------------
-# kill -9 while preparing
-
-
-@pytest.fixture
-def command(tmp_path):
-    """command(name, *words): prepares the same two hundred stories as tmp_path/data/name."""
-    rng = random.Random(0)
-    stories = ("".join(rng.choices("abc d\n", k=rng.randint(20, 200))) for _ in range(200))
-    (tmp_path / "stories.txt").write_text("<|endoftext|>".join(f"x{s}\n" for s in stories))
-
-    def words(name, *more) -> list[str]:
-        return ["text", "--tokenizer=bytes", f"--input={tmp_path / 'stories.txt'}", "--num_proc=1",
-                f"--data_dir={tmp_path / 'data'}", f"--name={name}", *more]
-
-    return words
-
-
-def make(argv, then=None) -> Program:
-    return Program(argv, "prepare", functools.partial(small_blocks, then))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Its files, when it is done: nothing else is left in it."""
-    assert not (folder / "partial").exists(), os.listdir(folder / "partial")
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def accepted(folder) -> dict[str, bytes] | None:
-    """The folder's files, if train.py would take them."""
-    with contextlib.suppress(UserError):
-        load_meta(folder)
-        return {n: b for n in ("train.bin", "val.bin", "meta.json")
-                for b in [Path(folder, n).read_bytes()]}
-    return None
-
-
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=torture)])
-def test_kill_9_of_prepare(tmp_path, command, kills):
-    rng, data, done, runs, inside = random.Random(SEED), tmp_path / "data", 0, 0, 0
-    whole = make(command("whole"), functools.partial(kill_at, 0, "prepare", WRITE))
-    assert whole.wait() == 0, whole.output
-    expected = contents(data / "whole")
-    assert expected.keys() == {"train.bin", "val.bin", "meta.json"}
-    moments = int(whole.output.split("moments so far: ")[-1].split()[0])
-    while done < kills:
-        runs += 1
-        while True:
-            in_a_write = rng.random() < 0.7
-            fatal = rng.randint(1, moments // 3) if in_a_write else 0
-            program = make(command(f"killed-{runs}"),
-                           functools.partial(kill_at, fatal, "prepare", WRITE))
-            if not in_a_write:
-                time.sleep(rng.uniform(0, 0.15))
-                program.process.kill()
-            if program.wait() == 0:
-                break
-            assert program.wait() == -signal.SIGKILL, program.output
-            done, inside = done + 1, inside + in_a_write
-            assert accepted(data / f"killed-{runs}") in (None, expected)
-        assert contents(data / f"killed-{runs}") == expected
-    print(f"\n{done} kills of prepare.py survived in {runs} runs, of these {inside} inside a write "
-          f"(of {moments} moments); seed {SEED}")
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=torture)])
-def test_kill_9_while_data_moves_into_place(tmp_path, command, every, overwrite):
-    """The end of a run: the old data, or none, or the new, never a mixture; and no remains."""
-    data, inside = tmp_path / "data", ("_write_json", "_move_into_place")
-    for name, word in ("old", "--seed=1"), ("new", "--seed=2"):
-        program = make(command(name, word))
-        assert program.wait() == 0, program.output
-    old, new = contents(data / "old"), contents(data / "new")
-    assert old["train.bin"] != new["train.bin"]
-    seen, argv = [], command("killed", "--seed=2", *["--overwrite"] * overwrite)
-    last = None
-    for back in range(0, 30, every):  # from the last moment backwards
-        shutil.rmtree(data / "killed", ignore_errors=True)
-        if overwrite:
-            shutil.copytree(data / "old", data / "killed")
-        fatal = 0 if last is None else last - back + every
-        program = make(argv, functools.partial(kill_at, fatal, "prepare", inside))
-        if last is None:
-            assert program.wait() == 0, program.output
-            last = int(program.output.split("moments so far: ")[-1].split()[0])
-            continue
-        assert program.wait() == -signal.SIGKILL, program.output
-        states = [None, new, old] if overwrite else [None, new]
-        assert accepted(data / "killed") in states, fatal
-        seen.append(states.index(accepted(data / "killed")))
-        program = make(argv)
-        assert program.wait() == 0, program.output
-        assert contents(data / "killed") == new, fatal
-    assert 0 in seen and (overwrite is (2 in seen))
-    print(f"\n{len(seen)} kills of prepare.py survived while data moved into place")
-
-
 def children(pid: int) -> list[int]:
     with contextlib.suppress(OSError):
         return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
-
-
-def running(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-@pytest.mark.parametrize("when", ["at once", "at work", pytest.param("later", marks=torture)])
-def test_workers_do_not_outlive_their_parent(tmp_path, command, when):
-    two = "--num_proc=2"  # the later option wins
-    progress = tmp_path / "data/killed/partial/progress.json"
-
-    def at_work() -> bool:
-        return progress.exists() and json.loads(progress.read_text())["batches"] > 1
-
-    program = make(command("killed", two))
-    workers = until(lambda: len(children(program.pid)) > 1 and children(program.pid))
-    if when != "at once":
-        until(lambda: at_work() or not program.process.is_alive())
-        time.sleep(0.1 * (when == "later"))
-    program.process.kill()
-    program.wait()
-    until(lambda: not any(map(running, workers)), 30)
-    for name in "killed", "whole":
-        program = make(command(name, two if name == "killed" else "--num_proc=1"))
-        assert program.wait() == 0, program.output
-    assert contents(tmp_path / "data/killed") == contents(tmp_path / "data/whole")
 
 
 # -----------------------------------------------------------------------------
@@ -454,18 +324,6 @@ def test_a_log_that_cannot_grow(words, tmp_path):
     assert survey(out, 20) == 60
     finish(words(out, **options))
     assert_equal_runs(out, whole)
-
-
-def test_a_bin_that_cannot_grow(tmp_path, command):
-    """Nor any other file: what was saved before is kept."""
-    for limit in 500, 3000, 12_000:
-        program = make(command("data"), functools.partial(limit_files, limit))
-        error_line(program, "File too large", "the same command continues")
-        assert accepted(tmp_path / "data/data") is None
-    for name in "data", "whole":
-        program = make(command(name))
-        assert program.wait() == 0, program.output
-    assert contents(tmp_path / "data/data") == contents(tmp_path / "data/whole")
 
 
 @contextlib.contextmanager

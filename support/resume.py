@@ -1,0 +1,262 @@
+"""Where a run starts, and what it carries over an interruption."""
+
+import os
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from model import GPT
+from support.checkpoint import (
+    CHECKPOINTS,
+    holds_weights,
+    read_checkpoint,
+    read_latest,
+    read_pretrained,
+    save_checkpoint,
+)
+from support.data import identity
+from support.device import out_of_memory
+from support.errors import fail, reason
+from support.log import show
+from support.ranks import Ranks, part_of
+from support.tokenizer import TOKENIZER_KEYS, load_meta
+
+# an option of the call or the machine, and none of the run
+NOT_STORED = {"init_from", "overwrite", "out_dir", "eval_only", "device", "dtype", "compile",
+              "backend", "parallel"}
+
+
+@dataclass
+class Progress:
+    """What a resumed run carries beside its tensors."""
+
+    step: int = 0  # optimiser steps made
+    position: int = 0  # training windows read
+    evaluated: int | None = None  # the step of the latest evaluation
+    best_val_loss: float = 1e9  # of all evaluations
+    best_saved_loss: float = 1e9  # of those at which best.pt could be written
+    log_length: int | None = None  # bytes of log.jsonl; None: start a new one
+
+
+# -----------------------------------------------------------------------------
+# Where to start
+
+
+def find_start(config: Any, given: dict[str, str]) -> tuple[Any, dict | None, bool]:
+    """(options, checkpoint or None, whether it goes on) of a run that was asked for with these
+    options; given: option -> the preset that set it, or "" for the command line."""
+    c, out_dir = config, config.out_dir
+    if c.init_from in ("resume", "auto"):
+        checkpoint = read_latest(out_dir)
+        if checkpoint is not None:
+            return stored_options(c, given, checkpoint), checkpoint, True
+        if c.init_from == "resume":
+            fail(f"nothing to resume in {out_dir}; drop --init_from=resume, or mend --out_dir")
+    if not c.eval_only:
+        if holds_weights(out_dir):
+            fail(f"{out_dir} holds exported weights, which a run would spoil; choose another "
+                 f"--out_dir")
+        if not c.overwrite and any(os.path.exists(os.path.join(out_dir, name))
+                                   for name in CHECKPOINTS):
+            fail(f"{out_dir} holds a run; go on with --init_from=resume, begin anew with "
+                 f"--overwrite, or choose another --out_dir")
+    if c.init_from in ("scratch", "auto"):
+        return c, None, False
+    if c.init_from.endswith(".pt") or os.path.isdir(c.init_from):
+        return c, read_checkpoint(c.init_from), False
+    model = read_pretrained(c.init_from)
+    return c, {"model": model.state_dict(), "model_args": asdict(model.config),
+               "tokenizer": {"tokenizer": "gpt2"}}, False
+
+
+def stored_options(config: Any, given: dict[str, str], checkpoint: dict) -> Any:
+    """The options of a run that goes on: its own, but for what the command line changes. What a
+    preset would change is printed."""
+    if "tokens_seen" in checkpoint:
+        fail(f"{config.out_dir} was trained by an earlier version, which read the windows in "
+             f"another order; start a run from its weights: --init_from={config.out_dir}/ckpt.pt "
+             f"and another --out_dir")
+    if not {"iter_num", "best_val_loss", "config"} <= checkpoint.keys():
+        fail(f"{config.out_dir} holds weights, but no run to resume; start one from them: "
+             f"--init_from={config.out_dir}/ckpt.pt and another --out_dir")
+    words = {name for name, preset in given.items() if not preset}
+    values, stored = {}, checkpoint["config"]
+    for field in fields(config):
+        wanted = getattr(config, field.name)
+        values[field.name] = wanted
+        if field.name not in NOT_STORED | words:
+            values[field.name] = stored.get(field.name, field.default)
+    if "eval_tokens" in words and "eval_iters" not in words:
+        values["eval_iters"] = None
+    try:
+        options = replace(config, **values)
+    except (TypeError, ValueError) as error:
+        fail(*(f"resuming {config.out_dir}: {line}" for line in str(error).splitlines()))
+    for title, names in (("resuming with other options", words | (NOT_STORED & stored.keys())),
+                         ("the run keeps its own options; to change them give them by themselves",
+                          given.keys() - words)):
+        changed = []
+        for name in sorted(names - {"init_from", "overwrite", "out_dir", "eval_only"}):
+            if name in stored and getattr(config, name) != stored[name]:
+                changed.append(f"--{name}={getattr(config, name)} (was {stored[name]})")
+        if changed:
+            show(f"{title}: {' '.join(changed)}", keep=True)
+    return options
+
+
+def without_tensors(start: tuple[Any, dict | None, bool]) -> tuple[Any, dict | None, bool]:
+    """What the other processes get of `find_start`'s: weights and states come tensor by tensor."""
+    options, checkpoint, resumed = start
+    if checkpoint is not None:
+        checkpoint = checkpoint | {"model": {}, "optimizer": {}}
+    return options, checkpoint, resumed
+
+
+def read_source(folder: str, checkpoint: dict | None, resumed: bool) -> tuple[dict, dict]:
+    """(meta, identity) of the training data. UserError where the checkpoint's tokenizer is another
+    one, or a run that goes on was trained on other data."""
+    meta = load_meta(folder)
+    source = identity(folder, meta)
+    tokenizer = tokenizer_of(meta)
+    expected = (checkpoint or {}).get("tokenizer") or tokenizer
+    if expected != tokenizer:
+        fail(f"{folder} was made with another tokenizer than the checkpoint's, "
+             f"{expected.get('tokenizer')}; prepare the data with that one")
+    if resumed and checkpoint.get("data", source) != source:
+        fail(f"{folder} is not the data that the run was trained on; to train on new data start "
+             f"from its checkpoint, --init_from=FILE.pt, with another --out_dir")
+    return meta, source
+
+
+def tokenizer_of(meta: dict) -> dict:
+    """What a checkpoint says of the tokenizer."""
+    return {key: meta[key] for key in TOKENIZER_KEYS if meta.get(key)}
+
+
+# -----------------------------------------------------------------------------
+# The state of a run
+
+
+def named_states(optimizers: dict[str, torch.optim.Optimizer]) -> dict:
+    """optimiser -> parameter name -> its state."""
+    return {kind: {name: optimizer.state[p] for group in optimizer.param_groups
+                   for name, p in zip(group["param_names"], group["params"], strict=True)
+                   if p in optimizer.state}
+            for kind, optimizer in optimizers.items()}
+
+
+def load_states(optimizers: dict[str, torch.optim.Optimizer], states: dict, ranks: Ranks) -> None:
+    """The inverse of named_states, whose `states` rank 0 has; cuts the state of a position table
+    that was cropped, and keeps of a sharded parameter's this process's part."""
+    for kind, optimizer in optimizers.items():
+        plan = optimizer.state_dict()  # numbers the parameters in the order of the groups
+        for group, numbered in zip(optimizer.param_groups, plan["param_groups"], strict=True):
+            for name, p, number in zip(group["param_names"], group["params"], numbered["params"],
+                                       strict=True):
+                state = ranks.first(lambda name=name, kind=kind: states[kind].get(name))
+                if state is None:
+                    continue
+                for key, value in state.items():
+                    if value.dim() and value[:len(p)].shape != p.shape:
+                        fail(f"the checkpoint's {kind} state {key} of {name} does not fit its "
+                             f"parameter; start from the weights alone: --init_from=FILE.pt and "
+                             f"another --out_dir")
+                plan["state"][number] = {key: part_of(value[:len(p)], p) if value.dim() else value
+                                         for key, value in state.items()}
+        optimizer.load_state_dict(plan)
+
+
+def nanogpt_states(model: GPT, state: dict) -> dict:
+    """nanoGPT's optimiser state, numbered in its order (matrices and tables, then the rest), by
+    name."""
+    named = list(model.named_parameters())
+    names = [n for n, p in named if p.dim() >= 2] + [n for n, p in named if p.dim() < 2]
+    return {"adamw": {names[i]: s for i, s in state["state"].items()}}
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """torch's generators of this process."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states["device"] = getattr(torch, device.type).get_rng_state()
+    return states
+
+
+def restore(checkpoint: dict, config: Any, model: GPT, optimizers: dict[str, torch.optim.Optimizer],
+            scaler: torch.amp.GradScaler, ranks: Ranks) -> Progress:
+    """Put a checkpoint's optimisers, loss scale and generators back; returns how far it was."""
+    master, rng = ranks.rank == 0, checkpoint.get("rng", ())
+    try:
+        states = checkpoint.get("optimizer") or {}
+        if "param_groups" in states and config.optimizer == "adamw":
+            states = nanogpt_states(model, states)
+        if ranks.first(lambda: states.keys() == optimizers.keys()):
+            load_states(optimizers, states, ranks)
+        elif master:
+            show("warning: the checkpoint's optimiser is another one; its state starts anew", True)
+        if scaler.is_enabled() and checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
+        if len(rng) == ranks.world:
+            torch.set_rng_state(rng[ranks.rank]["cpu"])
+            if ranks.device.type != "cpu" and "device" in rng[ranks.rank]:
+                getattr(torch, ranks.device.type).set_rng_state(rng[ranks.rank]["device"])
+        elif master:
+            show("warning: the checkpoint has no generator states for this number of processes; "
+                 "dropout restarts from the seed", True)
+        run = Progress(checkpoint["iter_num"], best_val_loss=float(checkpoint["best_val_loss"]))
+        run = Progress(**checkpoint["run"]) if "run" in checkpoint else run
+        if not 0 <= run.step < 2**63 or not 0 <= run.position < 2**63:
+            raise ValueError(f"step {run.step}, position {run.position}")
+    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
+        fail(f"the run, optimizer, scaler or rng of the checkpoint in {config.out_dir} is damaged: "
+             f"{reason(error)}; remove it to use the one before")
+    if master:
+        show(f"resuming {config.out_dir} at step {run.step}", True)
+    return run
+
+
+def save(run: Progress, config: Any, model: GPT, optimizers: dict[str, torch.optim.Optimizer],
+         scaler: torch.amp.GradScaler, ranks: Ranks, meta: dict, source: dict, best: bool,
+         saved: int | None) -> None:
+    """Write ckpt.pt (and best.pt): all processes bring their parts to rank 0, which writes, and
+    wait for it. UserError where that fails, or the weights are not finite. saved: the step of the
+    checkpoint before."""
+    parts = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
+    if ranks.any(not all(p.isfinite().all() for p in parts)):
+        fail(f"the loss is nan from step {run.step} on: the last update broke the weights; "
+             f"{last_good(config.out_dir, saved)}; lower the learning rate")
+    weights = {name: ranks.whole(w) for name, w in model.state_dict().items()
+               if name != "lm_head.weight"}
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied
+    states = {kind: {name: {key: ranks.whole(value) for key, value in state.items()}
+                     for name, state in named.items()}
+              for kind, named in named_states(optimizers).items()}
+    rng = ranks.gather(rng_state(ranks.device))
+
+    def write() -> None:
+        deleted = not os.path.isdir(config.out_dir)
+        os.makedirs(config.out_dir, exist_ok=True)
+        save_checkpoint({
+            "model": weights, "model_args": asdict(model.config), "optimizer": states,
+            "scaler": scaler.state_dict(), "rng": rng, "run": asdict(run), "iter_num": run.step,
+            "best_val_loss": run.best_val_loss, "config": asdict(config), "data": source,
+            "tokenizer": tokenizer_of(meta),
+            "versions": {"torch": str(torch.__version__), "python": sys.version.split()[0]}},
+            config.out_dir, best)
+        if deleted:
+            fail(f"the folder {config.out_dir} was deleted while this run wrote to it; step "
+                 f"{run.step} is saved there again, the log is lost; go on with "
+                 f"--init_from=resume")
+
+    ranks.first(write)
+
+
+def last_good(out_dir: str, saved: int | None) -> str:
+    """Where a run that broke can go on."""
+    if saved is None:
+        return "there is no checkpoint yet"
+    return f"the last good checkpoint, of step {saved}, is {out_dir}/ckpt.pt"

@@ -1,0 +1,242 @@
+"""prepare.py, killed at any moment, on disks that refuse, without a network: what remains is the
+old data, or none, or the new; and the same command makes it whole.
+
+The long series are for `make torture`. TORTURE_SEED=2 draws other moments.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from faults import WRITE, kill_at, limit_files, small_blocks
+from processes import ROOT, Program
+
+import prepare
+from support.errors import UserError
+from support.tokenizer import load_meta
+
+SEED = int(os.environ.get("TORTURE_SEED", 1))
+torture = pytest.mark.torture
+
+
+@pytest.fixture
+def command(tmp_path):
+    """command(name, *words): prepares the same two hundred stories as tmp_path/data/name."""
+    rng = random.Random(0)
+    stories = ("".join(rng.choices("abc d\n", k=rng.randint(20, 200))) for _ in range(200))
+    (tmp_path / "stories.txt").write_text("<|endoftext|>".join(f"x{s}\n" for s in stories))
+
+    def words(name, *more) -> list[str]:
+        return ["text", "--tokenizer=bytes", f"--input={tmp_path / 'stories.txt'}", "--num_proc=1",
+                f"--data_dir={tmp_path / 'data'}", f"--name={name}", *more]
+
+    return words
+
+
+def start(argv, then=None) -> Program:
+    return Program(argv, "prepare", functools.partial(small_blocks, then))
+
+
+def finish(argv, then=None) -> str:
+    """Run to a good end; what it printed."""
+    program = start(argv, then)
+    assert program.wait() == 0, program.output
+    return program.output
+
+
+def kill_inside(functions: tuple[str, ...], fatal: int) -> functools.partial:
+    """A hook that kills prepare.py at this moment of these functions of its."""
+    return functools.partial(kill_at, fatal, "prepare", functions)
+
+
+def moments(argv, functions: tuple[str, ...]) -> int:
+    """How many there are in a whole run."""
+    return int(finish(argv, kill_inside(functions, 0)).split("moments so far: ")[-1].split()[0])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Its files, when it is done: nothing else is left in it."""
+    assert not (folder / "partial").exists(), os.listdir(folder / "partial")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def accepted(folder: Path) -> dict[str, bytes] | None:
+    """The folder's files, if train.py would take them."""
+    try:
+        load_meta(folder)
+    except UserError:
+        return None
+    return {name: (folder / name).read_bytes() for name in ("train.bin", "val.bin", "meta.json")}
+
+
+def until(condition, timeout=60.0):
+    """Wait for it, and return it."""
+    end = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+    return found
+
+
+# -----------------------------------------------------------------------------
+# kill -9
+
+
+@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=torture)])
+def test_kill_9(tmp_path, command, kills):
+    """Again and again, within a write or at any time; a run that ends is whole, and begins anew."""
+    rng, folder, done = random.Random(SEED), tmp_path / "data/killed", 0
+    total = moments(command("whole"), WRITE)
+    whole = contents(tmp_path / "data/whole")
+    assert whole.keys() == {"train.bin", "val.bin", "meta.json"}
+    while done < kills:
+        fatal = rng.randint(1, total // 3) if rng.random() < 0.7 else 0
+        program = start(command("killed"), kill_inside(WRITE, fatal))
+        if fatal == 0:
+            time.sleep(rng.uniform(0, 0.15))
+            program.process.kill()
+        if program.wait() == 0:
+            assert contents(folder) == whole
+            shutil.rmtree(folder)
+        else:
+            assert program.wait() == -signal.SIGKILL, program.output
+            assert accepted(folder) in (None, whole)
+            done += 1
+    finish(command("killed"))
+    assert contents(folder) == whole
+    print(f"\n{done} kills of prepare.py survived; seed {SEED}")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=torture)])
+def test_kill_9_while_data_moves_into_place(tmp_path, command, every, overwrite):
+    """The end of a run: the old data, or none, or the new, never a mixture; and no remains."""
+    data, functions, seen = tmp_path / "data", ("write_json", "move_into_place"), []
+    finish(command("old", "--seed=1"))
+    last = moments(command("new", "--seed=2"), functions)
+    old, new = contents(data / "old"), contents(data / "new")
+    assert old["train.bin"] != new["train.bin"]
+    states, argv = [None, new], command("killed", "--seed=2")
+    if overwrite:
+        states.append(old)
+        argv.append("--overwrite")
+    for fatal in range(last, last - 30, -every):
+        shutil.rmtree(data / "killed", ignore_errors=True)
+        if overwrite:
+            shutil.copytree(data / "old", data / "killed")
+        program = start(argv, kill_inside(functions, fatal))
+        assert program.wait() == -signal.SIGKILL, program.output
+        assert accepted(data / "killed") in states, fatal
+        seen.append(states.index(accepted(data / "killed")))
+        finish(argv)
+        assert contents(data / "killed") == new, fatal
+    assert 0 in seen and (2 in seen) is overwrite
+    print(f"\n{len(seen)} kills of prepare.py survived while data moved into place")
+
+
+def children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def running(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("kills", [1, 2, pytest.param(10, marks=torture)])
+def test_workers_do_not_outlive_their_parent(tmp_path, command, kills):
+    """The first kill at once, the others at work. The next run continues."""
+    argv = command("killed", "--num_proc=2")  # the later option wins
+    stories = tmp_path / "stories.txt"
+    stories.write_text(stories.read_text() * 5)
+    folder = tmp_path / "data/killed"
+    progress, batches = folder / "partial/progress.json", 0
+
+    def at_work() -> bool:
+        return progress.exists() and json.loads(progress.read_text())["batches"] > batches
+
+    for kill in range(kills):
+        program = start(argv)
+        workers = until(lambda pid=program.pid: len(children(pid)) > 1 and children(pid))
+        if kill > 0:
+            until(lambda process=program.process: at_work() or not process.is_alive())
+        assert program.process.is_alive(), program.output
+        program.process.kill()
+        program.wait()
+        until(lambda pids=workers: not any(map(running, pids)), 30)
+        with pytest.raises(UserError, match="unfinished"):
+            load_meta(folder)
+        batches = json.loads(progress.read_text())["batches"]
+    assert "continuing an interrupted run" in finish(argv) or kills == 1
+    finish(command("whole"))
+    assert contents(folder) == contents(tmp_path / "data/whole")
+
+
+def test_a_killed_worker(tmp_path, command, monkeypatch):
+    def broken(*_):
+        raise prepare.BrokenProcessPool
+
+    monkeypatch.setattr(prepare.ProcessPoolExecutor, "submit", broken)
+    monkeypatch.setattr(prepare, "WORKER_SHARE", 1)
+    with pytest.raises(UserError, match="^a worker process died .* the same command continues"):
+        prepare.main(command("data", "--num_proc=2"))
+
+
+# -----------------------------------------------------------------------------
+# Disks, networks and texts that are not as one would wish
+
+
+def test_a_bin_that_cannot_grow(tmp_path, command):
+    """Nor any other file: what was saved before is kept."""
+    for limit in 500, 3000, 12_000:
+        program = start(command("data"), functools.partial(limit_files, limit))
+        assert program.wait() == 2 and "Traceback" not in program.output, program.output
+        lines = [line for line in program.output.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and str(tmp_path / "data") in lines[0]
+        assert "File too large; once that is mended, the same command continues" in lines[0]
+        with pytest.raises(UserError, match="unfinished"):
+            load_meta(tmp_path / "data/data")
+    finish(command("data"))
+    finish(command("whole"))
+    assert contents(tmp_path / "data/data") == contents(tmp_path / "data/whole")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["tinystories"], "cannot download the tokenizer gpt2"),
+    (["tinystories", "--tokenizer=bytes"], "cannot load roneneldan/TinyStories"),
+    (["shakespeare_char"], "cannot load https://raw.githubusercontent.com")])
+def test_without_a_network(tmp_path, words, message):
+    offline = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1",
+               "HF_HOME": str(tmp_path / "empty"), "https_proxy": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "prepare.py", *words, f"--data_dir={tmp_path / 'data'}"],
+                          cwd=ROOT, text=True, capture_output=True, env=os.environ | offline)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}"), done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "data").exists()
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    with open(tmp_path / "big.txt", "w") as file:  # one document, no newline
+        file.writelines("word " * 200_000 for _ in range(30))
+    code = ("import resource, sys, numpy, tqdm, prepare; from support import text\n"
+            "text.BLOCK = prepare.BATCH = 1 << 18\n"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "before = peak(); prepare.main(sys.argv[1:]); print(peak() - before)")
+    words = ["text", "--tokenizer=bytes", f"--input={tmp_path / 'big.txt'}", "--num_proc=1",
+             f"--data_dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, text=True,
+                          capture_output=True)
+    kib = int(done.stdout.splitlines()[-1])
+    assert kib < 15_000, f"{kib} KiB for a text of 30,000"

@@ -1,0 +1,199 @@
+"""support/tokenizer.py: the tokenizers, and what a data folder says of itself.
+
+What needs GPT-2's vocabulary looks for it in ../shared/data (or in $NANOYURII_SHARED) and is
+skipped where it is absent.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import prepare
+from support.errors import UserError
+from support.tokenizer import CORPORA, Tokenizer, load_meta
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = Path(os.environ.get("NANOYURII_SHARED", ROOT.parent / "shared/data")) / "tiktoken_cache"
+MARK = "<|endoftext|>"
+MIXED = "Ünï ☃ 🙂👩‍👩‍👧\r\nline two\n\n  \ttabs\n"
+
+
+# -----------------------------------------------------------------------------
+# Tokenizers
+
+
+@pytest.mark.parametrize("tokenizer", [Tokenizer("bytes"), Tokenizer("char", "".join({*MIXED}))])
+def test_bytes_and_char_round_trip(tokenizer):
+    ids = tokenizer.encode(MIXED)
+    assert tokenizer.decode(ids) == MIXED
+    assert b"".join(map(tokenizer.token_bytes, ids)) == MIXED.encode()
+    assert max(ids) < tokenizer.n_vocab == tokenizer.padded_vocab
+    again = Tokenizer.from_meta(json.loads(json.dumps(tokenizer.to_meta())))
+    assert again.encode(MIXED) == ids
+
+
+def test_end_of_text_counts_in_prompts_only():
+    tokenizer = Tokenizer("bytes")
+    assert (tokenizer.n_vocab, tokenizer.eot) == (257, 256)
+    assert 256 not in tokenizer.encode(MARK)
+    assert tokenizer.encode_prompt(f"a{MARK}{MARK}b") == [97, 256, 256, 98]
+    assert tokenizer.decode([97, 256]) == "a" + MARK
+    assert Tokenizer("char", "ab").encode_prompt("ba") == [1, 0]
+    with pytest.raises(UserError, match="'<c'"):
+        Tokenizer("char", "ab").encode_prompt("abc<")
+
+
+def test_gpt2_is_tiktokens(tmp_path, monkeypatch):
+    if not CACHE.is_dir():
+        pytest.skip(f"needs {CACHE}")
+    copy = shutil.copytree(CACHE, tmp_path / "cache")  # tiktoken deletes files it does not like
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(copy))
+    gpt2 = Tokenizer("gpt2")
+    assert (gpt2.n_vocab, gpt2.padded_vocab, gpt2.eot, gpt2.dtype) == (50257, 50304, 50256, "<u2")
+    text = f"Hello{MARK}\n world 🙂{MARK}"
+    assert gpt2.encode(text) == gpt2.bpe.encode_ordinary(text)
+    assert gpt2.encode_prompt(text) == gpt2.bpe.encode(text, allowed_special={MARK})
+    assert gpt2.decode(gpt2.encode_prompt(text)) == text and gpt2.encode_prompt("") == []
+    for first in f"a{MARK}b", "plain":  # a separator within a document is text
+        assert gpt2.encode_pieces([(first, True), ("c", True), ("d", False)], True).tolist() == \
+            [*gpt2.encode(first), 50256, *gpt2.encode("c"), 50256, *gpt2.encode("d")]
+    assert gpt2.encode_pieces([("a", True)], False).tolist() == gpt2.encode("a")
+
+
+@pytest.mark.parametrize("size, dtype", [(65536, "uint16"), (65537, "uint32")])
+def test_ids_take_four_bytes_only_where_they_must(size, dtype):
+    assert Tokenizer("char", "".join(map(chr, range(0x10000, 0x10000 + size)))).dtype == dtype
+
+
+def test_names_that_are_no_tokenizer():
+    with pytest.raises(UserError, match=r"^no tokenizer gtp2; did you mean gpt2\?$"):
+        Tokenizer("gtp2")
+    for meta in {}, [], {"tokenizer": 3}, {"tokenizer": "char", "alphabet": "aa", "vocab_size": 2}:
+        with pytest.raises(UserError, match="there is no such tokenizer"):
+            Tokenizer.from_meta(meta)
+
+
+# -----------------------------------------------------------------------------
+# Data folders
+
+
+def nanogpt_folder(folder: Path, itos: dict | None = None) -> Path:
+    """Ten ids a split; with a meta.pkl if there is a table of characters."""
+    for split in "train", "val":
+        np.arange(10, dtype=np.uint16).tofile(folder / f"{split}.bin")
+    if itos is not None:
+        (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "itos": itos}))
+    return folder
+
+
+def test_nanogpt_folders(tmp_path):
+    assert load_meta(nanogpt_folder(tmp_path)) == {
+        "tokenizer": "gpt2", "vocab_size": 50257, "padded_vocab_size": 50304, "dtype": "uint16",
+        "train": {"tokens": 10}, "val": {"tokens": 10}}
+    meta = load_meta(nanogpt_folder(tmp_path, dict(enumerate("ba\n"))))
+    assert (meta["vocab_size"], meta["padded_vocab_size"], meta["dtype"]) == (3, 3, "uint16")
+    assert Tokenizer.from_meta(meta).decode([1, 0, 2]) == "ab\n"
+    (tmp_path / "val.bin").write_bytes(b"odd")
+    with pytest.raises(UserError, match="val.bin has 3 bytes, and without a meta.json an id is"):
+        load_meta(tmp_path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+@pytest.mark.parametrize("itos", [{0: Malicious()}, Malicious(), {0: "ab"}, {0: "a", 1: "a"}])
+def test_a_pickle_runs_nothing(tmp_path, monkeypatch, itos):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="meta.pkl is not a table of characters"):
+        load_meta(nanogpt_folder(tmp_path, itos))
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_missing_data_names_the_command(tmp_path):
+    for name, how in ("openwebtext", "openwebtext"), ("mine", "text --input=FILES --name=mine"):
+        with pytest.raises(UserError) as error:
+            load_meta(tmp_path / name)
+        assert str(error.value) == \
+            f"no data in {tmp_path / name}; make it with: python prepare.py {how}"
+    assert {*CORPORA} <= {*prepare.CORPORA}
+    (nanogpt_folder(tmp_path) / "val.bin").unlink()
+    with pytest.raises(UserError, match=f"no val.bin in .* --name={tmp_path.name} --overwrite"):
+        load_meta(tmp_path)
+    (tmp_path / "partial").mkdir()
+    with pytest.raises(UserError, match="is unfinished; if prepare.py was stopped there, run it"):
+        load_meta(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# Any meta.json is read as something consistent, or refused in one line
+
+
+BYTES = {"tokenizer": "bytes", "vocab_size": 257, "padded_vocab_size": 257, "alphabet": "",
+         "dtype": "uint16", "train": {"tokens": 4, "sha256": "0"}, "val": {"tokens": 4}}
+CHAR = BYTES | {"tokenizer": "char", "vocab_size": 3, "padded_vocab_size": 3, "alphabet": "ab\n"}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+    | st.sampled_from([0, 1, 257, -257, 10**400, "bytes", "char", "uint16", "uint32"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.text(max_size=3) | st.sampled_from(["tokens", "train", "dtype"]), inner, max_size=3),
+    max_leaves=8)
+CHANGES = st.lists(st.tuples(
+    st.sampled_from([*BYTES, "train.tokens", "val.tokens", "train.sha256", "settings"]),
+    st.one_of(st.just("remove"), JSON, st.sampled_from([3.0, 257.0, True, 4, 8, "4", ["a", "b"]]))),
+    min_size=1, max_size=3)
+
+
+def changed(meta: dict, changes: list) -> bytes:
+    """meta.json with other values."""
+    meta = json.loads(json.dumps(meta))
+    for path, value in changes:
+        *outer, key = path.split(".")
+        inner = meta.get(outer[0]) if outer else meta
+        if isinstance(inner, dict):
+            inner[key] = value
+            if value == "remove":
+                del inner[key]
+    return json.dumps(meta).encode()
+
+
+@given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode())
+       | st.builds(changed, st.sampled_from([BYTES, CHAR]), CHANGES))
+@settings(max_examples=600, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(json.dumps(CHAR).encode())
+@example(changed(BYTES, [("vocab_size", 257.0)]))
+@example(changed(CHAR, [("vocab_size", True), ("alphabet", "a")]))
+@example(changed(BYTES, [("train.tokens", 4.0)]))
+@example(changed(CHAR, [("alphabet", "aab")]))
+@example(changed(CHAR, [("alphabet", ["a", "b", "c"])]))
+@example(changed(BYTES, [("tokenizer", 3)]))
+@example(changed(BYTES, [("padded_vocab_size", float("inf"))]))
+def test_any_meta(tmp_path, content):
+    for split in "train", "val":
+        (tmp_path / f"{split}.bin").write_bytes(bytes(8))
+    (tmp_path / "meta.json").write_bytes(content)
+    try:
+        meta = load_meta(tmp_path)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 and "--overwrite" in str(error)
+        assert content not in [json.dumps(BYTES).encode(), json.dumps(CHAR).encode()]
+        return
+    rows, padded = meta["vocab_size"], meta["padded_vocab_size"]
+    counts = [meta[split]["tokens"] for split in ("train", "val")]
+    assert all(type(n) is int for n in (rows, padded, *counts)) and 0 < rows <= padded
+    assert counts == [8 // {"uint16": 2, "uint32": 4}[meta["dtype"]]] * 2
+    assert isinstance(meta["tokenizer"], str) and isinstance(meta.get("alphabet", ""), str)
+    if meta["tokenizer"] in ("bytes", "char"):
+        tokenizer = Tokenizer.from_meta(meta)
+        assert tokenizer.decode([0, 1]) and tokenizer.n_vocab <= padded
+    if meta["tokenizer"] == "char":
+        assert len(set(meta["alphabet"])) == len(meta["alphabet"]) == rows
