@@ -9,7 +9,6 @@ and the highest; warm-up and compilation are stated apart. nanoGPT's own model, 
 you name, runs in the same process. The data are random ids, whatever the dataset.
 """
 
-import difflib
 import json
 import multiprocessing
 import os
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from config import read_config
+from config import nearest, read_config
 from model import GPT, GPTConfig
 from sample import DecodingCache, store_matrices, stream
 from support.data import prefetch
@@ -36,24 +35,11 @@ from support.device import (
     tune_allocator,
 )
 from support.errors import UserError, cli, fail
+from tools import race
 from tools.compare import CompareConfig, compare
 from tools.exchange import ConvertConfig, ExportConfig, convert, export
 from tools.judge import EvalConfig, judge
-from tools.race import (
-    AllConfig,
-    LossConfig,
-    PreparingConfig,
-    Variant,
-    alternate,
-    decoding_variant,
-    machine,
-    nanogpt_decoding,
-    nanogpt_training,
-    preparing,
-    seconds,
-    table_commands,
-    time_to_loss,
-)
+from tools.race import AllConfig, LossConfig, PreparingConfig, Variant, alternate
 from tools.watch import PlotConfig, plot
 from train import TrainConfig, accumulate, make_optimizers, model_args
 
@@ -111,7 +97,7 @@ def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     large = torch.ones(2**29 if device.type == "cuda" else 2**26, device=device)
 
     def best(run: Callable[[], None]) -> float:
-        return min(seconds(run, device) for _ in range(5))
+        return min(race.seconds(run, device) for _ in range(5))
 
     return 2 * n**3 / best(lambda: a @ b), large.numel() * 4 / best(large.sum)
 
@@ -174,7 +160,7 @@ def decoding(name: str, config: DecodeConfig) -> Variant:
                         cache=cache, compile=compiled):
             pass
 
-    return decoding_variant(name, model, run, config)
+    return race.decoding_variant(name, model, run, config)
 
 
 # -----------------------------------------------------------------------------
@@ -184,7 +170,7 @@ def decoding(name: str, config: DecodeConfig) -> Variant:
 def speed(configs: dict[str, SpeedConfig], config: SpeedConfig) -> list[dict]:
     variants = [training(name, c, c.steps) for name, c in configs.items()]
     if config.nanogpt:
-        variants += [nanogpt_training(config, config.nanogpt, config.steps, compiled)
+        variants += [race.nanogpt_training(config, config.nanogpt, config.steps, compiled)
                      for compiled in (False, True)]
     rows = alternate(variants, config.repeats)
     device = variants[0].device
@@ -206,7 +192,7 @@ def relative_speeds(configs: dict[str, CompareConfig]) -> dict[str, float]:
 def decode(configs: dict[str, DecodeConfig], config: DecodeConfig) -> list[dict]:
     variants = [decoding(name, c) for name, c in configs.items()]
     if config.nanogpt:
-        variants.append(nanogpt_decoding(config, config.nanogpt))
+        variants.append(race.nanogpt_decoding(config, config.nanogpt))
     rows = alternate(variants, config.repeats)
     _, bandwidth = peaks(variants[0].device, torch.float32)
     for row, variant in zip(rows, variants, strict=True):
@@ -244,7 +230,7 @@ def peak_memory(config: MemoryConfig, nanogpt: bool) -> tuple[int, int]:
         fail("bench.py memory cannot tell a process's memory on Windows")
     if nanogpt:
         compiled = can_compile(config.compile, pick_device(config.device))  # as ours
-        variant = nanogpt_training(config, config.nanogpt, 2, compiled)
+        variant = race.nanogpt_training(config, config.nanogpt, 2, compiled)
     else:
         tune_allocator()  # as train.py does
         variant = training("", config, 2)
@@ -273,8 +259,7 @@ def read_options(argv: list[str]):
         print(__doc__.strip(), "", "commands:", *lines, sep="\n")
         sys.exit(0)
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        fail(f"no command {name}; did you mean {near[0]}?" if near else
+        fail(f"no command {name}{nearest(name, COMMANDS)}" if name else
              f"say what to do: python bench.py {' | '.join(COMMANDS)}")
     if name == "plot" and words and not words[0].startswith("-"):
         words = ["--runs", *words]  # its folders come first
@@ -306,13 +291,13 @@ def measure(argv: list[str]) -> list[dict]:
     if isinstance(config, MeasureConfig):
         command = {"speed": speed, "decode": decode, "memory": memory}[name]
         return command(named_variants(argv, config), config)
-    return {"loss": time_to_loss, "prepare": preparing, "eval": judge}[name](config)
+    return {"loss": race.time_to_loss, "prepare": race.preparing, "eval": judge}[name](config)
 
 
 def whole_table(config: AllConfig) -> list[dict]:
     """The figures of one command after the other, each with its command."""
     rows = []
-    for argv in table_commands(config):
+    for argv in race.table_commands(config):
         print(f"\npython bench.py {shlex.join(argv)}", flush=True)
         try:
             measured = measure(argv)
@@ -346,7 +331,7 @@ def run(argv: list[str]) -> None:
         return compare(named_variants(argv, config), config, argv, relative_speeds)
     if config.json and not os.path.isdir(folder := os.path.dirname(config.json) or "."):
         fail(f"json={config.json}: there is no folder {folder}; make it first")
-    where = machine(pick_device(config.device))
+    where = race.machine(pick_device(config.device))
     print(where)
     rows = whole_table(config) if name == "all" else measure(argv)
     if name != "all":

@@ -33,7 +33,7 @@ from support.errors import UserError, fail, reason
 from support.files import locked, rename, sha256
 from support.log import clock, read_log
 from support.tokenizer import load_meta
-from tools.findings import differences, markdown, pairs, study_pictures, summary
+from tools.findings import draw_study, markdown, pairs, summary
 from tools.race import HERE, machine
 from train import TrainConfig, model_args
 
@@ -594,7 +594,7 @@ def report(results: Results, planned: dict[str, CompareConfig], config: CompareC
     first = next(iter(planned))
     if not runs or runs[0]["variant"] != first:
         return print(f"no table yet: nothing of {first}, to which the others are compared")
-    table = markdown(study_table(runs, planned, config))
+    table = markdown(summary(runs, planned))
     setting = f"{results.head['data']['dataset']}, equal {config.budget}; "
     setting += "; ".join(dict.fromkeys(r["machine"] for r in runs)) + "."
     if borrowed := dict.fromkeys(r["study"] for r in runs if "study" in r):
@@ -612,16 +612,6 @@ def report(results: Results, planned: dict[str, CompareConfig], config: CompareC
     with open(os.path.join(results.folder, "table.md"), "w", encoding="utf-8") as file:
         file.write("\n\n".join(part.strip() for part in parts) + "\n")
     print(f"{table}\nwrote {results.folder}")
-
-
-def study_table(runs: list[dict], planned: dict[str, CompareConfig], config: CompareConfig,
-                ) -> list[dict[str, str]]:
-    """The rows of table.md."""
-    labels = list(planned)
-    matches = {label: variant.match for label, variant in planned.items()}
-    return summary(runs, config.budget, dict(text.rpartition(":")[::2] for text in config.published),
-                   config.judged_by if config.tasks else None,
-                   matches if set(matches.values()) != {"width"} else {})
 
 
 def shared_words(argv: list[str]) -> list[str]:

@@ -5,6 +5,8 @@ A run is a record of results.json; the runs are in the order of the variants."""
 import math
 import os
 import statistics
+from collections.abc import Iterable
+from typing import Any
 
 from support.log import AXES
 from tools.watch import draw_scalars, picture
@@ -74,52 +76,50 @@ def differences(runs: list[dict]) -> dict[str, Difference | None]:
 # The table
 
 
-def summary(runs: list[dict], budget: str = "tokens", published: dict[str, str] | None = None,
-            judged_by: str | None = None, matches: dict[str, str] | None = None,
-            ) -> list[dict[str, str]]:
+def summary(runs: list[dict], planned: dict[str, Any]) -> list[dict[str, str]]:
     """One row for each variant: what its runs share, and their figures together.
 
-    published: variant -> a loss to stand beside ours; judged_by: the `how` of the scores of tasks
-    to show; matches: variant -> in what it is matched to the first one, where any is.
-    """
-    found, variants = differences(runs), by_variant(runs)
+    planned: the options of each variant, as compare.py plans them."""
+    config = next(iter(planned.values()))
+    published = dict(text.rpartition(":")[::2] for text in config.published)
+    scores = {(r["variant"], r["seed"]): r["tasks"]["scores"] for r in runs
+              if config.tasks and r.get("tasks", {}).get("how") == config.judged_by}
+    tasks = dict.fromkeys(task for of_run in scores.values() for task in of_run)
+    found, variants, rows = differences(runs), by_variant(runs), []
     most = max(map(len, variants.values()))
-    scores = [r["tasks"]["scores"] for r in runs if r.get("tasks", {}).get("how") == judged_by]
-    tasks = dict.fromkeys(task for score in scores for task in score)
-    rows = []
     for label, of_variant in variants.items():
-        first = of_variant[0]
+        first, losses = of_variant[0], [r["val_loss"] for r in of_variant]
 
-        def mean(key: str, form: str, of_variant: list[dict] = of_variant) -> str:
-            values = [r[key] for r in of_variant if r[key] is not None]
-            return format(statistics.mean(values), form) if values else ""
+        def mean(values: Iterable[float | None], form: str) -> str:
+            known = [value for value in values if value is not None]
+            return format(statistics.mean(known), form) if known else ""
 
-        row = {"variant": label, "seeds": f"{len(of_variant)}",
-               "final loss": mean("val_loss", ".4f"), "difference to the first": "", "verdict": "",
-               "best": mean("best_val_loss", ".4f")}
-        if len(of_variant) > 1:
-            row["final loss"] += f" ± {statistics.stdev(r['val_loss'] for r in of_variant):.4f}"
+        row = {"variant": label, "seeds": f"{len(losses)}", "final loss": mean(losses, ".4f"),
+               "difference to the first": "", "verdict": "",
+               "best": mean([r["best_val_loss"] for r in of_variant], ".4f")}
+        if len(losses) > 1:
+            row["final loss"] += f" ± {statistics.stdev(losses):.4f}"
         if label in found:
             row["difference to the first"] = with_interval(found[label])
             row["verdict"] = verdict(found[label])
-        if len(of_variant) < most:
+        if len(losses) < most:
             row["seeds"] += f" of {most}"
             row["verdict"] = "seeds are missing" if label in found else ""
         if published:
             row["published best"] = published.get(label, "").strip()
         for task in tasks:
-            values = [r["tasks"]["scores"].get(task) for r in of_variant if "tasks" in r]
-            values = [value for value in values if value is not None]
-            row[task] = f"{100 * statistics.mean(values):.1f}" if values else ""
-        if matches:
-            row["matched"] = matches[label] if label in found else ""
+            of_task = [scores.get((label, r["seed"]), {}).get(task) for r in of_variant]
+            row[task] = mean([100 * score for score in of_task if score is not None], ".1f")
+        if any(variant.match != "width" for variant in planned.values()):
+            row["matched"] = planned[label].match if label in found else ""
         row |= {"parameters": f"{first['parameters']:,}", "matrices": f"{first['matrices']:,}",
                 "MFLOP/token": f"{first['flops_per_token'] / 1e6:,.2f}",
                 "tokens": f"{first['tokens']:,}"}
-        if budget == "seconds":
-            row["seconds"] = mean("seconds", ",.0f")
-        rows.append(row | {"tokens/s": mean("tokens_per_s", ",.0f"),
-                           "peak MB": mean("peak_mb", ",.0f")})
+        if config.budget == "seconds":
+            row["seconds"] = mean([r["seconds"] for r in of_variant], ",.0f")
+        row["tokens/s"] = mean([r["tokens_per_s"] for r in of_variant], ",.0f")
+        row["peak MB"] = mean([r["peak_mb"] for r in of_variant], ",.0f")
+        rows.append(row)
     return rows
 
 

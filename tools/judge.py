@@ -1,6 +1,5 @@
 """Judging a checkpoint: the tasks of lm-evaluation-harness, and the perplexity of text."""
 
-import difflib
 import importlib.util
 import json
 import math
@@ -16,13 +15,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import check_rules
+from config import check_rules, nearest
 from model import GPT
-from prepare import text_pieces
 from sample import load_model, store_matrices, stream
 from support.data import Tokens, evaluation_starts
 from support.device import pick_device, pick_dtype, tune_allocator
 from support.errors import fail, reason
+from support.text import text_pieces
 from support.tokenizer import Tokenizer, load_meta
 from tools.exchange import checkpoint_named
 
@@ -89,11 +88,10 @@ def on_text(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> list[dict]:
     ids, starts = windows(tokenizer, config, T)
     sizes = np.array([0 if i == tokenizer.eot else len(tokenizer.token_bytes(i))
                       for i in range(tokenizer.n_vocab)])
-    shorter = starts[-1] + T >= len(ids)  # the last window may be
-    whole, rows = len(starts) - shorter, max(1, 4096 // T)
-    batches = [starts[i:min(i + rows, whole)] for i in range(0, whole, rows)]
-    if shorter:
-        batches.append(starts[-1:])
+    rows = max(1, 4096 // T)
+    batches = [starts[i:i + rows] for i in range(0, len(starts), rows)]
+    if starts[-1] + T >= len(ids):  # the last window is shorter than the others
+        batches[-1:] = [batches[-1][:-1], starts[-1:]] if len(batches[-1]) > 1 else batches[-1:]
     begin, total, n_tokens, n_bytes = time.perf_counter(), 0.0, 0, 0
     for batch in tqdm(batches, desc="predicting", unit="batch"):
         rows = np.stack([ids[s:s + T + 1] for s in batch]).astype(np.int64)  # (B, T + 1)
@@ -146,21 +144,28 @@ def on_tasks(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> list[dict]
     """Tasks of lm-evaluation-harness, its own or those of include_path, one after the other."""
     from lm_eval import simple_evaluate
 
-    names = config.tasks.split(",")
-    shots = few_shot_counts(config, names)
+    names, shots = config.tasks.split(","), [None]
+    if config.num_fewshot:
+        shots = config.num_fewshot.split(",")
+    if len(shots) == 1:
+        shots *= len(names)
+    if len(shots) != len(names) or not all(n is None or n.isdecimal() for n in shots):
+        fail(f"num_fewshot={config.num_fewshot}: expected one whole number, or one for each of the "
+             f"{len(names)} tasks, with commas between them")
     manager = task_manager(config, names)
     judged, rows = harness_model(model, tokenizer, config), []
     for name, n in zip(names, shots, strict=True):
         try:
             manager.load([name])
         except Exception as error:  # its file and its data may be broken in any way
-            offline = isinstance(error, ConnectionError) or "Hub" in str(error)
-            fix = "; without a network, give a task of your own with files: --include_path"
-            fail(f"cannot load the task {name}: {reason(error)}{fix if offline else ''}")
+            message = f"cannot load the task {name}: {reason(error)}"
+            if isinstance(error, ConnectionError) or "Hub" in str(error):
+                message += "; without a network, give a task of your own with files: --include_path"
+            fail(message)
         judged.spent = 0.0
         try:
-            found = simple_evaluate(judged, tasks=[name], num_fewshot=n, limit=config.limit,
-                                    task_manager=manager, log_samples=False)
+            found = simple_evaluate(judged, tasks=[name], num_fewshot=n and int(n),
+                                    limit=config.limit, task_manager=manager, log_samples=False)
         except ValueError as error:  # more examples than there are; code that is unsafe to run
             fail(f"task {name}: {reason(error)}")
         items = {task: n["effective"] for task, n in found["n-samples"].items()}
@@ -168,22 +173,9 @@ def on_tasks(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> list[dict]
             row = {"shots": found["n-shot"].get(task), "items": items.get(task),
                    "items_per_s": sum(items.values()) / judged.spent}
             row |= {k.removesuffix(",none"): v for k, v in metrics.items() if "," in k}
-            rows.append({"variant": task} | {
-                k: v for k, v in row.items() if isinstance(v, (int, float))})
+            numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+            rows.append({"variant": task, **numbers})
     return rows
-
-
-def few_shot_counts(config: EvalConfig, names: list[str]) -> list[int | None]:
-    """Of each task; None: its own."""
-    if config.num_fewshot is None:
-        return [None] * len(names)
-    counts = config.num_fewshot.split(",")
-    if len(counts) == 1:
-        counts *= len(names)
-    if len(counts) != len(names) or not all(map(str.isdecimal, counts)):
-        fail(f"num_fewshot={config.num_fewshot}: expected one whole number, or one for each of the "
-             f"{len(names)} tasks, with commas between them")
-    return list(map(int, counts))
 
 
 def task_manager(config: EvalConfig, names: list[str]):
@@ -197,16 +189,13 @@ def task_manager(config: EvalConfig, names: list[str]):
     manager = TaskManager(include_path=config.include_path, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):  # all of the harness's, which takes seconds
         manager = TaskManager(include_path=config.include_path)
-    for name in names:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, 1)
-            fail(f"no task {name}; did you mean {near[0]}?" if near else
-                 f"no task {name}; lm-eval ls tasks lists them; --include_path adds yours, if they "
-                 f"are valid YAML")
+    for name in set(names) - set(manager.all_tasks):
+        hint = nearest(name, manager.all_tasks)
+        fail(f"no task {name}{hint or '; lm-eval ls tasks lists them; --include_path adds yours'}")
     return manager
 
 
-def harness_model(model: GPT, tokenizer: Tokenizer, config: EvalConfig): GPT, tokenizer: Tokenizer, c: BenchConfig):
+def harness_model(model: GPT, tokenizer: Tokenizer, config: EvalConfig):
     """The model as lm-evaluation-harness asks for it. Its TemplateLM divides text into context and
     continuation; <|endoftext|> in a text is the id, as in its own `hf` backend. An empty context
     is the end-of-text id, or a newline where the tokenizer has none (char)."""
@@ -237,24 +226,27 @@ def harness_model(model: GPT, tokenizer: Tokenizer, config: EvalConfig): GPT, to
 
         def generate_until(self, requests: list, **_) -> list[str]:
             """Greedily, unless a task says otherwise. Contexts leave room for what is generated."""
-            begin, texts, groups = time.perf_counter(), {}, defaultdict(list)
+            begin, groups = time.perf_counter(), defaultdict(list)
+            texts = [""] * len(requests)
             for i, request in enumerate(requests):
                 groups[json.dumps(request.args[1], sort_keys=True)].append(i)
             for members in groups.values():  # that are generated in the same way
                 how = normalize_gen_kwargs(requests[members[0]].args[1], 256)
+                temperature = how.get("temperature", 1.0) if how["do_sample"] else 0.0
                 T, new = model.config.block_size, how["max_gen_toks"]
                 room = T - new if new < T else max(1, T // 2)
                 prompts = {i: (self.tok_encode(requests[i].args[0]) or [self.eot_token_id])[-room:]
                            for i in members}
-                members.sort(key=lambda i, prompts=prompts: -len(prompts[i]))
+                in_order = sorted(members, key=lambda i, prompts=prompts: -len(prompts[i]))
                 for k in range(0, len(members), config.batch_size):
-                    batch = members[k:k + config.batch_size]
-                    texts |= zip(batch, complete(
-                        model, tokenizer, [prompts[i] for i in batch], new, how["until"], config.seed,
-                        how.get("temperature", 1.0) if how["do_sample"] else 0.0,
-                        how.get("top_k"), how.get("top_p")), strict=True)
+                    batch = in_order[k:k + config.batch_size]
+                    answers = complete(model, tokenizer, [prompts[i] for i in batch], new,
+                                       how["until"], config.seed, temperature, how.get("top_k"),
+                                       how.get("top_p"))
+                    for i, answer in zip(batch, answers, strict=True):
+                        texts[i] = answer
             self.spent += time.perf_counter() - begin
-            return [texts[i] for i in range(len(requests))]
+            return texts
 
     return HarnessModel()
 
@@ -295,16 +287,18 @@ def score(model: GPT, pairs: list[tuple[list[int], list[int]]], batch_size: int,
 
 
 def complete(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
-             until: list[str], seed: int, *how) -> list[str]:
+             until: list[str], seed: int, temperature: float, top_k: int | None = None,
+             top_p: float | None = None) -> list[str]:
     """The continuation of each prompt, up to the first of the texts `until` or the end of the
-    text; `how` are temperature, top_k and top_p."""
+    text."""
     device = next(model.parameters()).device
     idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
     stops = [stop.encode() for stop in until if stop]
     found, done = [b""] * len(prompts), [False] * len(prompts)
-    for tokens in stream(model, idx.to(device), max_new_tokens, *how,
-                               generator=torch.Generator(device).manual_seed(seed),
-                               lengths=torch.tensor([len(p) for p in prompts], device=device)):
+    for tokens in stream(model, idx.to(device), max_new_tokens, temperature, top_k, top_p,
+                         generator=generator, lengths=lengths):
         for i, token in enumerate(tokens.tolist()):
             if not done[i] and token != tokenizer.eot:
                 found[i] += tokenizer.token_bytes(token)

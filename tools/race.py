@@ -315,6 +315,8 @@ def copy_nanogpt(source: str, target: str, data: str) -> None:
 
 
 def preparing(config: PreparingConfig) -> list[dict]:
+    if config.input is None:
+        fail("name a text file of documents: --input=FILE")
     with tempfile.TemporaryDirectory() as folder:
         runs = {}  # name -> command, the folder with its bins
         if config.nanogpt:
