@@ -23,11 +23,11 @@ torture: .venv/test
 # PREPARE="--input=stories.txt" and COMPARE="--seeds=3 --max_iters=100" add options of the programs
 reproduce-tinystories: .venv/test
 	$(BIN)/python prepare.py tinystories --val_fraction=0.005 $(PREPARE)
-	$(BIN)/python bench.py compare config/study_paper_tinystories.py $(COMPARE)
+	$(BIN)/python bench.py compare config/studies/paper_tinystories.py $(COMPARE)
 
 reproduce-owt: .venv/test
 	$(BIN)/python prepare.py openwebtext --val_fraction=0.05 $(PREPARE)
-	$(BIN)/python bench.py compare config/study_paper_owt.py $(COMPARE)
+	$(BIN)/python bench.py compare config/studies/paper_owt.py $(COMPARE)
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

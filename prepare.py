@@ -39,8 +39,9 @@ import numpy as np
 from config import read_config
 from support.errors import UserError, cli, fail, reason
 from support.files import locked, rename, sha256, write_json
+from support.meta import SPLITS, load_meta
 from support.text import Piece, cut_in_two, dataset_pieces, file_pieces, list_files, record_pieces
-from support.tokenizer import SPLITS, Tokenizer, load_meta
+from support.tokenizer import Tokenizer
 
 BATCH = 1 << 20         # characters encoded at a time
 WORKER_SHARE = 8 << 20  # characters for which one more process pays

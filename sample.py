@@ -22,7 +22,8 @@ from model import GPT
 from support.checkpoint import model_from, read_checkpoint, read_latest
 from support.device import can_compile, out_of_memory, pick_device, pick_dtype
 from support.errors import cli, fail
-from support.tokenizer import Tokenizer, load_meta
+from support.meta import load_meta
+from support.tokenizer import Tokenizer
 
 
 @dataclass

@@ -308,7 +308,8 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     del checkpoint
     windows_per_step = c.batch_size * c.gradient_accumulation_steps
     if master:
-        report(model, c, meta, train_tokens, val_tokens, ranks, dtype, compiled)
+        report(model, c, meta, train_tokens, val_tokens, ranks,
+               f"{str(dtype).removeprefix('torch.')}, {'compiled' if compiled else 'eager'}")
     if c.eval_only:
         loss = evaluate(model, val_tokens, c, ranks, dtype, signals=[])
         return show(f"val loss {loss:.4f}") if master else None
@@ -324,7 +325,7 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     with stop_signals() as signals, contextlib.closing(prefetch(micro_batches())) as batches:
         if master:
             open_folder(c, resumed)
-            log = Log(c, run.log_length, model, windows_per_step * c.block_size, ranks)
+            log = Log(c, run.log_length, model, device, ranks.world)
         saved = run.step if resumed else None  # the step of ckpt.pt
         while True:
             # --- evaluate ---

@@ -1,11 +1,10 @@
 """Training data: a memory-mapped stream of tokens, read in windows of T + 1."""
 
-import contextlib
 import hashlib
 import os
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -99,33 +98,9 @@ def evaluation_starts(n_tokens: int, block_size: int, eval_tokens: int) -> list[
 
 
 def prefetch(batches: Iterator, depth: int = 4) -> Iterator:
-    """The same items, made `depth` ahead by a thread; its exception is raised here."""
-    ready: queue.Queue = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(item) -> bool:
-        while not closed.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return True
-        return False
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                if not put((batch, None)):
-                    return
-        except Exception as error:
-            put((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
+    """The same items for ever, made `depth` ahead by a thread; its exception is raised here."""
+    with ThreadPoolExecutor(1) as pool:
+        ready = deque(pool.submit(next, batches) for _ in range(depth))
         while True:
-            batch, error = ready.get()
-            if error is not None:
-                raise error
-            yield batch
-    finally:
-        closed.set()
-        thread.join()  # a thread inside torch would abort the exit of the interpreter
+            yield ready.popleft().result()
+            ready.append(pool.submit(next, batches))

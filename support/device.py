@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import os
-import sys
 from collections.abc import Callable
 
 import torch
@@ -130,20 +129,11 @@ def peak_flops(device: torch.device) -> float | None:
     return next((PEAK_FLOPS[word] for word in words if word in PEAK_FLOPS), None)
 
 
-def peak_resident() -> int | None:
-    """The most bytes that were resident so far; None on Windows. (On Linux getrusage's figure
-    begins with that of the process that started this one.)"""
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    try:
-        import resource
-    except ImportError:
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most * (1 if sys.platform == "darwin" else 1024)
-
-
 def peak_mb(device: torch.device) -> int | None:
-    """The most memory that this process has had so far: of the GPU, or resident."""
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident()
-    return peak and round(peak / 1e6)
+    """The most memory that this process has had so far: of the GPU, or resident (on Linux)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 1e6)
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as file:
+        kilobytes = next(line.split()[1] for line in file if line.startswith("VmHWM"))
+        return round(int(kilobytes) * 1024 / 1e6)
+    return None

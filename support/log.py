@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -16,18 +16,18 @@ import torch
 
 from support.data import evaluation_starts
 from support.device import peak_flops, peak_mb
-from support.errors import UserError, fail, reason
+from support.errors import fail
 
 
 class Log:
     """log.jsonl, one JSON object a line, wandb or tensorboard when asked for, and the progress line
     on standard output."""
 
-    def __init__(self, config: Any, length: int | None, model: Any = None,
-                 tokens_per_step: int = 0, ranks: Any = None):
+    def __init__(self, config: Any, length: int | None, model: Any, device: torch.device,
+                 world: int):
         """length: cut an earlier log back to so many bytes; None starts a new one."""
-        self.config, self.model, self.ranks = config, model, ranks
-        self.tokens_per_step, self.busy = tokens_per_step, []  # seconds of the steps since the last
+        self.config, self.model, self.device, self.world = config, model, device, world
+        self.seconds: list[float] = []  # of each step since the latest line
         self.sinks = []
         if config.wandb_log:
             self.sinks.append(wandb_sink(config))
@@ -50,44 +50,43 @@ class Log:
         while data:
             data = data[self.file.write(data):]
 
-    def record(self, kind: str, step: int, scalars: dict[str, list[list[float]]] | None = None,
-               **values: float | None) -> None:
+    def record(self, kind: str, step: int, scalars: dict | None = None, **values: Any) -> None:
         """scalars: the learned ones, name -> layers -> substeps; to the sinks go their means."""
         values["seconds"] = time.time() - self.began
         values = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
-        self.write({"type": kind, "iter": step, **values,
-                    **({"scalars": scalars} if scalars else {})})
-        means = {f"scalars/{k}": float(np.mean(v)) for k, v in (scalars or {}).items()}
+        record = {"type": kind, "iter": step, **values}
+        self.write(record | {"scalars": scalars} if scalars else record)
+        known = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+        for name, layers in (scalars or {}).items():
+            known[f"scalars/{name}"] = float(np.mean(layers))
         for sink in self.sinks:
-            sink({f"{kind}/{k}": v for k, v in values.items() if v is not None} | means, step)
+            sink(known, step)
 
     def evaluation(self, run: Any, val_loss: float) -> None:
         """An evaluation after run.step steps."""
         scalars = {} if self.config.parallel == "fsdp" else learned_scalars(self.model)
         self.record("eval", run.step, scalars, tokens=run.position * self.config.block_size,
                     val_loss=val_loss, best_val_loss=run.best_val_loss,
-                    peak_mb=peak_mb(self.ranks.device))
-        refresh_picture(self.config.out_dir)
+                    peak_mb=peak_mb(self.device))
+        draw_losses(self.config.out_dir)
         show(f"step {run.step}: val loss {val_loss:.4f}, best {run.best_val_loss:.4f}", keep=True)
 
-    def step(self, run: Any, seconds: float, loss: float, grad_norm: float,
-             multiplier: float) -> None:
-        """The step that run.step counts as the next, and how long it took."""
-        self.busy.append(seconds)
-        if run.step % self.config.log_interval:
+    def step(self, run: Any, seconds: float, loss: float, grad_norm: float, share: float) -> None:
+        """The step that began at run.step: how long it took, and its share of the peak rates."""
+        c = self.config
+        self.seconds.append(seconds)
+        if run.step % c.log_interval:
             return
-        mean = sum(self.busy) / len(self.busy)
-        self.busy = []
-        rate, lr = self.tokens_per_step / mean, multiplier * self.config.learning_rate
-        sequences = self.tokens_per_step / self.config.block_size / self.ranks.world
-        peak = peak_flops(self.ranks.device)
-        mfu = peak and self.model.estimate_mfu(sequences, mean, peak)
-        self.record("train", run.step, tokens=run.position * self.config.block_size, loss=loss,
-                    lr=lr, grad_norm=grad_norm, tokens_per_s=rate, mfu=mfu)
-        share = f"{mfu:.1%}" if mfu else "n/a"
-        left = clock(mean * (self.config.max_iters - run.step - 1))
-        show(f"step {run.step}/{self.config.max_iters}: loss {loss:.4f}, lr {lr:.2e}, "
-             f"{rate:,.0f} tokens/s, mfu {share}, eta {left}")
+        mean = sum(self.seconds) / len(self.seconds)
+        self.seconds = []
+        sequences = c.batch_size * c.gradient_accumulation_steps
+        peak, lr, rate = peak_flops(self.device), share * c.learning_rate, sequences / mean
+        mfu = peak and self.model.estimate_mfu(sequences / self.world, mean, peak)
+        self.record("train", run.step, tokens=run.position * c.block_size, loss=loss, lr=lr,
+                    grad_norm=grad_norm, tokens_per_s=rate * c.block_size, mfu=mfu)
+        show(f"step {run.step}/{c.max_iters}: loss {loss:.4f}, lr {lr:.2e}, "
+             f"{rate * c.block_size:,.0f} tokens/s, mfu {f'{mfu:.1%}' if mfu else 'n/a'}, "
+             f"eta {clock(mean * (c.max_iters - run.step - 1))}")
 
     def length(self) -> int:
         """Bytes so far, on the disk."""
@@ -96,7 +95,7 @@ class Log:
 
     def close(self) -> None:
         """The run has ended."""
-        refresh_picture(self.config.out_dir)
+        draw_losses(self.config.out_dir)
         self.file.close()
 
 
@@ -104,17 +103,17 @@ class Log:
 def learned_scalars(model: Any) -> dict[str, list[list[float]]]:
     """The templates' scalars, mapped (means of those that are more than a number): name -> for each
     layer the values of its substeps."""
-    layers = [list(block.steps) for block in model.transformer.h]
-    names = list(layers[0][0].learned)
-    if not names:
+    blocks = model.transformer.h
+    names = list(blocks[0].steps[0].learned)
+    values = [substep.scalar(name).mean()
+              for name in names for block in blocks for substep in block.steps]
+    if not values:
         return {}
-    values = torch.stack([torch.stack([torch.stack([substep.scalar(name).mean() for substep in
-                                                    layer]) for layer in layers])
-                          for name in names])  # (names, layers, substeps), for one read
-    return dict(zip(names, values.tolist(), strict=True))
+    table = torch.stack(values).view(len(names), len(blocks), -1).tolist()  # one read
+    return dict(zip(names, table, strict=True))
 
 
-def wandb_sink(config) -> Callable[[dict[str, float], int], None]:
+def wandb_sink(config: Any) -> Callable[[dict[str, float], int], None]:
     """A function of ({name: value}, step) that logs to Weights & Biases."""
     try:
         import wandb
@@ -125,7 +124,7 @@ def wandb_sink(config) -> Callable[[dict[str, float], int], None]:
     return lambda values, step: run.log(values, step=step)
 
 
-def tensorboard_sink(config) -> Callable[[dict[str, float], int], None]:
+def tensorboard_sink(config: Any) -> Callable[[dict[str, float], int], None]:
     """A function of ({name: value}, step) that logs to out_dir/tensorboard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -141,73 +140,28 @@ def tensorboard_sink(config) -> Callable[[dict[str, float], int], None]:
     return log
 
 
-def read_log(out_dir: str) -> list[dict]:
-    """The records of a run's log.jsonl; `seconds` goes on over its interruptions. UserError where
-    there is none."""
-    path = os.path.join(out_dir, "log.jsonl")
-    try:
-        with open(path, encoding="utf-8") as file:
-            records = [json.loads(line) for line in file if line.endswith("}\n")]
-        before = latest = 0.0
-        for record in records:
-            if "seconds" in record:
-                before += latest if record["seconds"] < latest else 0.0
-                latest = record["seconds"]
-                record["seconds"] += before
-    except OSError as error:
-        fail(f"{path}: {error.strerror}; name the out_dir of a run")
-    except (ValueError, TypeError) as error:
-        fail(f"{path}: {reason(error)}; name the out_dir of a run")
-    if not any(record.get("type") in ("train", "eval") for record in records):
-        fail(f"{path} has no losses yet; name the out_dir of a run that has begun")
-    return records
-
-
-def run_names(out_dirs: Sequence[str]) -> dict[str, str]:
-    """out_dir -> its name in a picture: the last folder's, if no other one's is the same."""
-    names = [os.path.basename(os.path.normpath(run)) for run in out_dirs]
-    return {run: name if names.count(name) == 1 else run
-            for run, name in zip(out_dirs, names, strict=True)}
-AXES = {"steps": ("iter", "step"), "tokens": ("tokens", "training tokens"),
-        "seconds": ("seconds", "wall time (s)"), "flops": ("flops", "training FLOPs")}
-
-
-def plot_losses(out_dirs: list[str], path: str, x: str = "steps",
-                flops_per_token: tuple[float, ...] = ()) -> None:
-    """Draw the losses of one run or several to a PNG, where matplotlib is installed, over one of
-    AXES (flops with each run's flops_per_token)."""
+def draw_losses(out_dir: str) -> None:
+    """loss.png of a run, where matplotlib is installed. A log that was damaged is no reason to end
+    it. (tools/watch.py draws several runs together.)"""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    key, label = AXES[x]
-    axes = figure.add_subplot(xlabel=label, ylabel="cross-entropy (nats per token)")
-    names = run_names(out_dirs)
-    top = 0.0  # of the picture: the second evaluation, since the first is that of no training
-    for i, out_dir in enumerate(out_dirs):
-        records = read_log(out_dir)
-        for r in records if flops_per_token else ():
-            r["flops"] = r.get("tokens", 0) * flops_per_token[i]
-        for kind, name, style in (("train", "loss", dict(lw=0.7, alpha=0.4)),
-                                  ("eval", "val_loss", dict(marker="o", ms=3.5))):
-            points = [(r[key], r[name]) for r in records
-                      if r.get("type") == kind and r.get(name) and key in r]
+    axes = figure.add_subplot(xlabel="step", ylabel="cross-entropy (nats per token)")
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as file:
+            records = [json.loads(line) for line in file]
+        for kind, name, style in (("train", "loss", "-"), ("eval", "val_loss", "o-")):
+            points = [(r["iter"], r[name]) for r in records if r["type"] == kind and r[name]]
             if points:
-                axes.plot(*zip(*points, strict=True), color=f"C{i}", **style,
-                          label=f"{names[out_dir]}, {kind}: {points[-1][1]:.4f}")
-                top = max([top, *(loss for _, loss in points[1:2] if kind == "eval")])
-    axes.set_ylim(top=1.05 * top or None)
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(path)
-
-
-def refresh_picture(out_dir: str) -> None:
-    """Draw loss.png anew. A picture, or a log that was damaged, is no reason to end a run."""
-    with contextlib.suppress(OSError, UserError):
-        plot_losses([out_dir], os.path.join(out_dir, "loss.png"))
+                axes.plot(*zip(*points, strict=True), style, lw=1, ms=3.5,
+                          label=f"{kind}: {points[-1][1]:.4f}")
+        axes.set_ylim(top=axes.get_lines()[0].get_ydata()[0])
+        axes.legend()
+        axes.grid(alpha=0.3)
+        FigureCanvasAgg(figure).print_png(os.path.join(out_dir, "loss.png"))
 
 
 def clock(seconds: float) -> str:
@@ -228,7 +182,7 @@ def hide(line: str, keep: bool = False) -> None:
 
 
 def report(model: Any, config: Any, meta: dict, train: Any, val: Any, ranks: Any,
-           dtype: torch.dtype, compiled: bool) -> None:
+           precision: str) -> None:
     """What is about to run: the options that are not the defaults, and what they make."""
     c, plain = config, type(config)()
     for name, value in asdict(c).items():
@@ -239,14 +193,13 @@ def report(model: Any, config: Any, meta: dict, train: Any, val: Any, ranks: Any
     tables = model.parameter_roles()["embedding"]
     total = model.get_num_params(non_embedding=False)
     embedding = sum(p.numel() for p in tables.values())
-    velocity = sum(p.numel() for n, p in tables.items() if ".vte." in n or ".vpe." in n)
-    sequences = c.batch_size * c.gradient_accumulation_steps
+    velocity = sum(p.numel() for name, p in tables.items() if ".vte." in name or ".vpe." in name)
+    tokens_per_step = c.batch_size * c.gradient_accumulation_steps * c.block_size
     windows = len(evaluation_starts(len(val), c.block_size, c.eval_tokens))
-    precision = str(dtype).removeprefix("torch.") + (", compiled" if compiled else ", eager")
     print(f"""\
 model:  {total:,} parameters: {total - embedding:,} non-embedding, {embedding:,} embedding, of these
         {velocity:,} in velocity tables; {model.flops_per_token() / 1e6:,.1f} MFLOP per token
-step:   {sequences * c.block_size:,} tokens = {c.gradient_accumulation_steps} micro-batches of \
+step:   {tokens_per_step:,} tokens = {c.gradient_accumulation_steps} micro-batches of \
 {c.batch_size} x {c.block_size}, {c.parallel} over {ranks.world} process(es)
 data:   {c.dataset}: {len(train):,} training and {len(val):,} validation tokens, \
 {meta["vocab_size"]:,} ids

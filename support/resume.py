@@ -20,8 +20,8 @@ from support.data import identity
 from support.device import out_of_memory
 from support.errors import fail, reason
 from support.log import show
+from support.meta import TOKENIZER_KEYS, load_meta
 from support.ranks import Ranks, part_of
-from support.tokenizer import TOKENIZER_KEYS, load_meta
 
 # an option of the call or the machine, and none of the run
 NOT_STORED = {"init_from", "overwrite", "out_dir", "eval_only", "device", "dtype", "compile",

@@ -37,7 +37,7 @@ import sample
 import train
 from model import GPT, TEMPLATES, GPTConfig
 from support.checkpoint import read_shards
-from support.tokenizer import load_meta
+from support.meta import load_meta
 
 torture = partial(pytest.param, marks=pytest.mark.torture)
 YURII = dict(template="nesterov")

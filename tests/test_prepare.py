@@ -21,7 +21,8 @@ import prepare
 from support import text
 from support.errors import UserError
 from support.files import locked
-from support.tokenizer import Tokenizer, load_meta
+from support.meta import load_meta
+from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("NANOYURII_SHARED", ROOT.parent / "shared/data"))

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import prepare
 from support.errors import UserError
-from support.tokenizer import CORPORA, Tokenizer, load_meta
+from support.meta import CORPORA, load_meta
+from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("NANOYURII_SHARED", ROOT.parent / "shared/data")) / "tiktoken_cache"

@@ -32,7 +32,7 @@ from support.device import pick_device
 from support.errors import UserError, fail, reason
 from support.files import locked, rename, sha256
 from support.log import clock, read_log
-from support.tokenizer import load_meta
+from support.meta import load_meta
 from tools.findings import draw_study, markdown, pairs, summary
 from tools.race import HERE, machine
 from train import TrainConfig, model_args

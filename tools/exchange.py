@@ -17,7 +17,8 @@ from model import GPT, transposed
 from sample import SampleConfig, load_checkpoint, nanogpt_tokenizer
 from support.checkpoint import model_from, read_pretrained, write_file
 from support.errors import UserError, fail
-from support.tokenizer import END_OF_TEXT, TOKENIZER_KEYS, Tokenizer
+from support.meta import TOKENIZER_KEYS
+from support.tokenizer import END_OF_TEXT, Tokenizer
 
 
 @dataclass

@@ -25,7 +25,8 @@ from model import GPT, GPTConfig
 from support.checkpoint import model_from, read_checkpoint
 from support.device import autocast, pick_device, pick_dtype, tune_allocator
 from support.errors import fail
-from support.tokenizer import END_OF_TEXT, load_meta
+from support.meta import load_meta
+from support.tokenizer import END_OF_TEXT
 from tools.judge import EvalConfig, judge
 from train import TrainConfig
 

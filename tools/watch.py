@@ -23,7 +23,7 @@ from support.checkpoint import (
 from support.data import Tokens
 from support.errors import fail
 from support.log import plot_losses, read_log, run_names
-from support.tokenizer import load_meta
+from support.meta import load_meta
 
 
 @dataclass

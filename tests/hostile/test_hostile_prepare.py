@@ -22,7 +22,7 @@ from processes import ROOT, Program
 
 import prepare
 from support.errors import UserError
-from support.tokenizer import load_meta
+from support.meta import load_meta
 
 SEED = int(os.environ.get("TORTURE_SEED", 1))
 torture = pytest.mark.torture

@@ -2,12 +2,12 @@
 
 The paper's warm-up is a tenth of its steps, the short one of a reproduction a 250th: here 49 and 2.
 
-Data:     as study_suite
-Run:      python bench.py compare config/study_optimizer.py    (speeds first: on a quiet machine)
+Data:     as suite.py
+Run:      python bench.py compare config/studies/optimizer.py    (speeds first: on a quiet machine)
 Cost:     40 runs of about 1.0 M tokens.
 """
 
-from config.study_suite import *
+from config.studies.suite import *
 
 study = "optimizer"
 out_dir = "out-study-optimizer"

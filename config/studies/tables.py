@@ -3,12 +3,12 @@
 Tables without dynamics: the second embedding is added to the first. The YuriiFormer comes first:
 the differences say what is lost when a part of it is left out.
 
-Data:     as study_suite
-Run:      python bench.py compare config/study_tables.py
-Cost:     30 runs of 1.0 M tokens, of which study_suite has 10.
+Data:     as suite.py
+Run:      python bench.py compare config/studies/tables.py
+Cost:     30 runs of 1.0 M tokens, of which suite.py has 10.
 """
 
-from config.study_suite import *
+from config.studies.suite import *
 
 study = "tables"
 out_dir = "out-study-tables"

@@ -1,12 +1,12 @@
 """Study: hourglass and momentum in one model, with one momentum substep for the whole stack of
 sub-MLPs (joint) or one for each.
 
-Data:     as study_suite
-Run:      python bench.py compare config/study_both.py
-Cost:     25 runs of 1.0 M tokens, of which study_hourglass has 5.
+Data:     as suite.py
+Run:      python bench.py compare config/studies/both.py
+Cost:     25 runs of 1.0 M tokens, of which hourglass.py has 5.
 """
 
-from config.study_hourglass import *
+from config.studies.hourglass import *
 
 study = "both"
 out_dir = "out-study-both"

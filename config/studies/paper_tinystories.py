@@ -2,7 +2,7 @@
 reproduce-tinystories` prepares the data and runs it.
 
 Data:     python prepare.py tinystories --val_fraction=0.005
-Run:      python bench.py compare config/study_paper_tinystories.py
+Run:      python bench.py compare config/studies/paper_tinystories.py
 Cost:     six runs of 4.9 G tokens, 2.6e19 FLOP; about 19 h of one H100 at 40 % MFU (computed), one
           run on each GPU there is.
 Expected: the column "published best"; of GPT, YuriiFormer and TMM a reproduction's common

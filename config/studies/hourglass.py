@@ -3,12 +3,12 @@
 The base pair is built as the paper's are: attention width kept, four sub-MLPs, d_h = 0.8 d, half
 the layers. The others change one thing each, and their bottleneck is solved for.
 
-Data:     as study_suite
-Run:      python bench.py compare config/study_hourglass.py
+Data:     as suite.py
+Run:      python bench.py compare config/studies/hourglass.py
 Cost:     40 runs of 1.0 M tokens.
 """
 
-from config.study_suite import *
+from config.studies.suite import *
 
 study = "hourglass"
 out_dir = "out-study-hourglass"

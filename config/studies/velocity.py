@@ -3,12 +3,12 @@
 Without the norm, mu and beta beyond 1 (softplus) should give what triple momentum gives: the two
 are then the same family (docs/lesson.md).
 
-Data:     as study_suite
-Run:      python bench.py compare config/study_velocity.py
-Cost:     40 runs of 1.0 M tokens, of which study_suite has 15.
+Data:     as suite.py
+Run:      python bench.py compare config/studies/velocity.py
+Cost:     40 runs of 1.0 M tokens, of which suite.py has 15.
 """
 
-from config.study_suite import *
+from config.studies.suite import *
 
 study = "velocity"
 out_dir = "out-study-velocity"

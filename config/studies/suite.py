@@ -3,7 +3,7 @@
 The other studies share its recipe: 0.8 M parameters, one pass over the characters of Shakespeare.
 
 Data:     python prepare.py shakespeare_char
-Run:      python bench.py compare config/study_suite.py
+Run:      python bench.py compare config/studies/suite.py
 Cost:     55 runs of 1.0 M tokens, about two minutes each on one CPU core.
 """
 

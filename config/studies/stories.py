@@ -1,11 +1,11 @@
-"""Study: do the findings of study_suite and study_tables hold on another text? TinyStories, bytes.
+"""Study: do the findings of suite.py and tables.py hold on another text? TinyStories, bytes.
 
 Data:     python prepare.py tinystories --tokenizer=bytes --name=tinystories_bytes
-Run:      python bench.py compare config/study_stories.py
+Run:      python bench.py compare config/studies/stories.py
 Cost:     30 runs of 1.0 M tokens, about two minutes each on one CPU core.
 """
 
-from config.study_suite import *
+from config.studies.suite import *
 
 study = "stories"
 out_dir = "out-study-stories"

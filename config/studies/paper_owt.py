@@ -2,7 +2,7 @@
 HellaSwag and ARC-Easy on the best checkpoints. `make reproduce-owt` prepares the data and runs it.
 
 Data:     python prepare.py openwebtext --val_fraction=0.05
-Run:      python bench.py compare config/study_paper_owt.py
+Run:      python bench.py compare config/studies/paper_owt.py
 Cost:     three runs of 14.7 G tokens, 3.5e19 FLOP; about 25 h of one H100 at 40 % MFU (computed),
           one run on each GPU there is.
 Expected: the column "published best" (TMM's is a reproduction's). acc_norm of that reproduction,
