@@ -31,10 +31,11 @@ from model import GPT, GPTConfig
 from support.device import pick_device
 from support.errors import UserError, fail, reason
 from support.files import locked, rename, sha256
-from support.log import clock, read_log
+from support.log import clock
 from support.meta import load_meta
 from tools.findings import draw_study, markdown, pairs, summary
 from tools.race import HERE, machine
+from tools.watch import read_log
 from train import TrainConfig, model_args
 
 

@@ -8,8 +8,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from support.log import AXES
-from tools.watch import draw_scalars, picture
+from tools.watch import AXES, draw_scalars, picture
 
 # -----------------------------------------------------------------------------
 # The statistics

@@ -21,8 +21,8 @@ from sample import load_model, store_matrices, stream
 from support.data import Tokens, evaluation_starts
 from support.device import pick_device, pick_dtype, tune_allocator
 from support.errors import fail, reason
-from support.text import text_pieces
 from support.meta import load_meta
+from support.text import text_pieces
 from support.tokenizer import Tokenizer
 from tools.exchange import checkpoint_named
 
