@@ -28,7 +28,7 @@ from support.data import prefetch
 from support.device import (
     can_compile,
     out_of_memory,
-    peak_resident,
+    peak_mb,
     pick_device,
     pick_dtype,
     try_compile,
@@ -209,7 +209,7 @@ def memory(configs: dict[str, MemoryConfig], config: MemoryConfig) -> list[dict]
     rows: list[dict] = []
     for name, c, nanogpt in jobs:
         peak, parameters = in_a_process(peak_memory, c, nanogpt)
-        rows.append({"variant": name, "parameters": parameters, "peak_mb": peak / 1e6})
+        rows.append({"variant": name, "parameters": parameters, "peak_mb": peak})
         rows[-1]["ratio"] = rows[-1]["peak_mb"] / (rows[0]["peak_mb"] or 1.0)
     return rows
 
@@ -225,19 +225,18 @@ def in_a_process(function: Callable, *args):
 
 
 def peak_memory(config: MemoryConfig, nanogpt: bool) -> tuple[int, int]:
-    """(bytes above those before the model was made, parameters); on a CPU of resident memory."""
-    if (before := peak_resident()) is None:
-        fail("bench.py memory cannot tell a process's memory on Windows")
+    """(MB above those before the model was made, parameters); on a CPU of resident memory."""
+    device = pick_device(config.device)
+    if (before := peak_mb(device)) is None:
+        fail("bench.py memory cannot tell a process's memory on this system")
     if nanogpt:
-        compiled = can_compile(config.compile, pick_device(config.device))  # as ours
+        compiled = can_compile(config.compile, device)  # as ours
         variant = race.nanogpt_training(config, config.nanogpt, 2, compiled)
     else:
         tune_allocator()  # as train.py does
         variant = training("", config, 2)
     variant.run()
-    if variant.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(), variant.parameters
-    return peak_resident() - before, variant.parameters
+    return peak_mb(device) - before, variant.parameters
 
 
 # -----------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_the_four_sizes(monkeypatch, name, shape, parameters):
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
             n_layer=n_layer, n_head=n_head, n_embd=n_embd))
         monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained",
-                            lambda *_, **__: (theirs, {"missing_keys": set()}))
+                            lambda *_, **__: theirs)
         ours = GPT.from_pretrained(name, {"dropout": 0.1})
     assert ours.get_num_params(False) == parameters
     c = ours.config
@@ -249,22 +249,14 @@ def test_every_variant_comes_back(tmp_path):
     assert size < (tmp_path / "st" / "model.safetensors").stat().st_size < size + 8000
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_run_an_exported_folder_and_shards_are_read(tmp_path, run):
+def test_a_run_and_an_exported_folder_are_read(tmp_path, run):
     """best.pt where the run asked for it."""
     pytest.importorskip("safetensors")
-    import torch.distributed.checkpoint as dcp
-
     run(tmp_path / "run", max_iters=3, template="tmm", always_save_checkpoint=False)
     export(tmp_path / "run", tmp_path / "1", "--format=safetensors")
     export(tmp_path / "1", tmp_path / "2", "--format=safetensors")
     best = read_checkpoint(str(tmp_path / "run" / "best.pt"))
-    (tmp_path / "sharded").mkdir()
-    dcp.save({f"model/{n}": w for n, w in best["model"].items() if n != "lm_head.weight"},
-             storage_writer=dcp.FileSystemWriter(tmp_path / "sharded" / "shards-3"), no_dist=True)
-    torch.save(best | {"model": {}, "shards": "shards-3"}, tmp_path / "sharded" / "ckpt.pt")
-    export(tmp_path / "sharded", tmp_path / "3", "--format=safetensors")
-    for folder in "123":
+    for folder in "12":
         found = read_checkpoint(str(tmp_path / folder))
         assert found["tokenizer"] == best["tokenizer"]
         assert all(torch.equal(w, found["model"][n]) for n, w in best["model"].items())
@@ -315,7 +307,7 @@ def convert(ckpt, out, *words):
 
 def by_hand(gpt: GPT, v: torch.Tensor, splitting: str, mu: float, beta: float) -> torch.Tensor:
     """The GPT's weights in X' = X + h (beta V + gamma h g(X + mu V)), gamma = 1 / h, float64."""
-    t, (x,) = gpt.transformer, gpt.embed(IDX)
+    t, (x,) = gpt.transformer, gpt.embed(IDX, torch.arange(8)[None])
     for block in t.h:
         def attention(z, b=block):
             return b.attn(b.ln_1(z))

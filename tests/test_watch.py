@@ -160,7 +160,7 @@ def test_the_path_of_a_file_and_of_a_folder(run, tmp_path, data_dir, drawn, monk
 @pytest.mark.parametrize("command, said", [
     ("plot", "plot OUT_DIR"), ("plot none", "none"), ("plot none --x=miles", "miles"),
     ("plot gd --draw=scalars", "momentum"), ("plot gd --plot=no/x.png", "no/x.png"),
-    ("plot lone --x=flops", "checkpoint"), ("plot lone --draw=path", "checkpoint"),
+    ("plot lone --x=flops", "no losses"), ("plot lone --draw=path", "checkpoint"),
     ("plot lone", "no losses"), ("plot gd --plot=x.pdf", ".png"),
     ("plot broken", "log.jsonl"), ("plot gd --plot=no/x.png", "there is no folder no")])
 def test_what_cannot_be_drawn_is_one_line(run, tmp_path, monkeypatch, command, said):

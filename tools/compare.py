@@ -20,9 +20,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -41,20 +41,15 @@ from train import TrainConfig, model_args
 
 @dataclass
 class CompareConfig(TrainConfig):
-    """A study: variants x seeds, with a table of paired differences and their intervals.
+    """A study: variants x seeds, with a table of paired differences and their intervals."""
 
-    python bench.py compare config/studies/suite.py --seeds=5
-
-    Runs what is missing and writes docs/results/STUDY; the same command again goes on.
-    """
-
-    init_from: ClassVar[str] = "scratch"
-    seed: ClassVar[int] = TrainConfig.seed  # runs have the seeds 1, 2, ...
+    init_from: ClassVar[str] = TrainConfig.init_from
+    seed: ClassVar[int] = TrainConfig.seed
     study: str | None = None  # its name
     # the options of each variant, as one word: "template=gd", or named: "GPT: template=gd"
     variants: tuple[str, ...] = ()
     seeds: int = 3  # runs of each variant, with seeds 1, 2, 3
-    match: Literal["width", "parameters", "matrices", "flops"] = "width"  # of the first variant
+    match: Literal["width", "parameters", "matrices", "flops"] = "width"  # to the first variant
     solve: Literal["n_embd", "n_layer", "ffn_hidden"] = "n_embd"  # what match changes
     # what all spend as much of as the first one in its max_iters
     budget: Literal["tokens", "flops", "seconds"] = "tokens"
@@ -84,7 +79,7 @@ class CompareConfig(TrainConfig):
 
 
 SIZES = {"parameters": "parameters", "matrices": "matrices", "flops": "flops_per_token"}
-# what a run is given beside its variant's options
+# what says where a run is
 PLACE = {"dataset", "data_dir", "out_dir", "init_from", "overwrite", "seed"}
 # what changes no figure
 ASIDE = {"device", "log_interval", "save_interval", "always_save_checkpoint", "wandb_log",
@@ -99,7 +94,7 @@ SAME_SPEED = {"max_iters", "learning_rate", "min_lr", "muon_lr", "weight_decay",
 # The plan: variants of matched size and budget
 
 
-def options_of(config: TrainConfig, without: Iterable[str] = (*PLACE, *ASIDE)) -> dict:
+def options_of(config: TrainConfig, without: Iterable[str] = PLACE | ASIDE) -> dict:
     """The options of train.py that differ from its defaults."""
     return {f.name: getattr(config, f.name) for f in fields(TrainConfig)
             if f.name not in without and getattr(config, f.name) != f.default}
@@ -116,7 +111,7 @@ def shape_size(**shape) -> dict[str, int]:
             "flops_per_token": model.flops_per_token()}
 
 
-def model_size(config: CompareConfig) -> dict[str, int]:
+def model_size(config: TrainConfig) -> dict[str, int]:
     """shape_size of a model. Each layer adds the same, so that models of one and two layers tell
     that of any."""
     try:
@@ -126,22 +121,18 @@ def model_size(config: CompareConfig) -> dict[str, int]:
     return {name: one[name] + (config.n_layer - 1) * (two[name] - one[name]) for name in one}
 
 
-def matched(config: CompareConfig, target: int) -> CompareConfig:
-    """With the value of `solve` at which `match` comes nearest to the target. ValueError where that
-    is not near."""
-    step = 4
-    if config.solve == "n_layer":
-        step = 1
-    elif config.solve == "n_embd" and config.head_dim is None:
-        step = config.n_head * (2 if config.position == "rope" else 1)
-
+def matched(config: CompareConfig, first: CompareConfig) -> CompareConfig:
+    """With the value of `solve` at which `match` comes nearest to that of the first variant.
+    ValueError where that is not near."""
     def size(value: int) -> int:
         try:
             return model_size(replace(config, **{config.solve: value}))[SIZES[config.match]]
         except ValueError:  # narrower than its attention, say
             return 0
 
-    most = 1
+    step = {"n_layer": 1, "ffn_hidden": 4}.get(config.solve) or (
+        4 if config.head_dim else config.n_head * (2 if config.position == "rope" else 1))
+    target, most = model_size(first)[SIZES[config.match]], 1
     while size(most * step) < target and most < 2**12:
         most *= 2
     values = range(step, most * step + 1, step)
@@ -158,25 +149,24 @@ def plan(configs: dict[str, CompareConfig], config: CompareConfig, vocab_size: i
          ) -> dict[str, CompareConfig]:
     """The variants as they will run, but for their budgets, with the data's vocabulary."""
     common = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(TrainConfig)}
-    common = (common - {"match", "solve"}) | (PLACE - {"init_from", "seed"}) | {
-        "block_size", "eval_tokens", "eval_iters", "max_iters"}
+    common |= PLACE | {"block_size", "eval_tokens", "eval_iters", "max_iters"}
     planned: dict[str, CompareConfig] = {}
     for label, variant in configs.items():
-        differ = [k for k in sorted(common) if getattr(variant, k) != getattr(config, k)]
+        differ = [k for k in sorted(common - {"match", "solve"})
+                  if getattr(variant, k) != getattr(config, k)]
         if differ:
             fail(f"{label}: {', '.join(differ)} must be the same in all variants, or they cannot "
                  f"be compared; say it for the study")
         with naming(label):
             variant = replace(variant, vocab_size=config.vocab_size or vocab_size, eval_iters=None)
             if planned and variant.match != "width":
-                first = model_size(next(iter(planned.values())))
-                variant = matched(variant, first[SIZES[variant.match]])
+                variant = matched(variant, next(iter(planned.values())))
         planned[label] = variant
     return planned
 
 
 @contextlib.contextmanager
-def naming(label: str):
+def naming(label: str) -> Iterator[None]:
     """A ValueError becomes a UserError of this variant."""
     try:
         yield
@@ -238,17 +228,16 @@ class Cell:
         return os.path.join(self.config.out_dir, self.config.study, f"{name}-seed{self.seed}")
 
     def is_of(self, run: dict) -> bool:
-        """Whether this is what a record of results.json is of, whatever its variant's name."""
+        """Whether a record of results.json is this cell's, whatever its variant's name."""
         return (run["options"], run["seed"]) == (options_of(self.config), self.seed)
 
     def run(self, workers: "Workers") -> dict:
         """Train it, or train it on; the record of it. UserError if that fails."""
         os.makedirs(self.out_dir, exist_ok=True)
-        words = {**options_of(self.config, without=()), "seed": self.seed, "out_dir": self.out_dir,
-                 "overwrite": True}
-        if self.began():
-            words |= {"overwrite": False, "init_from": "auto"}
-        workers.launch("train.py", words, self.out_dir)
+        start = {"init_from": "auto"} if self.began() else {"overwrite": True}
+        words = options_of(self.config, without={"overwrite"})
+        workers.launch("train.py", words | {"seed": self.seed, "out_dir": self.out_dir} | start,
+                       self.out_dir)
         try:
             record = self.record()
             if self.config.tasks:
@@ -263,9 +252,8 @@ class Cell:
         try:
             with open(os.path.join(self.out_dir, "config.json"), encoding="utf-8") as file:
                 stored = json.load(file)
-            options = asdict(TrainConfig(**options_of(self.config)))
-            return all(stored[k] == v for k, v in options.items()
-                       if k not in PLACE | ASIDE | {"vocab_used"})
+            return all(stored[f.name] == getattr(self.config, f.name) for f in fields(TrainConfig)
+                       if f.name not in PLACE | ASIDE)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -273,13 +261,12 @@ class Cell:
         """What is kept of a finished run."""
         log = read_log(self.out_dir)
         evals = [r for r in log if r["type"] == "eval"]
-        last = evals[-1]
+        last, rates = evals[-1], [r["tokens_per_s"] for r in log if r["type"] == "train"]
         if last["iter"] != self.config.max_iters:
             fail(f"it ended at step {last['iter']}")
         if last["val_loss"] is None:
             fail("its last loss is not finite")
         evals = [r for r in evals if r["val_loss"] is not None]
-        rates = [r["tokens_per_s"] for r in log if r["type"] == "train"]
         record = {"variant": self.label, "seed": self.seed, "options": options_of(self.config),
                   **model_size(self.config), "tokens": last["tokens"], "steps": last["iter"],
                   "val_loss": round(last["val_loss"], 5),
@@ -291,21 +278,19 @@ class Cell:
             record["scalars"] = [[r["iter"], rounded(r["scalars"])] for r in evals]
         return record
 
-    def judged(self, workers: "Workers") -> dict[str, float]:
+    def judged(self, workers: "Workers") -> dict[str, float | None]:
         """Of each task the normalised accuracy of best.pt, the accuracy, or its own metric."""
         figures = os.path.join(self.out_dir, "eval.json")
-        words = {name: value for name in ("tasks", "num_fewshot", "include_path", "limit", "device")
-                 if (value := getattr(self.config, name)) is not None}
-        words |= {"ckpt": os.path.join(self.out_dir, "best.pt"), "json": figures}
+        words = {"ckpt": os.path.join(self.out_dir, "best.pt"), "json": figures}
+        for name in ("tasks", "num_fewshot", "include_path", "limit", "device"):
+            words[name] = getattr(self.config, name) or "auto"
         workers.launch("bench.py eval", words, self.out_dir)
         with open(figures, encoding="utf-8") as file:
             rows = json.load(file)["rows"]
-        scores = {}
-        for row in rows:
-            metrics = [k for k in ("acc_norm", "acc", *row)
-                       if k in row and k not in ("variant", "shots", "items", "items_per_s")]
-            scores[row["variant"]] = row[metrics[0]] if metrics else None
-        return scores
+        about = {"variant", "shots", "items", "items_per_s"}
+        return {row["variant"]: next((row[metric] for metric in ("acc_norm", "acc", *row)
+                                      if metric in row and metric not in about), None)
+                for row in rows}
 
 
 def rounded(x):
@@ -346,19 +331,19 @@ class Workers:
                 with self.lock:
                     if self.stopping:
                         fail("interrupted")
-                    process = subprocess.Popen([sys.executable, os.path.join(HERE, name), *argv],
-                                               env=environment, stdout=output,
-                                               stderr=subprocess.STDOUT)
+                    process = subprocess.Popen(
+                        [sys.executable, os.path.join(HERE, name), *argv], env=environment,
+                        stdout=output, stderr=subprocess.STDOUT)
                     self.running.add(process)
-                process.wait()
+                code = process.wait()
                 self.running.discard(process)
                 output.seek(start)
                 lines = output.read().decode(errors="replace").strip().splitlines() or [""]
         finally:
             self.free.put(slot)
-        if process.returncode:
-            errors = [line[7:] for line in lines if line.startswith("error: ")]
-            fail(errors[0] if errors else f"exit code {process.returncode}: {lines[-1]}")
+        if code:
+            fail(next((line[7:] for line in lines if line.startswith("error: ")),
+                      f"exit code {code}: {lines[-1]}"))
 
     def stop(self) -> None:
         """Start nothing more, and end what runs: train.py saves first."""
@@ -418,18 +403,18 @@ class Results:
         return next((r for r in self.runs if r["variant"] == cell.label and cell.is_of(r)), None)
 
 
+KEPT = {"variant", "seed", "options", "val_loss", "best_val_loss", "curve", "machine", "parameters",
+        "matrices", "flops_per_token", "tokens", "steps", "seconds", "tokens_per_s", "peak_mb"}
+
+
 def read_results(path: str) -> tuple[dict, list[dict]]:
     """(what the runs share, the runs) of a results.json."""
     with open(path, encoding="utf-8") as file:
         head = json.load(file)
     runs = head.pop("runs")
-    needed = ("variant", "seed", "options", "val_loss", "best_val_loss", "curve", "machine",
-              "parameters", "matrices", "flops_per_token", "tokens", "steps", "seconds",
-              "tokens_per_s", "peak_mb")
-    for run in runs:
-        for key in needed:
-            run[key]
-    return head | {"data": head["data"], "study": head["study"]}, runs
+    if any(KEPT - run.keys() for run in runs) or {"data", "study"} - head.keys():
+        raise ValueError("something is missing")
+    return head, runs
 
 
 # -----------------------------------------------------------------------------
@@ -453,8 +438,7 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
     where = f"{machine(pick_device(config.device))}, {workers.count} at a time"
     print(where)
     planned = plan(configs, config, meta["padded_vocab_size"])
-    results = Results(config, data)
-    speeds = {}
+    results, speeds = Results(config, data), {}
     if config.budget == "seconds":
         speeds = measured(planned, results.head, relative_speeds)
     planned = budgeted(planned, speeds)
@@ -472,7 +456,7 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
                                     f"choose another --study"):
             results.runs = Results(config, data).runs  # another command may have just ended
             failed = run_missing(planned, config, results, workers, where)
-            report(results.runs, results.folder, planned, config, argv)
+            report(results, planned, config, argv)
     finally:
         if new and os.listdir(results.folder) in ([], [".lock"]):
             shutil.rmtree(results.folder)
@@ -488,12 +472,11 @@ def names(labels: Iterable[str]) -> str:
 
 def plan_row(label: str, config: CompareConfig) -> dict[str, str]:
     """A variant in the table of the plan."""
-    size, tokens_per_step = model_size(config), config.batch_size * config.block_size
-    tokens = config.max_iters * config.gradient_accumulation_steps * tokens_per_step
+    size, sequences = model_size(config), config.batch_size * config.gradient_accumulation_steps
+    tokens = config.max_iters * sequences * config.block_size
     return {"variant": label, **{k: f"{n:,}" for k, n in size.items()}, "tokens": f"{tokens:,}",
-            "total FLOP": f"{tokens * size['flops_per_token']:.2e}",
-            "found": f"{config.solve}={getattr(config, config.solve)}, "
-                     f"max_iters={config.max_iters}"}
+            "total FLOP": f"{tokens * size['flops_per_token']:.2e}", "found": f"{config.solve}="
+            f"{getattr(config, config.solve)}, max_iters={config.max_iters}"}
 
 
 def check(configs: dict[str, CompareConfig], config: CompareConfig) -> None:
@@ -505,8 +488,10 @@ def check(configs: dict[str, CompareConfig], config: CompareConfig) -> None:
         fail('say what to compare: --variants "GPT: template=gd" "YuriiFormer: template=nesterov"')
     if config.tasks and importlib.util.find_spec("lm_eval") is None:  # not after days of training
         fail("tasks need lm-eval: pip install lm-eval")
-    published = [text.rpartition(":")[0] for text in config.published]
-    for option, labels in (("only", config.only), ("published", published)):
+    for option in ("only", "published"):
+        labels = getattr(config, option)
+        if option == "published":
+            labels = [text.rpartition(":")[0] for text in labels]
         if unknown := [label for label in labels if label not in configs]:
             fail(f"{option}={', '.join(unknown)}: the variants are {names(configs)}")
     folders = {Cell(label, config, 0).out_dir.lower() for label in configs}
@@ -517,11 +502,12 @@ def check(configs: dict[str, CompareConfig], config: CompareConfig) -> None:
 def run_missing(planned: dict[str, CompareConfig], config: CompareConfig, results: Results,
                 workers: Workers, where: str) -> list[str]:
     """Run the cells of the plan that the results lack. What failed, a line each."""
-    labels = [label for label in planned if not config.only or label in config.only]
-    cells = [Cell(label, planned[label], seed)
-             for seed in range(1, config.seeds + 1) for label in labels]
-    options = {label: options_of(planned[label]) for label in labels}
-    stale = [r for r in results.runs if options.get(r["variant"], r["options"]) != r["options"]]
+    chosen = {label: variant for label, variant in planned.items()
+              if not config.only or label in config.only}
+    cells = [Cell(label, variant, seed) for seed in range(1, config.seeds + 1)
+             for label, variant in chosen.items()]
+    stale = [r for r in results.runs if r["variant"] in chosen
+             and r["options"] != options_of(chosen[r["variant"]])]
     if stale and not config.overwrite:
         fail(f"{results.path} has runs of {names(r['variant'] for r in stale)} "
              f"with other options; add --overwrite to replace them, or choose another --study")
@@ -529,9 +515,8 @@ def run_missing(planned: dict[str, CompareConfig], config: CompareConfig, result
     results.borrow(cells)
     missing = []
     for cell in cells:
-        run = results.get(cell)
-        judged = run is not None and run.get("tasks", {}).get("how") == config.judged_by
-        if run is None or (config.tasks and not judged):
+        tasks = (results.get(cell) or {}).get("tasks", {})
+        if results.get(cell) is None or (config.tasks and tasks.get("how") != config.judged_by):
             missing.append(cell)
     print(f"{len(missing)} runs to do, {len(cells) - len(missing)} there, {workers.count} at a "
           f"time", flush=True)
@@ -554,18 +539,18 @@ def run_cells(cells: list[Cell], results: Results, order: list[str], workers: Wo
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 cell = futures[future]
-                name = f"[{done}/{len(cells)}] {cell.label}, seed {cell.seed}"
-                left = (time.time() - began) / done * (len(cells) - done)
+                name, count = f"{cell.label}, seed {cell.seed}", f"[{done}/{len(cells)}]"
                 try:
                     run = future.result()
                 except (UserError, OSError) as error:
-                    failed.append(f"{cell.label}, seed {cell.seed}: {error}")
-                    print(f"{name}: {error}", flush=True)
+                    failed.append(f"{name}: {error}")
+                    print(f"{count} {failed[-1]}", flush=True)
                     continue
                 results.runs = [r for r in results.runs if r is not results.get(cell)]
                 results.runs.append(run | {"machine": where})
                 results.write(order)
-                print(f"{name}: {run['val_loss']:.4f} after {clock(run['seconds'])}; eta "
+                left = (time.time() - began) / done * (len(cells) - done)
+                print(f"{count} {name}: {run['val_loss']:.4f} after {clock(run['seconds'])}; eta "
                       f"{clock(left)}", flush=True)
         except BaseException:
             print("stopping; the same command goes on", flush=True)
@@ -583,8 +568,7 @@ Losses are those at the end of training, in nats per token (lower is better), on
 mean ± standard deviation over the seeds. Differences to the first row are paired by seed, ± the \
 half width of their 95 % t-interval; where that contains zero, no difference is shown. Each \
 interval is for itself: of twenty, one misses on average. Matrices are the parameters without \
-tables, norms and scalars; FLOPs are those of training.
-"""
+tables, norms and scalars; FLOPs are those of training."""
 
 
 def report(results: Results, planned: dict[str, CompareConfig], config: CompareConfig,
@@ -595,13 +579,18 @@ def report(results: Results, planned: dict[str, CompareConfig], config: CompareC
     first = next(iter(planned))
     if not runs or runs[0]["variant"] != first:
         return print(f"no table yet: nothing of {first}, to which the others are compared")
+    words, kept = [], True
+    for word in argv:  # without what is of this machine or this call
+        if word.startswith("--"):
+            kept = word[2:].split("=")[0] not in PLACE | ASIDE | {"results", "jobs", "only"}
+        if kept:
+            words.append(word)
     table = markdown(summary(runs, planned))
     setting = f"{results.head['data']['dataset']}, equal {config.budget}; "
     setting += "; ".join(dict.fromkeys(r["machine"] for r in runs)) + "."
     if borrowed := dict.fromkeys(r["study"] for r in runs if "study" in r):
         setting += f" Runs of the same options are from {', '.join(borrowed)}."
-    parts = [f"# {config.study}", f"`python bench.py {shlex.join(shared_words(argv))}`", setting,
-             table, NOTES]
+    parts = [f"# {config.study}", f"`python bench.py {shlex.join(words)}`", setting, table, NOTES]
     if others := pairs(runs):
         parts += ["The other pairs, row less column, bold where the interval leaves out zero:",
                   markdown(others)]
@@ -609,19 +598,7 @@ def report(results: Results, planned: dict[str, CompareConfig], config: CompareC
         print("no pictures: pip install matplotlib")
     else:
         pictures = draw_study(runs, results.folder, config.x)
-        parts.append("\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures))
+        parts.append("\n".join(f"![{name[:-4]}]({name})" for name in pictures))
     with open(os.path.join(results.folder, "table.md"), "w", encoding="utf-8") as file:
         file.write("\n\n".join(part.strip() for part in parts) + "\n")
     print(f"{table}\nwrote {results.folder}")
-
-
-def shared_words(argv: list[str]) -> list[str]:
-    """A command without what is of this machine or this call."""
-    words, kept = [], True
-    for word in argv:
-        if word.startswith("--"):
-            name = word[2:].split("=")[0]
-            kept = name not in PLACE | ASIDE | {"results", "jobs", "only"}
-        if kept:
-            words.append(word)
-    return words

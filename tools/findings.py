@@ -168,9 +168,12 @@ def draw_study(runs: list[dict], folder: str, x: str) -> list[str]:
 def draw_curves(runs: list[dict], path: str, x: str) -> None:
     """Validation losses: means over the seeds, with the lowest and the highest."""
     def per_step(run: dict) -> float:
-        tokens = run["tokens"] / run["steps"] if x in ("tokens", "flops") else 1.0
-        return {"seconds": run["seconds"] / run["steps"],
-                "flops": tokens * run["flops_per_token"]}.get(x, tokens)
+        if x == "steps":
+            return 1.0
+        if x == "seconds":
+            return run["seconds"] / run["steps"]
+        tokens = run["tokens"] / run["steps"]
+        return tokens * run["flops_per_token"] if x == "flops" else tokens
 
     with picture(path, 7, 4.5) as figure:
         axes = figure.add_subplot(xlabel=AXES[x][1], ylabel="validation loss (nats per token)")
