@@ -39,7 +39,7 @@ from tools import race
 from tools.compare import CompareConfig, compare
 from tools.exchange import ConvertConfig, ExportConfig, convert, export
 from tools.judge import EvalConfig, judge
-from tools.race import AllConfig, LossConfig, PreparingConfig, Variant, alternate
+from tools.race import Variant, alternate
 from tools.watch import PlotConfig, plot
 from train import TrainConfig, accumulate, make_optimizers, model_args
 
@@ -88,18 +88,6 @@ class MemoryConfig(MeasureConfig):
 
 # -----------------------------------------------------------------------------
 # What takes turns
-
-
-def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(FLOP/s of a large matrix product, bytes/s read by a large sum), measured here and now."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    large = torch.ones(2**29 if device.type == "cuda" else 2**26, device=device)
-
-    def best(run: Callable[[], None]) -> float:
-        return min(race.seconds(run, device) for _ in range(5))
-
-    return 2 * n**3 / best(lambda: a @ b), large.numel() * 4 / best(large.sum)
 
 
 def random_batches(config: TrainConfig) -> Iterator[torch.Tensor]:
@@ -167,14 +155,14 @@ def decoding(name: str, config: DecodeConfig) -> Variant:
 # The commands
 
 
-def speed(configs: dict[str, SpeedConfig], config: SpeedConfig) -> list[dict]:
+def speed(config: SpeedConfig, configs: dict[str, SpeedConfig]) -> list[dict]:
     variants = [training(name, c, c.steps) for name, c in configs.items()]
     if config.nanogpt:
         variants += [race.nanogpt_training(config, config.nanogpt, config.steps, compiled)
                      for compiled in (False, True)]
     rows = alternate(variants, config.repeats)
     device = variants[0].device
-    flops, _ = peaks(device, pick_dtype(config.dtype, device))
+    flops, _ = race.peaks(device, pick_dtype(config.dtype, device))
     for row, variant in zip(rows, variants, strict=True):
         row["mflop_per_token"] = variant.flops / 1e6
         row["share_of_peak"] = row["tokens_per_s"] * variant.flops / flops
@@ -189,12 +177,12 @@ def relative_speeds(configs: dict[str, CompareConfig]) -> dict[str, float]:
     return {row["variant"]: row["ratio"] for row in rows}
 
 
-def decode(configs: dict[str, DecodeConfig], config: DecodeConfig) -> list[dict]:
+def decode(config: DecodeConfig, configs: dict[str, DecodeConfig]) -> list[dict]:
     variants = [decoding(name, c) for name, c in configs.items()]
     if config.nanogpt:
         variants.append(race.nanogpt_decoding(config, config.nanogpt))
     rows = alternate(variants, config.repeats)
-    _, bandwidth = peaks(variants[0].device, torch.float32)
+    _, bandwidth = race.peaks(variants[0].device, torch.float32)
     for row, variant in zip(rows, variants, strict=True):
         row["mb_per_token"] = variant.bytes / 1e6
         row["share_of_peak"] = row["tokens_per_s"] * variant.bytes / bandwidth
@@ -202,7 +190,7 @@ def decode(configs: dict[str, DecodeConfig], config: DecodeConfig) -> list[dict]
     return rows
 
 
-def memory(configs: dict[str, MemoryConfig], config: MemoryConfig) -> list[dict]:
+def memory(config: MemoryConfig, configs: dict[str, MemoryConfig]) -> list[dict]:
     jobs = [(name, c, False) for name, c in configs.items()]
     if config.nanogpt:
         jobs.append(("nanogpt", config, True))
@@ -243,10 +231,21 @@ def peak_memory(config: MemoryConfig, nanogpt: bool) -> tuple[int, int]:
 # The command line
 
 
-COMMANDS = {"speed": SpeedConfig, "decode": DecodeConfig, "memory": MemoryConfig,
-            "loss": LossConfig, "prepare": PreparingConfig, "all": AllConfig,
-            "compare": CompareConfig, "plot": PlotConfig, "eval": EvalConfig,
-            "export": ExportConfig, "convert": ConvertConfig}
+def run_all(config: race.AllConfig) -> None:
+    for argv in race.table_commands(config):
+        print(f"\npython bench.py {shlex.join(argv)}", flush=True)
+        try:
+            run(argv)
+        except UserError as error:
+            print(f"not measured: {error}")
+
+
+COMMANDS = {  # name -> its options, what it does
+    "speed": (SpeedConfig, speed), "decode": (DecodeConfig, decode),
+    "memory": (MemoryConfig, memory), "loss": (race.LossConfig, race.time_to_loss),
+    "prepare": (race.PreparingConfig, race.preparing), "all": (race.AllConfig, run_all),
+    "compare": (CompareConfig, compare), "plot": (PlotConfig, plot), "eval": (EvalConfig, judge),
+    "export": (ExportConfig, export), "convert": (ConvertConfig, convert)}
 
 
 def read_options(argv: list[str]):
@@ -254,15 +253,16 @@ def read_options(argv: list[str]):
     UserError for what is no command or no option of it."""
     name, *words = argv or [""]
     if name in ("-h", "--help"):
-        lines = (f"  {name:8} {cls.__doc__.splitlines()[0]}" for name, cls in COMMANDS.items())
-        print(__doc__.strip(), "", "commands:", *lines, sep="\n")
+        print(f"{__doc__.strip()}\n\ncommands:")
+        for name, (cls, _) in COMMANDS.items():
+            print(f"  {name:8} {cls.__doc__}")
         sys.exit(0)
     if name not in COMMANDS:
         fail(f"no command {name}{nearest(name, COMMANDS)}" if name else
              f"say what to do: python bench.py {' | '.join(COMMANDS)}")
     if name == "plot" and words and not words[0].startswith("-"):
         words = ["--runs", *words]  # its folders come first
-    cls = COMMANDS[name]
+    cls, _ = COMMANDS[name]
     return read_config(cls, words, usage=cls.__doc__)[0]
 
 
@@ -284,60 +284,26 @@ def named_variants(argv: list[str], config: MeasureConfig | CompareConfig) -> di
     return configs
 
 
-def measure(argv: list[str]) -> list[dict]:
-    """The figures that a command line asks for."""
-    config, name = read_options(argv), argv[0]
-    if isinstance(config, MeasureConfig):
-        command = {"speed": speed, "decode": decode, "memory": memory}[name]
-        return command(named_variants(argv, config), config)
-    return {"loss": race.time_to_loss, "prepare": race.preparing, "eval": judge}[name](config)
-
-
-def whole_table(config: AllConfig) -> list[dict]:
-    """The figures of one command after the other, each with its command."""
-    rows = []
-    for argv in race.table_commands(config):
-        print(f"\npython bench.py {shlex.join(argv)}", flush=True)
-        try:
-            measured = measure(argv)
-        except UserError as error:
-            print(f"not measured: {error}")
-            continue
-        print(text_table(measured), flush=True)
-        rows += [{"command": shlex.join(argv), **row} for row in measured]
-    return rows
-
-
-def text_table(rows: list[dict]) -> str:
-    """Figures in columns."""
-    def text(value: str | int | float) -> str:
-        if isinstance(value, str):
-            return value
-        return f"{value:,.4f}" if isinstance(value, float) and abs(value) < 100 else f"{value:,.0f}"
-
-    keys = dict.fromkeys(key for row in rows for key in row)
-    lines = [list(keys), *([text(row.get(key, "")) for key in keys] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
 def run(argv: list[str]) -> None:
     """Measure, print and write down; or what else the command is."""
-    config, name = read_options(argv), argv[0]
-    if name in ("plot", "export", "convert"):
-        return print({"plot": plot, "export": export, "convert": convert}[name](config))
-    if name == "compare":
+    config = read_options(argv)
+    _, function = COMMANDS[argv[0]]
+    if isinstance(config, (PlotConfig, ExportConfig, race.AllConfig)):
+        return function(config)
+    if isinstance(config, CompareConfig):
         return compare(named_variants(argv, config), config, argv, relative_speeds)
     if config.json and not os.path.isdir(folder := os.path.dirname(config.json) or "."):
         fail(f"json={config.json}: there is no folder {folder}; make it first")
-    where = race.machine(pick_device(config.device))
-    print(where)
-    rows = whole_table(config) if name == "all" else measure(argv)
-    if name != "all":
-        print(text_table(rows))
+    machine = race.machine(pick_device(config.device))
+    print(machine)
+    if isinstance(config, MeasureConfig):
+        rows = function(config, named_variants(argv, config))
+    else:
+        rows = function(config)
+    print(race.text_table(rows))
     if config.json:
         with open(config.json, "w", encoding="utf-8") as file:
-            json.dump({"command": argv, "machine": where, "rows": rows}, file, indent=1)
+            json.dump({"command": argv, "machine": machine, "rows": rows}, file, indent=1)
 
 
 def main(argv: list[str]) -> None:

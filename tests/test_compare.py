@@ -302,7 +302,8 @@ def test_other_data(study, data_dir, tmp_path):
     (("a: n_embd=512 n_layer=8", "b: n_embd=2 n_head=1 match=parameters solve=n_layer"), {},
      "b: match=parameters: the nearest n_layer"),
     (("a: n_embd=2147483646 n_head=2",), {}, "n_embd=2147483646"),
-    (("a: template=gd", "b: warmup_iters=5 schedule=wsd batch_size=4000"), {"budget": "flops"}, "b: ")])
+    (("a: template=gd", "b: warmup_iters=5 schedule=wsd batch_size=4000"), {"budget": "flops"},
+     "b: ")])
 def test_what_is_refused(study, variants, options, said):
     refused(lambda: study(*variants, **options), said)
     assert study.launched == [] and not Path("found").exists()

@@ -195,8 +195,6 @@ def test_the_tokenizer_is_gpt2s(tmp_path, gpt2_cache):
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
     assert len(theirs) == 50257 and theirs.eos_token_id == 50256
     assert theirs.model_max_length == 16
-    published = [p for p in gpt2_cache.iterdir() if p.read_bytes().startswith(b"#version: 0.2")]
-    assert (tmp_path / "hf" / "merges.txt").read_bytes() == published[0].read_bytes()
 
 
 @pytest.mark.parametrize("options", [

@@ -71,7 +71,7 @@ def test_time_to_a_loss(monkeypatch, tmp_path):
     (tmp_path / "nano" / "data").mkdir(parents=True)
     argv = ["loss", f"--nanogpt={tmp_path}/nano", f"--data_dir={tmp_path}", "--repeats=3",
             "--device=cpu"]
-    refused(lambda: bench.measure(argv), "prepare.py shakespeare_char")
+    refused(lambda: bench.main(argv), "prepare.py shakespeare_char")
     write_data(tmp_path / "shakespeare_char", range(65), vocab_size=65, tokenizer="char",
                alphabet="".join(map(chr, range(33, 98))))
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, vocab_size=65, block_size=4))
@@ -87,7 +87,7 @@ def test_time_to_a_loss(monkeypatch, tmp_path):
             assert read_config(train.TrainConfig, [*argv[1:]])[0].n_embd > 64
 
     scripted(monkeypatch, [10, 1, 20, 4, 30, 6], on_run)
-    nanogpt, ours = bench.measure(argv)
+    nanogpt, ours = race.time_to_loss(bench.read_options(argv))
     assert (nanogpt["seconds"], ours["seconds"], ours["ratio"]) == (20, 4, 0.2)
     assert nanogpt["val_loss"] == pytest.approx(math.log(65))  # of a table of zeros
     assert ours["parameters"] == model.get_num_params(False)
@@ -95,7 +95,7 @@ def test_time_to_a_loss(monkeypatch, tmp_path):
 
 
 def test_preparing(monkeypatch, tmp_path):
-    refused(lambda: bench.measure(["prepare"]), "--input=FILE")
+    refused(lambda: bench.main(["prepare"]), "--input=FILE")
     refused(lambda: bench.main(["prepare", f"--input={tmp_path}/none.txt", "--repeats=1",
                                 f"--nanogpt={tmp_path}"]), "none.txt", "No such file")
     (tmp_path / "documents.txt").write_text("one<|endoftext|>\n two\n<|endoftext|>")
@@ -118,8 +118,8 @@ def test_preparing(monkeypatch, tmp_path):
                 file.write(bytes(2000))
 
     scripted(monkeypatch, [4, 2], on_run)
-    nanogpt, ours = bench.measure(["prepare", f"--input={tmp_path}/documents.txt", "--repeats=1",
-                                   f"--nanogpt={tmp_path}/nano"])
+    nanogpt, ours = race.preparing(race.PreparingConfig(
+        input=f"{tmp_path}/documents.txt", repeats=1, nanogpt=f"{tmp_path}/nano"))
     assert nanogpt["tokens_per_s_core"] == 2000 / 4 / os.cpu_count() and ours["ratio"] == 2
     assert ours["tokens"] == 2000 and ours["peak_mb"] == 300
 
@@ -127,28 +127,26 @@ def test_preparing(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_all(kind, monkeypatch, capsys):
     """Every command of the table is one that can be given, and has the words it needs."""
-    asked = []
+    asked, real = [], bench.run
 
-    def measure(argv):
+    def run(argv):
+        if argv[0] == "all":
+            return real(argv)
         config = bench.read_options(argv)
         if hasattr(config, "variants"):
             bench.named_variants(argv, config)
         asked.append((argv[0], config.nanogpt, getattr(config, "repeats", 2)))
         assert config.device == kind
-        return [{"variant": argv[0], "seconds": 1.0}]
 
-    monkeypatch.setattr(bench, "measure", measure)
-    for module in race, bench:
-        monkeypatch.setattr(module, "pick_device", lambda _: torch.device(kind))
-    monkeypatch.setattr(race, "machine", lambda _: "a machine")
-    bench.main(["all", "--nanogpt=../nanoGPT", "--input=documents.txt", f"--device={kind}",
-                "--repeats=2"])
-    assert {command for command, _, _ in asked} == {"speed", "decode", "memory", "loss"} | (
-        {"prepare"} if kind == "cpu" else set())
+    argv = ["all", "--nanogpt=../nanoGPT", f"--device={kind}", "--repeats=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "run", run)
+        patch.setattr(race, "pick_device", lambda _: torch.device(kind))
+        bench.main([*argv, "--input=documents.txt"])
+    assert {command for command, _, _ in asked} == {"speed", "decode", "memory", "loss", "prepare"}
     assert {repeats for _, _, repeats in asked} == {2}
     assert ("loss", "../nanoGPT", 2) in asked
-    monkeypatch.undo()
     if kind == "cpu":
-        monkeypatch.setattr(race, "TABLE", {"cpu": ["prepare NANOGPT INPUT"]})
-        bench.main(["all", "--device=cpu"])
+        monkeypatch.setattr(race, "TABLE", ["prepare NANOGPT INPUT"])
+        bench.main(argv)
         assert "not measured: name a text file" in capsys.readouterr().out

@@ -113,8 +113,8 @@ def new_folder(path: str, overwrite: bool) -> Iterator[str]:
         os.rename(new, path)
 
 
-def export(config: ExportConfig) -> str:
-    """Write a model to a folder; returns what was done."""
+def export(config: ExportConfig) -> None:
+    """Write a model to a folder."""
     model, meta = load_source(config)
     with new_folder(config.out, config.overwrite) as folder:
         write = to_hf if config.format == "hf" else to_safetensors
@@ -124,7 +124,7 @@ def export(config: ExportConfig) -> str:
             fail(f"--format={config.format} needs a package: pip install transformers safetensors")
         weights = os.path.join(folder, "model.safetensors")
         shutil.copymode(os.path.join(folder, "config.json"), weights)  # safetensors' is 0600
-    return "\n".join([f"{config.out}: {model.get_num_params(False):,} parameters", *notes])
+    print(f"{config.out}: {model.get_num_params(False):,} parameters", *notes, sep="\n")
 
 
 def to_safetensors(model: GPT, meta: dict | None, folder: str) -> list[str]:
@@ -168,50 +168,30 @@ def to_hf(model: GPT, meta: dict | None, folder: str) -> list[str]:
                  f"are the same; generate() never draws it"]
     hf.save_pretrained(folder, max_shard_size="1TB")
     if meta and meta["tokenizer"] in ("gpt2", "r50k_base"):
-        write_bpe(meta["tokenizer"], m.block_size, folder)
+        save_tokenizer(meta["tokenizer"], m.block_size, folder)
         return [*notes, "with its tokenizer, GPT-2's"]
     name = meta["tokenizer"] if meta else "unknown"
     return [*notes, f"without its tokenizer ({name}): only GPT-2's is exported; for sample.py use "
                     f"--format=safetensors"]
 
 
-def write_bpe(name: str, block_size: int, folder: str) -> None:
-    """A tokenizer of tiktoken's that splits words as GPT-2's does, in GPT-2's files: vocab.json,
-    merges.txt. Their text has a printable character for each byte."""
+def save_tokenizer(name: str, block_size: int, folder: str) -> None:
+    """A tokenizer of tiktoken's in the form of transformers, by its own converter."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
     bpe = Tokenizer(name).bpe
-    ranks = {token: bpe.encode_single_token(token) for token in bpe.token_byte_values()}
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    character = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-    def text(token: bytes) -> str:
-        return "".join(map(character.get, token))
-
-    def merged(token: bytes) -> list[bytes]:
-        """The two tokens that became this one: what its bytes merge to, one merge before."""
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            i = min(range(len(parts) - 1),
-                    key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        return parts
-
-    in_order = sorted(ranks, key=ranks.get)
-    merges = [" ".join(map(text, merged(token))) for token in in_order if len(token) > 1]
-    vocabulary = {text(token): ranks[token] for token in in_order} | {END_OF_TEXT: bpe.eot_token}
-    about = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size,
-             "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
-    for file_name, content in (("vocab.json", json.dumps(vocabulary, ensure_ascii=False)),
-                               ("merges.txt", "\n".join(["#version: 0.2", *merges, ""])),
-                               ("tokenizer_config.json", json.dumps(about, indent=1))):
-        with open(os.path.join(folder, file_name), "w", encoding="utf-8", newline="") as file:
-            file.write(content)
+    converter = TikTokenConverter(pattern=bpe._pat_str, extra_special_tokens=[END_OF_TEXT])
+    converter.load_tiktoken_bpe = lambda _: bpe._mergeable_ranks  # instead of reading a file
+    PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(), model_max_length=block_size, bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT, unk_token=END_OF_TEXT).save_pretrained(folder)
 
 
-def convert(config: ConvertConfig) -> str:
+def convert(config: ConvertConfig) -> None:
     """A trained GPT as a momentum model, to train on: with velocity_norm=none, gamma = nu = 1 (in
     Strang's halves gamma h = 1) and mu, beta -> 0, X' = X + h nu (beta V + gamma h g(X + mu V)) is
-    X + h g(X). Returns what was done, and how far the logits are from the GPT's."""
+    X + h g(X). Prints how far the logits are from the GPT's."""
     if os.path.lexists(config.out) and not (config.overwrite and os.path.isfile(config.out)):
         fail(f"{config.out} is there already; choose another --out, or --overwrite a file")
     old, meta = load_source(config)
@@ -234,8 +214,8 @@ def convert(config: ConvertConfig) -> str:
     about = {"model_args": asdict(new.config)} | ({"tokenizer": meta} if meta else {})
     write_file({"model": new.state_dict()} | about, config.out)
     tokenizer = f"the {meta['tokenizer']} tokenizer's" if meta else "its"
-    return (f"{config.out}: {config.template}, {new.get_num_params(False):,} parameters\n"
-            f"on random tokens the logits, of up to {logits.abs().max():.3g}, changed by up to "
-            f"{(logits - converted).abs().max():.1e}\n"
-            f"train on: python train.py --init_from={config.out} --dataset=NAME, with {tokenizer} "
-            f"data and the options of a run")
+    print(f"{config.out}: {config.template}, {new.get_num_params(False):,} parameters\n"
+          f"on random tokens the logits, of up to {logits.abs().max():.3g}, changed by up to "
+          f"{(logits - converted).abs().max():.1e}\n"
+          f"train on: python train.py --init_from={config.out} --dataset=NAME, with {tokenizer} "
+          f"data and the options of a run")

@@ -27,6 +27,7 @@ from support.device import autocast, pick_device, pick_dtype, tune_allocator
 from support.errors import fail
 from support.meta import load_meta
 from support.tokenizer import END_OF_TEXT
+from tools.findings import markdown
 from tools.judge import EvalConfig, judge
 from train import TrainConfig
 
@@ -41,7 +42,6 @@ class RaceConfig:
     repeats: int = 5  # measurements of each
     device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
     data_dir: str = "data"  # where the data folders are
-    json: str | None = None  # a file to write the figures to
 
     def __post_init__(self) -> None:
         check_rules(self)
@@ -54,17 +54,21 @@ class RaceConfig:
 class LossConfig(RaceConfig):
     """Wall time to nanoGPT's loss on Shakespeare's characters (TinyStories on a GPU)."""
 
+    json: str | None = None  # a file to write the figures to
+
 
 @dataclass
-class PreparingConfig(RaceConfig):
+class PreparingConfig(LossConfig):
     """Preparing data: tokens per second and core, resident memory of all processes together."""
 
     input: str | None = None  # a text file of documents, with <|endoftext|> between them
 
 
 @dataclass
-class AllConfig(PreparingConfig):
+class AllConfig(RaceConfig):
     """The README's whole table for this machine, one command after the other."""
+
+    input: str | None = None  # prepare: a text file of documents
 
 
 # -----------------------------------------------------------------------------
@@ -121,6 +125,29 @@ def medians(rows: list[dict], key: str, turns: list[list[float]]) -> list[dict]:
         row |= {key: statistics.median(column), "low": min(column), "high": max(column),
                 "ratio": statistics.median(ratios)}
     return rows
+
+
+def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(FLOP/s of a large matrix product, bytes/s read by a large sum), measured here and now."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    large = torch.ones(2**29 if device.type == "cuda" else 2**26, device=device)
+
+    def best(run: Callable[[], None]) -> float:
+        return min(race.seconds(run, device) for _ in range(5))
+
+    return 2 * n**3 / best(lambda: a @ b), large.numel() * 4 / best(large.sum)
+
+
+def text_table(rows: list[dict]) -> str:
+    """Figures in columns, as GitHub has them."""
+    def text(value: str | int | float) -> str:
+        if isinstance(value, str):
+            return value
+        return f"{value:,.4f}" if isinstance(value, float) and abs(value) < 100 else f"{value:,.0f}"
+
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return markdown([{key: text(row.get(key, "")) for key in keys} for row in rows])
 
 
 def machine(device: torch.device) -> str:
@@ -284,23 +311,23 @@ def time_to_loss(config: LossConfig) -> list[dict]:
     if not os.path.isfile(os.path.join(data, "meta.json")):
         fail(f"there is no {data}; make it: python prepare.py {dataset}")
     with tempfile.TemporaryDirectory() as folder:
-        runs = {}  # name -> command, the folder to run it in, its checkpoint
+        ours = ["train.py", f"config/{preset}.py", f"--data_dir={data_dir}", "--overwrite",
+                f"--out_dir={folder}/out", f"--device={config.device or 'auto'}"]
+        runs = {preset: (ours, HERE, folder)}  # name -> command, where it runs, where its out is
         if config.nanogpt:
             code = os.path.join(folder, "nanogpt")
             copy_nanogpt(config.nanogpt, code, data)
-            runs["nanogpt"] = (["train.py", "config/train_shakespeare_char.py", "--out_dir=out",
-                                *nanogpt_options.split()], code, f"{code}/out/ckpt.pt")
-        runs[preset] = (["train.py", f"config/{preset}.py", f"--data_dir={data_dir}",
-                         f"--out_dir={folder}/ours", "--overwrite",
-                         f"--device={config.device or 'auto'}"], HERE, f"{folder}/ours/ckpt.pt")
+            argv = ["train.py", "config/train_shakespeare_char.py", *nanogpt_options.split()]
+            runs = {"nanogpt": ([*argv, "--out_dir=out"], code, code), **runs}
         turns = [[program(*argv, cwd=cwd)[0] for argv, cwd, _ in runs.values()]
                  for _ in range(config.repeats)]
         rows = []
-        for name, (_, _, path) in runs.items():
-            (evaluated,) = judge(EvalConfig(ckpt=path, data=dataset, data_dir=data_dir,
+        for name, (_, _, place) in runs.items():
+            ckpt = os.path.join(place, "out", "ckpt.pt")
+            (evaluated,) = judge(EvalConfig(ckpt=ckpt, data=dataset, data_dir=data_dir,
                                             eval_tokens=2**62, device=config.device))
-            parameters = model_from(read_checkpoint(path)).get_num_params(False)
-            rows.append({"variant": name, "parameters": parameters, "val_loss": evaluated["nats"]})
+            rows.append({"variant": name, "val_loss": evaluated["nats"],
+                         "parameters": model_from(read_checkpoint(ckpt)).get_num_params(False)})
     return medians(rows, "seconds", turns)
 
 
@@ -319,45 +346,40 @@ def preparing(config: PreparingConfig) -> list[dict]:
     if config.input is None:
         fail("name a text file of documents: --input=FILE")
     with tempfile.TemporaryDirectory() as folder:
-        runs = {}  # name -> command, the folder with its bins
+        runs = {"prepare.py": ["prepare.py", "openwebtext", f"--data_dir={folder}", "--overwrite",
+                               f"--input={os.path.abspath(config.input)}"]}
+        bins = {"prepare.py": os.path.join(folder, "openwebtext")}
         if config.nanogpt:
-            bins = os.path.join(folder, "nanogpt")
-            runs["nanogpt"] = ([write_nanogpt_script(config, folder, bins)], bins)
-        runs["prepare.py"] = (["prepare.py", "openwebtext", f"--data_dir={folder}", "--overwrite",
-                               f"--input={os.path.abspath(config.input)}"], f"{folder}/openwebtext")
-        rows = [{"variant": name, "peak_mb": 0.0} for name in runs]
-        turns = []
+            bins["nanogpt"] = os.path.join(folder, "nanogpt")
+            runs = {"nanogpt": [write_nanogpt_script(config, folder, bins["nanogpt"])], **runs}
+        rows, turns = [{"variant": name, "peak_mb": 0.0} for name in runs], []
         for _ in range(config.repeats):
-            rates = []
-            for row, (argv, bins) in zip(rows, runs.values(), strict=True):
+            turns.append([])
+            for row in rows:
                 cache = os.path.join(folder, "cache")
                 shutil.rmtree(cache, ignore_errors=True)
-                took, peak_mb = program(*argv, HF_HOME=cache)
+                took, peak_mb = program(*runs[row["variant"]], HF_HOME=cache)
                 row["peak_mb"] = max(row["peak_mb"], peak_mb)
-                row["tokens"] = sum(os.path.getsize(os.path.join(bins, f"{split}.bin")) // 2
+                row["tokens"] = sum(os.path.getsize(f"{bins[row['variant']]}/{split}.bin") // 2
                                     for split in ("train", "val"))
-                rates.append(row["tokens"] / took / (os.cpu_count() or 1))
-            turns.append(rates)
+                turns[-1].append(row["tokens"] / took / (os.cpu_count() or 1))
     return medians(rows, "tokens_per_s_core", turns)
 
 
 def write_nanogpt_script(config: PreparingConfig, folder: str, bins: str) -> str:
     """nanoGPT's OpenWebText script for the documents of a file; returns its path, in `bins`."""
-    documents = os.path.join(folder, "documents.jsonl")
+    documents, path = os.path.join(folder, "documents.jsonl"), os.path.join(bins, "prepare.py")
     with open(config.input, encoding="utf-8") as text, open(documents, "w") as file:
         for document in text.read().split(END_OF_TEXT):
             if document.strip():
                 file.write(json.dumps({"text": document.strip("\n")}) + "\n")
     with open(os.path.join(config.nanogpt, "data", "openwebtext", "prepare.py")) as file:
         script = file.read()
-    for old, new in (
-            ("num_proc = 8", f"num_proc = {os.cpu_count()}"),
-            ('load_dataset("openwebtext", num_proc=num_proc_load_dataset)',
-             f'load_dataset("json", data_files="{documents}")'),
-            ("total_batches = 1024", "total_batches = min(1024, len(dset))")):  # few documents
-        script = script.replace(old, new)
+    script = script.replace("num_proc = 8", f"num_proc = {os.cpu_count()}")
+    script = script.replace('load_dataset("openwebtext", num_proc=num_proc_load_dataset)',
+                            f'load_dataset("json", data_files="{documents}")')
+    script = script.replace("total_batches = 1024", "total_batches = min(1024, len(dset))")
     os.mkdir(bins)
-    path = os.path.join(bins, "prepare.py")
     with open(path, "w") as file:
         file.write(script)
     return path
@@ -367,39 +389,28 @@ def write_nanogpt_script(config: PreparingConfig, folder: str, bins: str) -> str
 # All of them
 
 
-CHAR = ("config/shakespeare_char.py --vocab_size=65 --dropout=0 --batch_size=16 "
-        "--gradient_accumulation_steps=1 REPEATS")
-SMALL = "config/gpt2_124m.py --batch_size=32 --gradient_accumulation_steps=1"
-FAMILY = "--variants template=gd template=nesterov template=tmm"
-TABLE = {  # device -> commands
-    "cpu": (
-        f"speed {CHAR} NANOGPT",
-        f"speed {CHAR} --compile=True {FAMILY}",
-        f"speed {CHAR} --compile=True --norm=rmsnorm --variants 'ffn=swiglu ffn_hidden=1024' "
-        f"'ffn=hourglass ffn_hidden=256'",
-        "prepare NANOGPT INPUT REPEATS",
-        f"decode {SMALL} REPEATS NANOGPT --variants template=gd template=nesterov "
-        f"'template=gd compile=True'",
-        f"memory {SMALL} --batch_size=4 --block_size=512 NANOGPT --variants template=gd "
-        f"activation_checkpointing=True template=nesterov",
-        "loss NANOGPT DATA REPEATS"),
-    "cuda": (
-        f"speed {SMALL} REPEATS NANOGPT",
-        f"speed {SMALL} REPEATS {FAMILY}",
-        "speed config/swiglu_113m.py --batch_size=16 --gradient_accumulation_steps=1 REPEATS "
-        "--variants ffn=swiglu 'ffn=hourglass n_layer=6 n_embd=1248 head_dim=64 ffn_hidden=1008'",
-        f"decode {SMALL} REPEATS NANOGPT --variants template=gd template=nesterov",
-        f"decode {SMALL} REPEATS --num_samples=64 --variants template=gd template=nesterov",
-        f"memory {SMALL} NANOGPT --variants template=gd activation_checkpointing=True "
-        f"template=nesterov",
-        "loss NANOGPT DATA REPEATS")}
+CHAR = "config/shakespeare_char.py --vocab_size=65 --dropout=0 --batch_size=16"
+SMALL = "config/gpt2_124m.py"
+TABLE = (  # MODEL: the first on a CPU, the second on a GPU
+    "speed MODEL ONCE REPEATS NANOGPT",
+    "speed MODEL ONCE REPEATS --compile=True --variants template=gd template=nesterov template=tmm",
+    "speed MODEL ONCE REPEATS --compile=True --norm=rmsnorm "
+    "--variants 'ffn=swiglu ffn_hidden=1024' 'ffn=hourglass ffn_hidden=256'",
+    "prepare INPUT REPEATS NANOGPT",
+    f"decode {SMALL} REPEATS NANOGPT "
+    "--variants template=gd template=nesterov 'template=gd compile=True'",
+    f"memory {SMALL} ONCE --batch_size=4 --block_size=512 NANOGPT "
+    "--variants template=gd activation_checkpointing=True template=nesterov",
+    "loss DATA REPEATS NANOGPT")
 
 
 def table_commands(config: AllConfig) -> Iterator[list[str]]:
     """The command line of each part of the table for this device."""
-    kind = "cuda" if pick_device(config.device).type == "cuda" else "cpu"
-    options = {"NANOGPT": "nanogpt", "INPUT": "input", "DATA": "data_dir", "REPEATS": "repeats"}
-    for command in TABLE[kind]:
-        words = [f"--{options[word]}={getattr(config, options[word]) or 'auto'}"
-                 if word in options else word for word in shlex.split(command)]
-        yield [*words, f"--device={config.device or 'auto'}"]
+    model = f"{SMALL} --batch_size=32" if pick_device(config.device).type == "cuda" else CHAR
+    words = {"MODEL": model, "ONCE": "--gradient_accumulation_steps=1"}
+    for word, option in (("INPUT", "input"), ("NANOGPT", "nanogpt"), ("DATA", "data_dir"),
+                         ("REPEATS", "repeats")):
+        words[word] = shlex.quote(f"--{option}={getattr(config, option) or 'auto'}")
+    for command in TABLE:
+        replaced = " ".join(words.get(word, word) for word in command.split())
+        yield [*shlex.split(replaced), f"--device={config.device or 'auto'}"]

@@ -52,8 +52,8 @@ class PlotConfig:
         rule(os.path.isdir(folder), f"plot={self.plot}: there is no folder {folder}; make it first")
 
 
-def plot(config: PlotConfig) -> str:
-    """Several runs in one PNG. Returns what was done."""
+def plot(config: PlotConfig) -> None:
+    """Several runs in one PNG."""
     if importlib.util.find_spec("matplotlib") is None:
         fail("plot needs matplotlib: pip install matplotlib")
     path = config.plot or f"{config.draw}.png"
@@ -64,7 +64,7 @@ def plot(config: PlotConfig) -> str:
     else:
         draw_paths({run: residual_path(*model_and_tokens(run, config)) for run in config.runs},
                    path)
-    return f"wrote {path}"
+    print(f"wrote {path}")
 
 
 @contextlib.contextmanager
