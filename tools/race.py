@@ -134,7 +134,7 @@ def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     large = torch.ones(2**29 if device.type == "cuda" else 2**26, device=device)
 
     def best(run: Callable[[], None]) -> float:
-        return min(race.seconds(run, device) for _ in range(5))
+        return min(seconds(run, device) for _ in range(5))
 
     return 2 * n**3 / best(lambda: a @ b), large.numel() * 4 / best(large.sum)
 
