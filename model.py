@@ -805,9 +805,18 @@ class GPT(nn.Module):
         override_args = override_args or {}
         if set(override_args) - {"dropout"}:
             raise ValueError(f"{sorted(override_args)}: only dropout can be overridden")
-        source = GPT2LMHeadModel.from_pretrained(model_type)
+        source, info = GPT2LMHeadModel.from_pretrained(model_type, output_loading_info=True)
         hf = source.config
         gelus = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+        for name, known in dict(
+                layer_norm_epsilon=[1e-5], scale_attn_weights=[True], tie_word_embeddings=[True],
+                scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False],
+                activation_function=gelus).items():
+            if getattr(hf, name) not in known:
+                raise ValueError(f"it is no GPT-2 that this model can be: it has "
+                                 f"{name}={getattr(hf, name)}")
+        if info["missing_keys"]:
+            raise ValueError(f"it has no {sorted(info['missing_keys'])[0]}")
         model = cls(GPTConfig(
             block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer,
             n_head=hf.n_head, n_embd=hf.n_embd, ffn_hidden=hf.n_inner, bias=True,

@@ -24,10 +24,10 @@ from model import GPT, GPTConfig
 from support.checkpoint import holds_weights, model_from, open_folder
 from support.data import Tokens, WindowOrder, evaluation_starts, prefetch, to_device
 from support.device import autocast, pick_dtype, try_compile, tune_machine
-from support.errors import cli, fail
+from support.errors import cli, explained, fail
 from support.log import Log, hide, report, show
 from support.muon import Muon
-from support.ranks import Ranks, explained, out_folder, shard, stop_signals
+from support.ranks import Ranks, out_folder, shard, stop_signals
 from support.resume import (
     Progress,
     find_start,
@@ -288,13 +288,13 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     torch.manual_seed(c.seed)
     fixed = {name for name, preset in given.items() if not (resumed and preset)}
     model = make_model(c, fixed, meta, checkpoint)
+    model.to(torch.float64 if dtype == torch.float64 else torch.float32)
     ranks.share(model)
     c.adopt(model.config)
     train_tokens, val_tokens = (Tokens(os.path.join(c.data_dir, c.dataset), split, meta,
                                        c.block_size) for split in ("train", "val"))
     order = WindowOrder(len(train_tokens), c.block_size, c.seed)
     model.activation_checkpointing = c.activation_checkpointing
-    model.to(torch.float64 if dtype == torch.float64 else torch.float32)
     compiled = try_compile(model, c.compile, device, show if master else hide, blocks=sharded)
     if sharded:
         shard(model, ranks)
@@ -324,8 +324,8 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
 
     with stop_signals() as signals, contextlib.closing(prefetch(micro_batches())) as batches:
         if master:
-            open_folder(c, resumed)
             log = Log(c, run.log_length, model, device, ranks.world)
+            open_folder(c, resumed)
         saved = run.step if resumed else None  # the step of ckpt.pt
         while True:
             # --- evaluate ---
@@ -396,7 +396,11 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
 def main(argv: list[str]) -> None:
     """Read the options, take the output folder, train."""
     config, given = read_config(TrainConfig, argv, usage=__doc__)
-    with explained(config.out_dir):
+    with explained(config.out_dir,
+                   mend="the checkpoints that were there are intact; mend that or choose another "
+                        "--out_dir",
+                   shrink="halve --batch_size and double --gradient_accumulation_steps (the step "
+                          "stays the same), or add --activation_checkpointing"):
         ranks = Ranks(config)
         with out_folder(config.out_dir, use=ranks.rank == 0 and not config.eval_only):
             train(config, given, ranks)

@@ -22,8 +22,10 @@ CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
 
 
 def read_checkpoint(path: str) -> dict:
-    """A checkpoint file, or a folder (see read_folder), on the CPU; tensors and plain Python only.
-    UserError if it cannot be read."""
+    """A checkpoint file, a folder that bench.py export or transformers wrote, or a gpt2* of the
+    Hub, on the CPU; tensors and plain Python only. UserError if it cannot be read."""
+    if not os.path.exists(path) and path.startswith("gpt2") and not path.endswith(".pt"):
+        return read_pretrained(path)
     if not os.path.exists(path):
         fail(f"no checkpoint {path}; train one, or name the right folder")
     try:
@@ -78,8 +80,7 @@ def read_folder(folder: str) -> dict:
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         kind = None
     if kind == "gpt2":
-        model = read_pretrained(folder)
-        return {"model": model.state_dict(), "model_args": asdict(model.config)}
+        return read_pretrained(folder)
     if kind != "ours":
         fail(f"{folder} holds no model of bench.py export, and no GPT-2 of transformers; of a run "
              f"name the file: {os.path.join(folder, 'ckpt.pt')}")
@@ -95,15 +96,17 @@ def read_folder(folder: str) -> dict:
     return {k: config[k] for k in ("model_args", "tokenizer") if k in config} | {"model": table}
 
 
-def read_pretrained(name: str, **override_args) -> GPT:
-    """A GPT-2 of the Hugging Face Hub, or a folder that transformers saved. UserError where it
-    cannot be loaded, or computes something that ours does not."""
+def read_pretrained(name: str) -> dict:
+    """A GPT-2 of the Hugging Face Hub, or a folder that transformers saved, as a checkpoint.
+    UserError where it cannot be loaded, or computes something that ours does not."""
     try:
-        return GPT.from_pretrained(name, override_args)
+        model = GPT.from_pretrained(name)
     except ImportError:
         fail("GPT-2 weights need transformers: pip install transformers")
     except Exception as error:  # a damaged file raises nearly anything
         fail(f"cannot load {name}: {reason(error)}")
+    return {"model": model.state_dict(), "model_args": asdict(model.config),
+            "tokenizer": {"tokenizer": "gpt2"}}
 
 
 def holds_weights(folder: str) -> bool:

@@ -73,13 +73,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return contextlib.nullcontext()
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """CUDA has an exception for it; MPS and CPUs raise a plain RuntimeError."""
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
-
-
 def can_compile(wanted: bool | None, device: torch.device, show: Callable = print) -> bool:
     """Whether to compile: if it is wanted (None: on CUDA) and works here, which a small function
     shows. Where it is not asked for outright, what fails to compile later runs eagerly, with

@@ -1,9 +1,10 @@
 """One-line errors for what a user can mend, and the wrapper that ends a program with them."""
 
+import contextlib
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 
@@ -32,6 +33,33 @@ def reason(error: BaseException) -> str:
             words += f": {line.strip()}"
             break
     return textwrap.shorten(words, 160)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """CUDA has an exception for it; MPS and CPUs raise a plain RuntimeError."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
+
+
+@contextlib.contextmanager
+def explained(place: str, mend: str, shrink: str) -> Iterator[None]:
+    """What the machine, or another process of a run, does to a program becomes a UserError: of the
+    file or place, with how to mend that; of a full memory, with what to shrink."""
+    try:
+        yield
+    except BrokenPipeError:  # cli's
+        raise
+    except OSError as error:  # a full disk, a folder that may not be written to
+        fail(f"{error.filename or place}: {error.strerror or error}; {mend}")
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            fail(f"out of memory: {shrink}")
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        if "RANK" in os.environ and ("DistError" in kinds or "gloo" in str(error).lower()):
+            fail(f"another process of this run has ended or does not answer; its own message, or "
+                 f"torchrun's, says why ({reason(error)})")
+        raise
 
 
 def cli(main: Callable[[list[str]], None]) -> None:

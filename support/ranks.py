@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from support.device import out_of_memory, pick_device
-from support.errors import UserError, fail, reason
+from support.device import pick_device
+from support.errors import UserError, fail
 from support.files import locked
 
 
@@ -203,24 +203,3 @@ def out_folder(path: str, use: bool) -> Iterator[None]:
     finally:
         if new and os.path.isdir(path) and os.listdir(path) in ([], [".lock"]):
             shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def explained(out_dir: str) -> Iterator[None]:
-    """What the machine or another process did to a run becomes one line that says what to do."""
-    try:
-        yield
-    except BrokenPipeError:  # the program's own business
-        raise
-    except OSError as error:  # a full disk, a folder that may not be written to
-        fail(f"{error.filename or out_dir}: {error.strerror or error}; the checkpoints that were "
-             f"there are intact; mend that or choose another --out_dir")
-    except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error):
-            fail("out of memory: halve --batch_size and double --gradient_accumulation_steps (the "
-                 "step stays the same), or add --activation_checkpointing")
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-        if lost and "RANK" in os.environ:
-            fail(f"another process of this run has ended or does not answer; its own message, or "
-                 f"torchrun's, says why ({reason(error)})")
-        raise

@@ -13,19 +13,17 @@ from support.checkpoint import (
     holds_weights,
     read_checkpoint,
     read_latest,
-    read_pretrained,
     save_checkpoint,
 )
 from support.data import identity
-from support.device import out_of_memory
-from support.errors import fail, reason
+from support.errors import fail, out_of_memory, reason
 from support.log import show
 from support.meta import TOKENIZER_KEYS, load_meta
 from support.ranks import Ranks, part_of
 
-# an option of the call or the machine, and none of the run
-NOT_STORED = {"init_from", "overwrite", "out_dir", "eval_only", "device", "dtype", "compile",
-              "backend", "parallel"}
+# options of the call or of the machine, and not of the run
+THIS_CALL = {"init_from", "overwrite", "out_dir", "eval_only"}
+NOT_STORED = THIS_CALL | {"device", "dtype", "compile", "backend", "parallel"}
 
 
 @dataclass
@@ -47,28 +45,25 @@ class Progress:
 def find_start(config: Any, given: dict[str, str]) -> tuple[Any, dict | None, bool]:
     """(options, checkpoint or None, whether it goes on) of a run that was asked for with these
     options; given: option -> the preset that set it, or "" for the command line."""
-    c, out_dir = config, config.out_dir
+    c, folder = config, config.out_dir
     if c.init_from in ("resume", "auto"):
-        checkpoint = read_latest(out_dir)
+        checkpoint = read_latest(folder)
         if checkpoint is not None:
             return stored_options(c, given, checkpoint), checkpoint, True
         if c.init_from == "resume":
-            fail(f"nothing to resume in {out_dir}; drop --init_from=resume, or mend --out_dir")
-    if not c.eval_only:
-        if holds_weights(out_dir):
-            fail(f"{out_dir} holds exported weights, which a run would spoil; choose another "
-                 f"--out_dir")
-        if not c.overwrite and any(os.path.exists(os.path.join(out_dir, name))
-                                   for name in CHECKPOINTS):
-            fail(f"{out_dir} holds a run; go on with --init_from=resume, begin anew with "
-                 f"--overwrite, or choose another --out_dir")
+            fail(f"nothing to resume in {folder}; drop --init_from=resume, or mend --out_dir")
+    if holds_weights(folder) and not c.eval_only:
+        fail(f"{folder} holds exported weights, which a run would spoil; choose another --out_dir")
+    used = any(os.path.exists(os.path.join(folder, name)) for name in CHECKPOINTS)
+    if used and not (c.overwrite or c.eval_only):
+        fail(f"{folder} holds a run; go on with --init_from=resume, begin anew with --overwrite, "
+             f"or choose another --out_dir")
     if c.init_from in ("scratch", "auto"):
         return c, None, False
-    if c.init_from.endswith(".pt") or os.path.isdir(c.init_from):
-        return c, read_checkpoint(c.init_from), False
-    model = read_pretrained(c.init_from)
-    return c, {"model": model.state_dict(), "model_args": asdict(model.config),
-               "tokenizer": {"tokenizer": "gpt2"}}, False
+    if c.init_from in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):  # before a download
+        tokenizer = {"tokenizer": {"tokenizer": "gpt2"}}
+        read_source(os.path.join(c.data_dir, c.dataset), tokenizer, resumed=False)
+    return c, read_checkpoint(c.init_from), False
 
 
 def stored_options(config: Any, given: dict[str, str], checkpoint: dict) -> Any:
@@ -82,27 +77,30 @@ def stored_options(config: Any, given: dict[str, str], checkpoint: dict) -> Any:
         fail(f"{config.out_dir} holds weights, but no run to resume; start one from them: "
              f"--init_from={config.out_dir}/ckpt.pt and another --out_dir")
     words = {name for name, preset in given.items() if not preset}
-    values, stored = {}, checkpoint["config"]
+    stored, values = checkpoint["config"], {}
     for field in fields(config):
-        wanted = getattr(config, field.name)
-        values[field.name] = wanted
-        if field.name not in NOT_STORED | words:
+        if field.name in NOT_STORED | words:
+            values[field.name] = getattr(config, field.name)
+        else:
             values[field.name] = stored.get(field.name, field.default)
-    if "eval_tokens" in words and "eval_iters" not in words:
+    if "eval_tokens" in words - {"eval_iters"}:
         values["eval_iters"] = None
+    elif values["eval_iters"] is not None:  # which says it, also for another batch_size
+        values["eval_tokens"] = type(config).eval_tokens
     try:
         options = replace(config, **values)
     except (TypeError, ValueError) as error:
         fail(*(f"resuming {config.out_dir}: {line}" for line in str(error).splitlines()))
-    for title, names in (("resuming with other options", words | (NOT_STORED & stored.keys())),
-                         ("the run keeps its own options; to change them give them by themselves",
-                          given.keys() - words)):
-        changed = []
-        for name in sorted(names - {"init_from", "overwrite", "out_dir", "eval_only"}):
-            if name in stored and getattr(config, name) != stored[name]:
-                changed.append(f"--{name}={getattr(config, name)} (was {stored[name]})")
-        if changed:
-            show(f"{title}: {' '.join(changed)}", keep=True)
+
+    def differences(names: set[str]) -> str:
+        return " ".join(f"--{name}={getattr(config, name)} (was {stored[name]})"
+                        for name in sorted(names & stored.keys() - THIS_CALL)
+                        if getattr(config, name) != stored[name])
+
+    if changed := differences(words | NOT_STORED):
+        show(f"resuming with other options: {changed}", keep=True)
+    if ignored := differences(given.keys() - words - NOT_STORED):
+        show(f"the run keeps its own options; to change them, give: {ignored}", keep=True)
     return options
 
 
@@ -119,9 +117,8 @@ def read_source(folder: str, checkpoint: dict | None, resumed: bool) -> tuple[di
     one, or a run that goes on was trained on other data."""
     meta = load_meta(folder)
     source = identity(folder, meta)
-    tokenizer = tokenizer_of(meta)
-    expected = (checkpoint or {}).get("tokenizer") or tokenizer
-    if expected != tokenizer:
+    expected = (checkpoint or {}).get("tokenizer") or {}
+    if any(meta.get(key, "") != value for key, value in expected.items()):
         fail(f"{folder} was made with another tokenizer than the checkpoint's, "
              f"{expected.get('tokenizer')}; prepare the data with that one")
     if resumed and checkpoint.get("data", source) != source:

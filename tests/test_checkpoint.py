@@ -1,0 +1,175 @@
+"""support/checkpoint.py: what is in a checkpoint, which are kept, and what cannot be read or written.
+"""
+
+import json
+import math
+import os
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import assert_same, load, refused, scripted, steps_of, stop_after
+
+from support.checkpoint import model_from
+
+
+def is_plain(value) -> bool:
+    """Tensors and plain Python only, of exactly these types."""
+    if type(value) is dict:
+        return all(map(is_plain, value)) and all(map(is_plain, value.values()))
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    return type(value) in (str, int, float, bool, type(None), torch.Tensor)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_is_plain_and_has_nanogpts_keys(run, tmp_path, optimizer):
+    run(tmp_path, optimizer=optimizer, template="tmm")
+    checkpoint = load(tmp_path)
+    assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config", "rng",
+            "run", "data", "tokenizer", "versions"} <= checkpoint.keys()
+    assert checkpoint["iter_num"] == 6 and checkpoint["run"]["position"] == 6 * 8
+    assert checkpoint["versions"]["torch"] == str(torch.__version__)
+    assert checkpoint["config"]["template"] == checkpoint["model_args"]["template"] == "tmm"
+    assert is_plain(checkpoint)
+    states = {n for named in checkpoint["optimizer"].values() for n in named}
+    assert states == checkpoint["model"].keys() - {"lm_head.weight"}
+    tables = [checkpoint["model"][f"{name}.weight"] for name in ("lm_head", "transformer.wte")]
+    assert tables[0].data_ptr() == tables[1].data_ptr()  # tied, and once in the file
+    model_from(checkpoint)
+
+
+def steps(out) -> dict[str, int]:
+    """Of the checkpoints that exist."""
+    return {path.stem: load(out, path.name)["iter_num"] for path in out.glob("*.pt")}
+
+
+def test_latest_previous_and_best(run, tmp_path):
+    """The best has the weights alone, of the lowest evaluation among the steps that are saved."""
+    options = dict(eval_interval=1, save_interval=2, schedule="constant")
+    run(tmp_path, hooks=[partial(scripted, [5.0, 1.0, 3.0, 2.0, 4.0])], max_iters=4, **options)
+    assert steps(tmp_path) == {"ckpt": 4, "ckpt_prev": 2, "best": 2}
+    assert load(tmp_path)["best_val_loss"] == 1.0  # of all evaluations
+    best, saved = load(tmp_path, "best.pt"), load(tmp_path, "ckpt_prev.pt")
+    assert best.keys() == {"model", "model_args", "config", "tokenizer", "iter_num",
+                           "best_val_loss"}
+    assert_same(best, {name: saved[name] for name in best})
+    run(tmp_path, hooks=[partial(scripted, [3.5, 2.5, 2.9, 2.7])], max_iters=8,
+        init_from="resume", **options)
+    assert steps(tmp_path) == {"ckpt": 8, "ckpt_prev": 6, "best": 6}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_evaluation_alone_writes_nothing(run, tmp_path):
+    hooks = [partial(scripted, [5.0, 4.0, 3.0, 2.0])]
+    run(tmp_path, hooks=hooks, eval_interval=1, save_interval=99, max_iters=3)
+    assert steps(tmp_path) == {"ckpt": 3, "best": 3}
+    assert load(tmp_path, "best.pt")["best_val_loss"] == 2.0
+
+
+def test_a_save_at_a_stop_is_not_the_best(run, tmp_path):
+    hooks = [partial(scripted, [5.0, 4.0, 3.0]), partial(stop_after, 2)]
+    run(tmp_path, hooks=hooks, eval_interval=1, save_interval=1)
+    assert steps(tmp_path) == {"ckpt": 2, "ckpt_prev": 1, "best": 1}
+    run(tmp_path, hooks=[partial(scripted, [3.0, 2.9])], max_iters=3, eval_interval=1,
+        save_interval=1, init_from="resume")
+    assert steps(tmp_path) == {"ckpt": 3, "ckpt_prev": 2, "best": 3}
+
+
+def test_a_broken_evaluation_does_not_end_the_search_for_the_best(run, tmp_path):
+    run(tmp_path, hooks=[partial(scripted, [5.0, 4.0, math.nan, 3.0])], max_iters=3,
+        eval_interval=1)
+    assert load(tmp_path, "best.pt")["iter_num"] == 3
+
+
+def test_the_previous_is_a_copy_where_there_are_no_links(run, tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    run(tmp_path, save_interval=3)
+    assert steps(tmp_path) == {"ckpt": 6, "ckpt_prev": 3, "best": 6}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_no_checkpoint_holds_weights_that_are_not_finite(run, tmp_path, optimizer):
+    """The message says that the last checkpoint is from before the loss broke."""
+    rates = dict(learning_rate=1e38, muon_lr=1e38, warmup_iters=0, optimizer=optimizer)
+    refused(lambda: run(tmp_path, max_iters=9, save_interval=1, log_interval=3, **rates),
+            "the loss is nan")
+    for path in tmp_path.glob("*.pt"):
+        assert all(w.isfinite().all() for w in load(tmp_path, path.name)["model"].values()), path
+    log = (tmp_path / "log.jsonl").read_text()
+    assert "NaN" not in log and "Infinity" not in log  # which JSON does not have
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.999])
+def test_a_damaged_checkpoint_falls_back_on_the_previous(run, tmp_path, capsys, share):
+    run(tmp_path)
+    whole = (tmp_path / "ckpt.pt").read_bytes()
+    (tmp_path / "ckpt.pt").write_bytes(whole[:int(share * len(whole))])
+    run(tmp_path, init_from="resume")
+    warning = capsys.readouterr().err
+    assert "ckpt.pt is damaged" in warning and "ckpt_prev.pt" in warning
+    assert load(tmp_path)["iter_num"] == 6
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        (tmp_path / name).write_bytes(b"no zip file")
+    lines = refused(lambda: run(tmp_path, init_from="resume"), "/ckpt.pt", "/ckpt_prev.pt",
+                    f"--init_from={tmp_path}/best.pt")
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
+                                   RuntimeError("PytorchStreamWriter failed writing file")])
+def test_a_full_disk_leaves_the_checkpoint_whole(run, tmp_path, monkeypatch, error):
+    run(tmp_path, max_iters=3)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+
+    def half(state, file):
+        file.write(before[:1000])
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        (line,) = refused(lambda: run(tmp_path, init_from="resume"), ".pt", "intact")
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert not list(tmp_path.glob("*.partial*"))
+    run(tmp_path, init_from="resume")
+    assert load(tmp_path)["iter_num"] == 6 and load(tmp_path, "ckpt_prev.pt")["iter_num"] == 3
+
+
+def test_a_used_folder_needs_overwrite(run, tmp_path, monkeypatch):
+    """And what would be replaced survives a run that cannot start."""
+    run(tmp_path, max_iters=3)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    refused(lambda: run(tmp_path), str(tmp_path), "--overwrite", "--init_from=resume")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)
+        refused(lambda: run(tmp_path, "--overwrite", "--wandb_log"), "pip install wandb")
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1 + 2 + 3
+    assert steps_of(run(tmp_path, "--overwrite", max_iters=2, eval_interval=9)) == [0, 1]
+    assert steps(tmp_path) == {"ckpt": 2, "best": 2}  # no old ckpt_prev.pt
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda c: c.pop("iter_num"), ["no run to resume", "--init_from="]),
+    (lambda c: c["model_args"].update(n_experts=8), ["does not know", "n_experts"]),
+    (lambda c: c["model"].pop("transformer.ln_f.weight"), ["transformer.ln_f.weight"]),
+    (lambda c: c["optimizer"]["adamw"]["transformer.h.0.attn.c_attn.weight"].update(
+        exp_avg=torch.zeros(2, 2)), ["exp_avg of transformer.h.0.attn.c_attn.weight"]),
+    (lambda c: c["run"].update(speed=1), ["run", "is damaged", "speed"]),
+    (lambda c: c["run"].update(step=-1), ["run", "is damaged", "step -1"])])
+def test_a_checkpoint_that_lacks_something_is_refused(run, tmp_path, spoil, said):
+    run(tmp_path, max_iters=3)
+    checkpoint = load(tmp_path)
+    spoil(checkpoint)
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    (line,) = refused(lambda: run(tmp_path, init_from="resume"), *said)
+
+
+def test_config_json_is_what_is_in_the_log(run, tmp_path):
+    logged = run(tmp_path, max_iters=1, eval_iters=2)[0]
+    assert {"type": "config", **json.loads((tmp_path / "config.json").read_text())} == logged
+    assert logged["eval_tokens"] == 128 and logged["n_layer"] == 2

@@ -1,0 +1,122 @@
+"""support/device.py: the machine's memory, precision, compilation and peak."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import refused
+
+import bench
+import sample
+from model import GPT, GPTConfig
+from support.device import peak_flops, pick_device, pick_dtype, try_compile
+
+ROOT = Path(__file__).parent.parent
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+ALLOCATE = """
+import resource, torch
+from support.device import tune_allocator
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+tune_allocator()
+for _ in range(20):
+    before = faults()
+    x = [torch.ones(300_000) for _ in range(20)]  # 1.2 MB each
+    del x
+print(faults() - before)
+x = torch.ones(5_000_000)
+del x  # after which glibc keeps up to so much for itself
+start = resident()
+x = [torch.ones(2_000_000) for _ in range(20)]  # 8 MB each; every second one goes
+full = resident()
+del x[::2]
+print((full - resident()) / (full - start))
+before = faults()
+x = torch.ones(20_000_000)
+print((faults() - before) * resource.getpagesize() / 8e7)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_freed_memory_is_kept_if_small_and_given_back_if_large():
+    """And large tensors come in huge pages."""
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run([sys.executable, "-c", ALLOCATE], cwd=ROOT, env=environment,
+                          capture_output=True, check=True)
+    faults, back, share_of_small_pages = map(float, done.stdout.split())
+    assert faults < 100
+    assert 0.45 < back < 0.55
+    huge = HUGE_PAGES.exists() and "[never]" not in HUGE_PAGES.read_text()
+    assert share_of_small_pages < 0.2 or not huge
+
+
+@pytest.mark.parametrize("card, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12),
+    ("NVIDIA H100 PCIe", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("Unknown", None)])
+def test_only_known_cards_have_a_peak(monkeypatch, card, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert peak_flops(torch.device("cuda", 0)) == peak
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_the_precision(monkeypatch):
+    """As named; auto is bf16 where the device computes in it."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert pick_dtype("float64", cpu) == torch.float64
+    for fast, on_cuda, on_cpu in ((True, torch.bfloat16, torch.bfloat16),
+                                  (False, torch.float16, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, fast=fast: fast)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        assert (pick_dtype(None, cuda), pick_dtype(None, cpu)) == (on_cuda, on_cpu)
+    refused(lambda: pick_dtype("float64", torch.device("mps")), "mps", "--device=cpu")
+
+
+def test_a_device_that_is_not_here():
+    assert pick_device("cpu") == torch.device("cpu")
+    for name in ("gpu", "xpu", "mps:7" if torch.backends.mps.is_available() else "mps"):
+        refused(lambda name=name: pick_device(name), f"device={name}", "cpu")
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    MemoryError()], ids=["cuda", "mps", "cpu", "python"])
+def test_out_of_memory_says_what_to_halve(run, tmp_path, monkeypatch, error):
+    run(tmp_path / "run", max_iters=1)
+
+    def too_large(*_, **__):
+        raise error
+
+    monkeypatch.setattr(GPT, "forward", too_large)
+    refused(lambda: run(tmp_path / "new"), "halve --batch_size", "--gradient_accumulation_steps",
+            "--activation_checkpointing")
+    refused(lambda: sample.main([f"--out_dir={tmp_path}/run"]), "halve --num_samples")
+    refused(lambda: bench.main(["speed", "--device=cpu", "--n_layer=1", "--n_embd=12",
+                                "--block_size=8", "--vocab_size=32"]), "halve --batch_size")
+
+
+def test_other_errors_keep_their_traceback(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(GPT, "forward", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run(tmp_path)
+
+
+def test_where_compilation_fails(run, tmp_path, monkeypatch, capsys):
+    def fails(function):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, vocab_size=4, block_size=4))
+    assert try_compile(model, None, torch.device("cuda")) is False
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "not compiled" in line and line.endswith("no compiler")
+    (line,) = refused(lambda: run(tmp_path, "--compile"), "no compiler", "--compile=False")
+    run(tmp_path)  # auto on a CPU and False never try
+    assert try_compile(model, False, torch.device("cuda")) is False

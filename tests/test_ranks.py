@@ -1,0 +1,316 @@
+"""support/ranks.py, and runs that several processes share (copied or sharded, over gloo): they are
+the run that one process makes.
+"""
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    BAD,
+    HOURGLASS,
+    assert_same,
+    broken_ranks,
+    in_ranks,
+    largest_difference,
+    load,
+    log_scale,
+    losses,
+    of_kind,
+    overflow,
+    rank,
+    record_windows,
+    records,
+    refused,
+    scales,
+    scripted,
+    spoil,
+    steps_of,
+    stop_after,
+    tensors,
+    val_losses,
+    windows,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+from support.data import WindowOrder
+from support.ranks import Ranks
+from train import TrainConfig
+
+torture = partial(pytest.param, marks=pytest.mark.torture)
+YURII = dict(template="nesterov")
+VARIANTS = {"gpt": dict(bias=True), "yurii": YURII, "hourglass": HOURGLASS,
+            "hourglass-yurii": dict(HOURGLASS, **YURII)}
+OPTIMIZERS = ("adamw", "muon")
+# windows of `count`, whose tokens say where they are: 8 a step, 20 an epoch
+SHARED = dict(dataset="count", batch_size=2, gradient_accumulation_steps=4, max_iters=5,
+              eval_interval=3)
+UNEVEN = dict(YURII, dataset="long_val", eval_tokens=129 * 16 + 3, max_iters=1,
+              gradient_accumulation_steps=6)  # 129 windows: the last batch is not full
+PAIRS = [("gpt", "adamw"), ("yurii", "adamw"), ("yurii", "muon"), ("hourglass", "muon")]
+COMPILED = dict(YURII, n_layer=1, vocab_size=384, dtype="float64", max_iters=1, compile=True)
+
+
+def sharded_gradients(patch) -> None:
+    """Between micro-batches, too, a rank has only its part of every gradient."""
+    def accumulate(model, batches, *rest, wrapped=train.accumulate):
+        def watched():
+            for n, batch in enumerate(batches):
+                grads = [p.grad for p in model.parameters()]
+                assert all(hasattr(g, "to_local") if n else g is None for g in grads)
+                yield batch
+
+        return wrapped(model, watched(), *rest)
+
+    patch.setattr(train, "accumulate", accumulate)
+
+
+def record_graphs(folder, patch) -> None:
+    """folder/RANK gets for every compiled graph its operations and the shapes of its outputs."""
+    folder.mkdir(exist_ok=True)
+    torch._dynamo.reset()
+
+    def backend(graph, examples):
+        (outputs,) = graph.graph.output_node().args
+        shapes = [list(x.meta["example_value"].shape) for x in outputs]
+        operations = [getattr(node.target, "__name__", str(node.target))
+                      for node in graph.graph.nodes]
+        with open(folder / str(rank()), "a") as file:
+            file.write(f"{json.dumps([operations, shapes])}\n")
+        return graph.forward
+
+    patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    scripted([1.0, 1.0], patch)  # an evaluation has graphs of its own
+
+
+def graphs(folder, of=0) -> list:
+    """What record_graphs wrote, but for the first: the probe's."""
+    return [json.loads(line) for line in (folder / str(of)).read_text().splitlines()][1:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def together(folder, run, job):
+    """Every run of two processes that the tests here look at, made by the same two."""
+    run(folder / "trained", **YURII, max_iters=3)
+    jobs = [job(folder / f"two-{variant}-{o}", [partial(record_windows, folder / f"w-{variant}-{o}")],
+                optimizer=o, dtype="float64", **SHARED, **VARIANTS[variant])
+            for variant, o in PAIRS]
+    jobs += [job(folder / f"sharded-{o}-{again}", [sharded_gradients], optimizer=o, parallel="fsdp",
+                 dtype="float64", activation_checkpointing=again, **SHARED, **YURII)
+             for o, again in (("adamw", False), ("adamw", True), ("muon", True))]
+    jobs += [job(folder / f"eval-{i}", init_from=folder / "trained" / "ckpt.pt", **UNEVEN, **how)
+             for i, how in enumerate((dict(batch_size=1), dict(batch_size=4),
+                                      dict(parallel="fsdp")))]
+    overflows = {"ddp": partial(spoil, (2,), where=1, gradient=math.inf),
+                 "fsdp-adamw": partial(overflow, (2,), 0, "adamw"),
+                 "fsdp-muon": partial(overflow, (2,), 1, "muon")}
+    jobs += [job(folder / f"overflow-{name}", [
+                 hook, partial(log_scale, folder / f"scale-{name}"), partial(stop_after, 3)],
+                 dtype="float16", optimizer="muon", parallel=name[:4].strip("-"), save_interval=1,
+                 **YURII) for name, hook in overflows.items()]
+    jobs += [job(folder / f"compiled-{parallel}", [partial(record_graphs, folder / f"g-{parallel}")],
+                 parallel=parallel, **COMPILED) for parallel in ("ddp", "fsdp")]
+    in_ranks(2, jobs)
+
+
+def assert_equal_runs(two, one, bound, weights=None) -> None:
+    """The same records; losses, evaluations and (if said) all tensors to within a bound."""
+    kinds = [[(r["type"], r.get("iter")) for r in records(out)] for out in (two, one)]
+    assert kinds[0] == kinds[1]
+    assert np.abs(losses(two) - losses(one))[:, 0].max() < bound
+    assert np.abs(np.subtract(val_losses(two), val_losses(one))).max() < bound
+    assert load(two)["run"]["position"] == load(one)["run"]["position"]
+    assert weights is None or largest_difference(tensors(two), tensors(one)) < weights
+
+
+@pytest.mark.parametrize("variant, optimizer", PAIRS)
+def test_two_processes_equal_one(together, folder, run, tmp_path, variant, optimizer):
+    """And they share out the windows: the five steps of 8 are two epochs."""
+    run(tmp_path, dtype="float64", optimizer=optimizer, **SHARED, **VARIANTS[variant])
+    assert_equal_runs(folder / f"two-{variant}-{optimizer}", tmp_path, 1e-12, weights=1e-12)
+    first, second = windows(folder / f"w-{variant}-{optimizer}", 5)
+    assert first.shape == second.shape == (5, 4)
+    assert not any(set(a) & set(b) for a, b in zip(first, second, strict=True))
+    order = WindowOrder(343, 16, TrainConfig.seed).starts(0, 40)
+    assert sorted(np.concatenate((first, second), axis=1).flatten()) == sorted(order)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_equal_one_for_longer_and_in_float32(run, job, tmp_path, variant):
+    plan = {f"{o}-{dtype}": dict(SHARED, optimizer=o, dtype=dtype, max_iters=20, **VARIANTS[variant])
+            for o in OPTIMIZERS for dtype in ("float64", "float32")}
+    in_ranks(2, [job(tmp_path / f"two-{name}", **options) for name, options in plan.items()])
+    in_ranks(2, [job(tmp_path / f"shards-{name}", parallel="fsdp", **options)
+                 for name, options in plan.items()])
+    for name, options in plan.items():
+        run(tmp_path / name, **options)
+        bound = {"float64": 1e-12, "adamw-float32": 1e-5, "muon-float32": 1e-3}
+        assert_equal_runs(tmp_path / f"two-{name}", tmp_path / name,
+                          bound.get(name, bound["float64"]))
+        sharded = 1e-3 if "muon" in name else bound.get(name, bound["float64"])
+        assert_equal_runs(tmp_path / f"shards-{name}", tmp_path / name, sharded)
+
+
+@pytest.mark.parametrize("optimizer, again, bound, weights", [
+    ("adamw", False, 1e-12, 1e-12), ("adamw", True, 1e-12, 1e-12), ("muon", True, 1e-3, None)])
+def test_sharded_equals_copied(together, folder, optimizer, again, bound, weights):
+    """With accumulation, with and without activation checkpointing. Muon sums shards in bf16."""
+    sharded, copied = folder / f"sharded-{optimizer}-{again}", folder / f"two-yurii-{optimizer}"
+    assert_equal_runs(sharded, copied, bound, weights)
+    assert {p.name for p in sharded.iterdir()} == {p.name for p in copied.iterdir()}
+    for name in ("ckpt.pt", "best.pt"):
+        assert load(sharded, name).keys() == load(copied, name).keys()
+    assert {n: (t.shape, t.dtype) for n, t in tensors(sharded).items()} == {
+        n: (t.shape, t.dtype) for n, t in tensors(copied).items()}
+
+
+def test_an_evaluation_is_the_same_number_everywhere(together, folder, run, tmp_path):
+    """129 windows of 150, in batches of which the last is not full, or only one process has it."""
+    run(tmp_path, init_from=folder / "trained" / "ckpt.pt", batch_size=2, **UNEVEN)
+    assert {val_losses(folder / f"eval-{i}")[0] for i in range(3)} == {val_losses(tmp_path)[0]}
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_evaluation_is_the_same_number_with_three(together, folder, job, tmp_path, dtype):
+    options = dict(UNEVEN, init_from=folder / "trained" / "ckpt.pt", dtype=dtype)
+    for world in (1, 2, 3):
+        in_ranks(world, [job(tmp_path / f"{world}-{b}", batch_size=b, **options) for b in (2, 4)])
+    assert len({val_losses(out)[0] for out in tmp_path.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp-adamw", "fsdp-muon"])
+def test_an_overflow_on_one_rank_is_everyones(together, folder, name):
+    """Of one optimiser's gradients, in one number: no optimiser moves on any rank, the scale halves
+    on both."""
+    out = folder / f"overflow-{name}"
+    for of in (0, 1):
+        assert scales(folder / f"scale-{name}", of) == [65536.0, 65536.0, 32768.0]
+    assert load(out)["iter_num"] == 3 and load(out, "ckpt_prev.pt")["iter_num"] == 2
+    assert_same(tensors(out), tensors(out, "ckpt_prev.pt"))
+
+
+def test_under_ranks_the_compiled_model_is_the_graph_of_one_process(together, folder, run, tmp_path):
+    """One graph, that returns no logits; sharded, it is a block's, and that of head and loss."""
+    run(tmp_path / "one", hooks=[partial(record_graphs, tmp_path / "g")], **COMPILED)
+    run(tmp_path / "eager", **COMPILED | dict(compile=False))
+    (expected,) = graphs(tmp_path / "g")
+    for of in (0, 1):
+        assert graphs(folder / "g-ddp", of) == [expected]
+        assert len(graphs(folder / "g-fsdp", of)) == 2
+    for operations, shapes in (expected, *graphs(folder / "g-fsdp")):
+        assert len(operations) > 5 and not any(384 in shape for shape in shapes)
+    for out in (tmp_path / "one", folder / "compiled-ddp", folder / "compiled-fsdp"):
+        assert largest_difference(tensors(out), tensors(tmp_path / "eager")) < 1e-12
+
+
+@pytest.mark.parametrize("parallel", ["ddp", torture("fsdp")])
+@pytest.mark.parametrize("how", [how if how == "loss nan" else torture(how) for how in BAD])
+def test_one_bad_rank_stops_all(job, tmp_path, parallel, how):
+    """After the checkpoint of step 2, in step 3; every rank ends with code 2."""
+    options = dict(YURII, parallel=parallel, optimizer="muon")
+    first, _ = broken_ranks(2, [
+        job(tmp_path, max_iters=2, **options),
+        job(tmp_path, [partial(spoil, (3,), where=1, **BAD[how])], init_from="resume", max_iters=9,
+            eval_interval=100, **options)])
+    assert load(tmp_path)["iter_num"] == 2
+    (line,) = [line for line in first.splitlines() if line.startswith("error")]
+    assert "Traceback" not in first
+    for word in ("step 3:", "the loss is ", "gradient norm ", "of step 2", f"{tmp_path}/ckpt.pt"):
+        assert word in line, line
+    assert ("the loss is nan" in line or "the loss is inf" in line) == how.startswith("loss"), line
+
+
+# -----------------------------------------------------------------------------
+# Numbers of processes
+
+
+def pairs(batch_size, sequences, world) -> list[tuple[int, int]]:
+    """Every (micro-batch, accumulation) that has so many sequences a step and suits the ranks."""
+    return [(size, sequences // size) for size in range(1, batch_size + 1)
+            if sequences % size == 0 and sequences // size % world == 0]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 40))
+def test_the_pair_that_keeps_the_tokens_of_a_step(batch_size, accumulation, world):
+    sequences = batch_size * accumulation
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(world))
+        ranks = Ranks(TrainConfig(device="cpu"))
+    if accumulation % world == 0:
+        return ranks.check_accumulation(batch_size, accumulation)
+    (line,) = refused(lambda: ranks.check_accumulation(batch_size, accumulation),
+                      f"gradient_accumulation_steps={accumulation}", f"{world} processes")
+    if suitable := pairs(batch_size, sequences, world):
+        size, steps = max(suitable)
+        assert line.endswith(f" use --batch_size={size} --gradient_accumulation_steps={steps}")
+        return None
+    fit = [n for n in range(1, sequences + 1) if pairs(batch_size, sequences, n)]
+    nearest = [max(n for n in fit if n < world), *[n for n in fit if n > world][:1]]
+    assert f"use {' or '.join(map(str, nearest))} processes" in line
+
+
+@pytest.mark.parametrize("world, said", [
+    (3, "--batch_size=20 --gradient_accumulation_steps=24"),
+    (6, "--batch_size=20 --gradient_accumulation_steps=24"), (7, "use 6 or 8 processes")])
+def test_the_presets_480_sequences(run, tmp_path, monkeypatch, world, said):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    refused(lambda: run(tmp_path, batch_size=30, gradient_accumulation_steps=16), said)
+
+
+def test_fsdp_without_torchrun_is_refused(run, tmp_path):
+    (line,) = refused(lambda: run(tmp_path / "new", parallel="fsdp"), "torchrun", "fsdp")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("environment", [
+    dict(RANK="0"), dict(RANK="2", WORLD_SIZE="2"), dict(RANK="x"), dict(WORLD_SIZE="0")])
+def test_half_of_what_torchrun_sets(run, tmp_path, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refused(lambda: run(tmp_path / "new"), "torchrun", *[f"{k}={v}" for k, v in environment.items()])
+
+
+# -----------------------------------------------------------------------------
+# The output folder
+
+
+def test_a_second_run_is_kept_out_while_the_first_lives(run, tmp_path, monkeypatch):
+    tried = []
+
+    def meanwhile(now, config, multiplier=train.lr_multiplier):
+        if now == 1 and not tried:
+            tried.append(True)
+            refused(lambda: run(tmp_path), "another run", str(tmp_path))
+        return multiplier(now, config)
+
+    monkeypatch.setattr(train, "lr_multiplier", meanwhile)
+    assert steps_of(run(tmp_path)) == [0, 1, 2, 3, 4, 5] and tried
+    run(tmp_path, "--overwrite")  # the lock is gone
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_run_that_cannot_start_leaves_no_folder(run, tmp_path, monkeypatch, locks):
+    """Also where there are no locks, on Windows."""
+    if not locks:
+        monkeypatch.setattr("support.files.fcntl", None)
+    refused(lambda: run(tmp_path / "new", dataset="nowhere"), "nowhere")
+    refused(lambda: run(tmp_path / "new", init_from="resume"), "nothing to resume", "new")
+    refused(lambda: run(tmp_path / "new", "--eval_only", dataset="nowhere"), "nowhere")
+    refused(lambda: run(tmp_path / "new", init_from="gpt2"), "another tokenizer", "gpt2")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("in the way")
+    (line,) = refused(lambda: run(tmp_path / "file"), str(tmp_path / "file"))
+    assert of_kind(run(tmp_path / "new", max_iters=1), "train")
