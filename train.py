@@ -129,11 +129,13 @@ class TrainConfig(GPTConfig):
         rule(self.min_lr is None or self.min_lr <= self.learning_rate or not self.decay_lr,
              f"min_lr={self.min_lr}: is the floor of learning_rate={self.learning_rate}, so that "
              f"the rate would rise where it should decay; choose a smaller one")
-        end = self.lr_decay_iters or self.max_iters
-        last = {"cosine": end - 1, "wsd": end - wsd_decay_iters(self)}.get(self.schedule, math.inf)
-        rule(self.warmup_iters <= last or self.warmup_iters >= self.max_iters or not self.decay_lr,
-             f"warmup_iters={self.warmup_iters}: reaches into {self.schedule}'s decay, which "
-             f"begins at step {last} at the latest; warm up for fewer steps, or set lr_decay_iters")
+        decays = self.decay_lr and self.schedule != "constant"
+        shortest = wsd_decay_iters(self) if self.schedule == "wsd" else 1
+        latest = (self.lr_decay_iters or self.max_iters) - shortest
+        rule(not decays or self.warmup_iters <= latest or self.warmup_iters >= self.max_iters,
+             f"warmup_iters={self.warmup_iters}: reaches into {self.schedule}'s decay, which begins "
+             f"at step {latest} at the latest; warm up for fewer steps, or decay for fewer "
+             f"(lr_decay_iters, decay_fraction)")
         converted = (self.eval_iters or 0) * self.batch_size * self.block_size
         rule(self.eval_iters is None or self.eval_tokens in (TrainConfig.eval_tokens, converted),
              "eval_iters and eval_tokens: say the same thing twice; drop one (--eval_iters=auto)")

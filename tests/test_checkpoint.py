@@ -3,13 +3,15 @@
 import json
 import math
 import os
+import signal
 import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import assert_same, load, refused, scripted, steps_of, stop_after
+from conftest import assert_same, load, refused, scripted, steps_of
 
+import train
 from support.checkpoint import model_from
 
 
@@ -68,11 +70,17 @@ def test_an_evaluation_alone_writes_nothing(run, tmp_path):
 
 
 def test_a_save_at_a_stop_is_not_the_best(run, tmp_path):
-    hooks = [partial(scripted, [5.0, 4.0, 3.0]), partial(stop_after, 2)]
-    run(tmp_path, hooks=hooks, eval_interval=1, save_interval=1)
+    """Even if the signal comes in an evaluation that is the lowest."""
+    def evaluate(*_):
+        if len(values) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return values.pop(0)
+
+    values = [5.0, 4.0, 3.0]
+    options = dict(eval_interval=1, save_interval=1, max_iters=3)
+    run(tmp_path, hooks=[lambda patch: patch.setattr(train, "evaluate", evaluate)], **options)
     assert steps(tmp_path) == {"ckpt": 2, "ckpt_prev": 1, "best": 1}
-    run(tmp_path, hooks=[partial(scripted, [3.0, 2.9])], max_iters=3, eval_interval=1,
-        save_interval=1, init_from="resume")
+    run(tmp_path, hooks=[partial(scripted, [2.9])], init_from="resume", **options)
     assert steps(tmp_path) == {"ckpt": 3, "ckpt_prev": 2, "best": 3}
 
 

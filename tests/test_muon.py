@@ -42,45 +42,33 @@ def play_ranks(world, monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_muon_is_torchs(world, monkeypatch):
+def test_muon_is_torchs_and_as_described(world, monkeypatch):
+    """The description: Nesterov momentum of 0.95, 5 quintic steps of Newton-Schulz in bf16, scaled
+    by sqrt(max(1, rows / columns))."""
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in SHAPES]
     sizes = play_ranks(world, monkeypatch) if world > 1 else []
     expected, found = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    described, momenta = [p.clone() for p in start], [torch.zeros_like(p) for p in start]
     a, b = torch.optim.Muon(expected, **OPTIONS), muon.Muon(found, **OPTIONS)
     for _ in range(3):
-        for p, q in zip(expected, found, strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        a.step()
-        b.step()
-    for p, q, before in zip(expected, found, start, strict=True):
-        assert (p - q).norm() < 0.01 * (p - before).norm()  # bf16 rounds
-        torch.testing.assert_close(b.state[q], a.state[p])
-    assert max(sizes, default=0) <= -(-3 // world)  # of the three matrices of a shape
-
-
-def test_muon_is_newton_schulz_of_nesterov_momentum():
-    """Written from the description: momentum 0.95, 5 quintic steps in bf16, scaled by
-    sqrt(max(1, rows / columns))."""
-    torch.manual_seed(0)
-    matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    weights = [p.detach().clone() for p in matrices]
-    momenta = [torch.zeros_like(p) for p in matrices]
-    optimizer = muon.Muon(matrices, **OPTIONS)
-    for _ in range(3):
-        for i, p in enumerate(matrices):
-            p.grad = torch.randn_like(p) @ torch.diag(torch.linspace(0.01, 3, p.size(1)))
-            momenta[i] = 0.95 * momenta[i] + p.grad
-            x = (p.grad + 0.95 * momenta[i]).bfloat16()
+        for i, (p, q) in enumerate(zip(expected, found, strict=True)):
+            gradient = torch.randn_like(p) @ torch.diag(torch.linspace(0.01, 3, p.size(1)))
+            p.grad, q.grad = gradient, gradient.clone()
+            momenta[i] = 0.95 * momenta[i] + gradient
+            x = (gradient + 0.95 * momenta[i]).bfloat16()
             x = x.T if p.size(0) > p.size(1) else x
             x = x / x.norm()
             for _ in range(5):
-                a = x @ x.T
-                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                gram = x @ x.T
+                x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
             x = (x.T if p.size(0) > p.size(1) else x).float()
             scale = math.sqrt(max(1, p.size(0) / p.size(1)))
-            weights[i] = (1 - 0.1 * 0.3) * weights[i] - 0.1 * scale * x
-        optimizer.step()
-    for p, weight in zip(matrices, weights, strict=True):
-        assert (p - weight).norm() < 0.05 * p.norm()  # bf16 rounds
+            described[i] = (1 - 0.1 * 0.3) * described[i] - 0.1 * scale * x
+        a.step()
+        b.step()
+    for p, q, weight, before in zip(expected, found, described, start, strict=True):
+        assert (p - q).norm() < 0.01 * (p - before).norm()  # bf16 rounds
+        assert (q - weight).norm() < 0.05 * q.norm()
+        torch.testing.assert_close(b.state[q], a.state[p])
+    assert max(sizes, default=0) <= -(-3 // world)  # of the three matrices of a shape
