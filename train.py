@@ -159,8 +159,11 @@ def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dic
     the checkpoint's model has; block_size may be smaller."""
     wanted = model_args(config)
     if checkpoint is None:
-        size = config.vocab_size or meta["padded_vocab_size"]
-        model = GPT(GPTConfig(**wanted | {"vocab_size": size, "vocab_used": meta["vocab_size"]}))
+        wanted["vocab_size"] = config.vocab_size or meta["padded_vocab_size"]
+        try:
+            model = GPT(GPTConfig(**wanted | {"vocab_used": meta["vocab_size"]}))
+        except ValueError as error:  # too few rows for the data
+            fail(*str(error).splitlines())
     else:
         model = model_from(checkpoint, dropout=config.dropout)
     for name, value in asdict(model.config).items():
