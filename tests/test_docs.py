@@ -287,50 +287,29 @@ def test_messages_are_what_the_programs_print(place, monkeypatch, capsys):
 
 
 NANOGPT_CONFIG = """
-# train a miniature model
 import time
-
 out_dir = 'out-mini'
 eval_interval = 2 # keep frequent
 eval_iters = 3
-wandb_log = False # override via command line if you like
 wandb_run_name = 'mini-' + str(time.time())
-
-dataset = 'tiny'
 gradient_accumulation_steps = 1 * 2
-batch_size = 4
-block_size = 16
-
-n_layer = 2
-n_head = 2
-n_embd = 32
-bias = True
-
 learning_rate = 1e-3
-max_iters = 6
-lr_decay_iters = 6 # make equal to max_iters usually
 min_lr = learning_rate / 10
-warmup_iters = 2
-
-device = 'cpu'  # run on cpu only
-compile = False # do not torch compile the model
+dataset, bias, compile = 'tiny', True, False
 """
 
 
 def test_nanogpts_config_and_data(tmp_path, monkeypatch, capsys):
     """The config trains on the folder with its meta.pkl, and the run is sampled."""
     alphabet = [chr(0x100 + i) for i in range(257)]
-    folder = tmp_path / "data" / "tiny"
-    folder.mkdir(parents=True)
-    for split, n in (("train", 2000), ("val", 300)):
-        ids = np.random.default_rng(n).integers(257, size=n).astype(np.uint16)
-        ids.tofile(folder / f"{split}.bin")
+    folder = write_data(tmp_path / "data/tiny", np.arange(2000) % 257, np.arange(300) % 257)
+    (folder / "meta.json").unlink()
     (folder / "meta.pkl").write_bytes(pickle.dumps({
         "vocab_size": 257, "itos": dict(enumerate(alphabet)),
         "stoi": {c: i for i, c in enumerate(alphabet)}}))
     (tmp_path / "train_mini.py").write_text(NANOGPT_CONFIG)
     monkeypatch.chdir(tmp_path)
-    train.main(["train_mini.py", "--batch_size=8"])
+    train.main([*option_words(**TINY), "train_mini.py", "--batch_size=8"])
     output = capsys.readouterr().out
     assert "eval_iters = 3 means eval_tokens = 384" in output and "257 ids" in output
     assert "done: 6 steps" in output
