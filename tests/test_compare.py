@@ -9,24 +9,29 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, option_words, write_data
-from test_train import refused
 
 import bench
 from config import read_config
 from model import GPT, GPTConfig
 from support.errors import UserError
 from tools import compare, findings
-from tools.options import BenchConfig
 from train import TrainConfig, model_args
 
 ROOT = Path(__file__).parent.parent
-STUDIES = {p.stem: p for p in sorted((ROOT / "config").glob("study_*.py"))}
+STUDIES = {p.stem: p for p in sorted((ROOT / "config/studies").glob("[a-z]*.py"))}
+
+
+def refused(call, *said):
+    """The call is a user error whose lines have these words; returns the lines."""
+    with pytest.raises(UserError) as error:
+        call()
+    assert all(word in str(error.value) for word in said), error.value
+    return str(error.value).splitlines()
 
 
 @pytest.fixture
@@ -38,18 +43,16 @@ def study(tmp_path, data_dir, monkeypatch):
     def go(*variants, script=None, **options):
         go.launched = []
 
-        def launch(_, argv, out_dir):
-            options = dict(word[2:].split("=", 1) for word in argv[1:])
+        def launch(_, program, options, out_dir):
             go.launched.append(options)
-            kinds = {f.name: f.type for f in fields(TrainConfig)}
-            config, _ = read_config(TrainConfig, [w for w in argv[1:] if "init_from" not in w])
-            assert options.keys() <= kinds.keys()
+            words = option_words(**options)
+            config, _ = read_config(TrainConfig, [w for w in words if "init_from" not in w])
             Path(out_dir, "config.json").write_text(json.dumps(vars(config)))
             name = Path(out_dir).name
             loss = (script or {}).get(name, 1.0)
             if isinstance(loss, str):
                 raise UserError(loss)
-            steps = int(options["max_iters"])
+            steps = options["max_iters"]
             tokens = steps * 128
             records = [{"type": "eval", "iter": 0, "tokens": 0, "val_loss": 5.0, "seconds": 0.0},
                        {"type": "train", "iter": 0, "tokens": 128, "tokens_per_s": 100.0},
@@ -61,7 +64,7 @@ def study(tmp_path, data_dir, monkeypatch):
 
         monkeypatch.setattr(compare.Workers, "launch", launch)
         if not go.pictures:
-            monkeypatch.setattr(compare, "draw", lambda *_: None)
+            monkeypatch.setattr(compare, "draw_study", lambda *_: [])
         words = option_words(**{**TINY, "data_dir": data_dir, "dataset": "tiny", "study": "s",
                                 "out_dir": "runs", "results": "found", "seeds": 2, **options})
         bench.main(["compare", *words, "--variants", *variants])
@@ -73,39 +76,6 @@ def study(tmp_path, data_dir, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# The statistics
-
-
-@pytest.mark.parametrize("df, t", [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (11, 2.201),
-                                   (15, 2.131), (30, 2.042), (120, 1.980)])  # printed tables
-def test_t_quantiles(df, t):
-    assert findings.t_quantile(df) == pytest.approx(t, abs=6e-4)
-
-
-def test_paired_intervals_are_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    own = dict(enumerate([1.02, 0.97, 1.05, 1.01, 0.99]))
-    first = dict(enumerate([1.00, 0.98, 1.01, 1.00, 0.95]))
-    mean, half = findings.paired(own, first)
-    interval = stats.ttest_rel(list(own.values()), list(first.values())).confidence_interval(0.95)
-    assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high), abs=1e-5)
-
-
-def test_only_seeds_that_both_have_are_paired():
-    """Without pairing, seed 9 alone would make the difference."""
-    mean, half = findings.paired({1: 1.5, 2: 2.5, 9: -90.0}, {1: 1.0, 2: 2.0, 7: 3.0})
-    assert mean == 0.5 and half == 0
-    assert findings.paired({1: 1.5, 9: 3.0}, {1: 1.0}) is None
-
-
-@pytest.mark.parametrize("difference, words", [
-    ((-0.1, 0.09), "lower"), ((0.1, 0.09), "higher"), ((-0.1, 0.11), "no difference shown"),
-    ((0.0, 0.0), "no difference shown"), (None, "one seed")])
-def test_an_interval_with_zero_is_no_difference(difference, words):
-    assert findings.verdict(difference) == words
-
-
-# -----------------------------------------------------------------------------
 # The plan
 
 
@@ -114,10 +84,9 @@ def gpt_parameters(L, d, V=257, T=16):
 
 
 def plan_of(*variants, **options):
-    words = [*option_words(**{**TINY, **options}), "--variants", *variants]
-    c, _ = read_config(BenchConfig, ["compare", *words], positional="command")
-    configs = bench.named_variants(["compare", *words], c)
-    return compare.plan(configs, c, {"padded_vocab_size": 257})
+    argv = ["compare", *option_words(**{**TINY, **options}), "--variants", *variants]
+    config = bench.read_options(argv)
+    return compare.plan(bench.named_variants(argv, config), config, 257)
 
 
 @pytest.mark.parametrize("shape", [
@@ -171,12 +140,11 @@ def test_budgets(study, monkeypatch, budget, steps):
     three quarters of the speed."""
     asked = []
 
-    def speed(configs, c):
+    def relative_speeds(configs):
         asked.append(list(configs))
-        return [{"variant": label, "ratio": {"a": 1.0, "b": 0.75, "c": 2.0}[label]}
-                for label in configs]
+        return {label: {"a": 1.0, "b": 0.75, "c": 2.0}[label] for label in configs}
 
-    monkeypatch.setattr(bench, "speed", speed)
+    monkeypatch.setattr(bench, "relative_speeds", relative_speeds)
     size = compare.model_size
     monkeypatch.setattr(compare, "model_size", lambda c: size(c) | {
         "flops_per_token": 10 * c.n_layer})
@@ -207,12 +175,11 @@ def test_every_study_has_a_plan(name, data_dir, monkeypatch, capsys, tmp_path):
     counts its runs."""
     argv = ["compare", str(STUDIES[name]), f"--data_dir={data_dir}", "--dataset=tiny", "--dry_run",
             f"--out_dir={tmp_path}/out", f"--results={tmp_path}"]
-    monkeypatch.setattr(bench, "speed", lambda configs, c: [
-        {"variant": label, "ratio": 1.0} for label in configs])
-    c, _ = read_config(BenchConfig, argv, positional="command")
-    configs = bench.named_variants(argv, c)
-    assert c.study == name.removeprefix("study_")
-    planned = compare.plan(configs, c, {"padded_vocab_size": 257})
+    monkeypatch.setattr(bench, "relative_speeds", lambda configs: dict.fromkeys(configs, 1.0))
+    config = bench.read_options(argv)
+    configs = bench.named_variants(argv, config)
+    assert config.study == name
+    planned = compare.plan(configs, config, 257)
     sizes = {label: compare.model_size(own) for label, own in planned.items()}
     first = next(iter(sizes.values()))
     for label, own in planned.items():
@@ -224,10 +191,10 @@ def test_every_study_has_a_plan(name, data_dir, monkeypatch, capsys, tmp_path):
     assert all(f"| {label} |" in printed for label in configs)
     assert not list(tmp_path.iterdir())
     text = STUDIES[name].read_text()
-    assert f"config/{name}.py" in text and "Cost:" in text
+    assert f"config/studies/{name}.py" in text and "Cost:" in text
     counts = {"three": 3, "six": 6}
     said = next(line for line in text.splitlines() if line.startswith("Cost:")).split()[1]
-    assert int(counts.get(said, said)) == len(configs) * c.seeds
+    assert int(counts.get(said, said)) == len(configs) * config.seeds
 
 
 # -----------------------------------------------------------------------------
@@ -301,7 +268,7 @@ def test_changed_options(study):
     assert study.launched == []
     runs = study("a: template=gd", "b: template=polyak", overwrite=True)
     assert [c["template"] for c in study.launched] == ["polyak"] * 2
-    assert all(c["overwrite"] == "True" for c in study.launched)  # runs/s/b-seed1 was tmm's
+    assert all(c["overwrite"] is True for c in study.launched)  # runs/s/b-seed1 was tmm's
     assert [r["options"].get("template", "gd") for r in runs] == ["gd", "gd", "polyak", "polyak"]
 
 
@@ -323,10 +290,10 @@ def test_other_data(study, data_dir, tmp_path):
     (("a: template=gd", "b: block_size=8"), {}, "b: block_size must be the same in all"),
     (("a: template=gd", "b: eval_tokens=32"), {}, "eval_tokens"),
     (("a: template=gd", "b: dataset=easy"), {}, "dataset"),
-    (("a: template=gd", "b: seed=4 max_iters=3"), {}, "b: max_iters, seed must"),
-    (("a: template=gd", "b: init_from=x.pt"), {}, "init_from"),
-    (("a: template=gd",), {"seed": 4}, "no use for --seed"),
-    (("a: template=gd",), {"init_from": "gpt2"}, "no use for --init_from"),
+    (("a: template=gd", "b: seed=4"), {}, "unknown option seed"),
+    (("a: template=gd", "b: max_iters=3"), {}, "b: max_iters must"),
+    (("a: template=gd", "b: init_from=x.pt"), {}, "unknown option init_from"),
+    (("a: template=gd",), {"seed": 4}, "unknown option seed"),
     (("a: template=gd",), {"study": ".."}, "study=.."),
     (("GPT: template=gd", "gpt: template=tmm"), {}, "one folder"),
     (("a: template=gd",), {"published": "b: 1"}, "published=b"),
@@ -335,7 +302,8 @@ def test_other_data(study, data_dir, tmp_path):
     (("a: n_embd=512 n_layer=8", "b: n_embd=2 n_head=1 match=parameters solve=n_layer"), {},
      "b: match=parameters: the nearest n_layer"),
     (("a: n_embd=2147483646 n_head=2",), {}, "n_embd=2147483646"),
-    (("a: template=gd", "b: warmup_iters=5 batch_size=4000"), {"budget": "flops"}, "b: ")])
+    (("a: template=gd", "b: warmup_iters=5 schedule=wsd batch_size=4000"), {"budget": "flops"},
+     "b: ")])
 def test_what_is_refused(study, variants, options, said):
     refused(lambda: study(*variants, **options), said)
     assert study.launched == [] and not Path("found").exists()
@@ -383,7 +351,7 @@ def test_a_plan_that_changed_under_a_cut_off_run(study):
     assert study.launched[0]["init_from"] == "auto"
     Path("found/s/results.json").unlink()
     study("a: learning_rate=2e-3", seeds=1)
-    assert study.launched[0]["overwrite"] == "True" and "init_from" not in study.launched[0]
+    assert study.launched[0]["overwrite"] is True and "init_from" not in study.launched[0]
 
 
 def test_studies_have_folders_of_their_own(study):
@@ -398,7 +366,7 @@ def test_what_changes_no_figure_is_no_other_variant(study):
     study("a: template=gd", log_interval=3, tensorboard=True)
     assert study.launched == []
     study("a: template=gd", log_interval=3, seeds=3)
-    assert study.launched[0]["log_interval"] == "3"
+    assert study.launched[0]["log_interval"] == 3
 
 
 def test_only_and_overwrite_keep_the_others(study):
@@ -413,7 +381,7 @@ def test_scores_of_tasks(study, monkeypatch):
     missing score is an empty cell."""
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(compare.Cell, "judged", lambda self, _: (
-        {None: {"x": 0.5}, 3: {"x": 0.25, "y": None}, 4: {"x": 0.0}}[self.study.limit]))
+        {None: {"x": 0.5}, 3: {"x": 0.25, "y": None}, 4: {"x": 0.0}}[self.config.limit]))
     study("a: template=gd", "b: template=tmm")
     study("a: template=gd", "b: template=tmm", tasks="x", only="a")
     assert len(study.launched) == 2 and all(c["init_from"] == "auto" for c in study.launched)
@@ -450,7 +418,7 @@ def test_workers(monkeypatch):
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        found = compare.Workers(BenchConfig(**options))
+        found = compare.Workers(**options)
         return found.cards, found.count, found.threads
 
     assert workers(4) == (["0", "1", "2", "3"], 4, 2)
@@ -461,7 +429,7 @@ def test_workers(monkeypatch):
 
 
 def test_a_program_that_cannot_start_gives_its_place_back(tmp_path, monkeypatch):
-    workers = compare.Workers(BenchConfig(device="cpu"))
+    workers = compare.Workers("cpu")
 
     def full(*_, **__):
         raise OSError(12, "Cannot allocate memory")
@@ -469,13 +437,13 @@ def test_a_program_that_cannot_start_gives_its_place_back(tmp_path, monkeypatch)
     monkeypatch.setattr(compare.subprocess, "Popen", full)
     for _ in range(2):  # the second would wait for ever
         with pytest.raises(OSError, match="memory"):
-            workers.launch(["train.py"], str(tmp_path))
+            workers.launch("train.py", {}, str(tmp_path))
 
 
 def test_nothing_starts_after_a_stop(tmp_path):
-    workers = compare.Workers(BenchConfig(device="cpu"))
+    workers = compare.Workers("cpu")
     workers.stop()
-    refused(lambda: workers.launch(["train.py"], str(tmp_path)), "interrupted")
+    refused(lambda: workers.launch("train.py", {}, str(tmp_path)), "interrupted")
 
 
 def test_the_seeds_go_first(study):
@@ -589,19 +557,19 @@ RESULTS = sorted(path.parent for path in (ROOT / "docs/results").glob("*/results
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda p: p.name)
 def test_committed_results(folder, data_dir, tmp_path):
     """They are of the presets as these are now, and the table is that of the runs."""
-    preset = STUDIES[f"study_{folder.name}"]
+    preset = STUDIES[folder.name]
     argv = ["compare", str(preset), f"--data_dir={data_dir}"]
-    c, _ = read_config(BenchConfig, argv, positional="command")
+    config = bench.read_options(argv)
     head, runs = compare.read_results(folder / "results.json")
     rows = {"shakespeare_char": 65, "tinystories_bytes": 257}[head["data"]["dataset"]]
-    planned = compare.plan(bench.named_variants(argv, c), c, {"padded_vocab_size": rows})
-    free = {"max_iters"} if c.budget != "tokens" else set()
+    planned = compare.plan(bench.named_variants(argv, config), config, rows)
+    free = {"max_iters"} if config.budget != "tokens" else set()
     for run in runs:
-        options = compare.variant(run["variant"], planned[run["variant"]]).options
+        options = compare.options_of(planned[run["variant"]])
         assert {k: v for k, v in options.items() if k not in free} == {
             k: v for k, v in run["options"].items() if k not in free}
     table = (folder / "table.md").read_text()
-    assert findings.markdown(findings.summary(runs, c, planned)) in table
+    assert findings.markdown(findings.summary(runs, planned)) in table
     assert findings.markdown(findings.pairs(runs)) in table
     for name in set(re.findall(r"\]\((\w+\.png)\)", table)):
         assert (folder / name).stat().st_size < 400_000

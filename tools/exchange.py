@@ -6,43 +6,89 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import torch
 
-from model import GPT, GPTConfig, transposed
+from config import check_rules
+from model import GPT, transposed
 from sample import SampleConfig, load_checkpoint, nanogpt_tokenizer
 from support.checkpoint import model_from, read_pretrained, write_file
 from support.errors import UserError, fail
 from support.meta import TOKENIZER_KEYS
 from support.tokenizer import END_OF_TEXT, Tokenizer
-from tools.options import BenchConfig
 
 
-def named(c: BenchConfig) -> SampleConfig:
+@dataclass
+class ExportConfig:
+    """Write a model for transformers (a plain GPT), or as safetensors (any model)."""
+
+    ckpt: str | None = None  # a run's or exported folder, a .pt file, gpt2*
+    out: str | None = None  # the folder to write
+    format: Literal["hf", "safetensors"] = "hf"  # for transformers, or for us
+    overwrite: bool = False  # replace a folder that was exported before
+    data_dir: str = "data"  # where a nanoGPT checkpoint's meta.pkl is
+
+    def __post_init__(self) -> None:
+        check_rules(self)
+
+    def rules(self, rule: Callable[[bool, str], None]) -> None:
+        rule(self.ckpt is not None,
+             "say of which model: --ckpt=FOLDER of a run, or --ckpt=FILE.pt")
+        rule(self.out is not None, "say where to: --out=FOLDER")
+
+
+@dataclass
+class ConvertConfig(ExportConfig):
+    """Make a momentum model of a trained GPT: same logits, to train on."""
+
+    out: str | None = None  # the .pt file to write
+    template: str = "gd"  # polyak, nesterov or tmm
+    velocity_norm: str = "update"  # none, which alone leaves the logits as they are
+    velocity_init: Literal["embed", "zero"] = "embed"  # how the velocity starts
+    scalar_map: Literal["sigmoid", "softplus"] = "sigmoid"  # range of mu and beta: (0, 1), (0, inf)
+    raw_init: float = -20.0  # raw mu and beta; -10 learns faster, from less exact logits
+    seed: int = 1337  # of the second table
+
+    def rules(self, rule: Callable[[bool, str], None]) -> None:
+        super().rules(rule)
+        rule(self.template in ("polyak", "nesterov", "tmm"),
+             f"template={self.template}: convert makes polyak, nesterov or tmm; name one of them")
+        rule(self.velocity_norm == "none",
+             f"velocity_norm={self.velocity_norm}: N_v rescales every step, so that the logits "
+             f"cannot stay; add --velocity_norm=none")
+        rule((self.out or ".pt").endswith(".pt"), "say where to: --out=FILE.pt")
+        folder = os.path.dirname(self.out or "") or "."
+        rule(os.path.isdir(folder), f"out={self.out}: there is no folder {folder}; make it first")
+        rule(self.raw_init <= -4,
+             f"raw_init={self.raw_init}: mu and beta begin near 0, so that the logits stay; choose "
+             f"from -20 (exact) to -4")
+
+
+def checkpoint_named(ckpt: str, data_dir: str) -> SampleConfig:
     """--ckpt as sample.py has it: the out_dir of a run, or what init_from can be."""
-    a_run = any(os.path.isfile(os.path.join(c.ckpt, name)) for name in ("ckpt.pt", "best.pt"))
-    return SampleConfig(data_dir=c.data_dir, **{"out_dir" if a_run else "init_from": c.ckpt})
+    a_run = any(os.path.isfile(os.path.join(ckpt, name)) for name in ("ckpt.pt", "best.pt"))
+    return SampleConfig(data_dir=data_dir, **{"out_dir" if a_run else "init_from": ckpt})
 
 
-PLAIN = dict(template="gd", splitting="lie_trotter", ffn="mlp", norm="layernorm",
-             position="learned", qk_norm=False)  # what GPT-2 is
+PLAIN = dict(template="gd", splitting="lie_trotter", attention="causal", ffn="mlp",
+             norm="layernorm", position="learned", qk_norm=False)  # what GPT-2 is
 
 
-def load_source(c: BenchConfig) -> tuple[GPT, dict | None]:
+def load_source(config: ExportConfig) -> tuple[GPT, dict | None]:
     """The model that --ckpt names, on the CPU, and what a checkpoint says of its tokenizer; None
     where that is not known."""
-    if c.ckpt is None:
-        fail("say of which model: --ckpt=FOLDER of a run, or --ckpt=FILE.pt")
-    hub = c.ckpt.startswith("gpt2") and not os.path.exists(c.ckpt)
-    checkpoint = read_pretrained(c.ckpt) if hub else load_checkpoint(named(c))
+    if config.ckpt.startswith("gpt2") and not os.path.exists(config.ckpt):
+        return read_pretrained(config.ckpt).eval(), {"tokenizer": "gpt2"}
+    checkpoint = load_checkpoint(checkpoint_named(config.ckpt, config.data_dir))
     model, meta = model_from(checkpoint), checkpoint.get("tokenizer")
     if not all(p.isfinite().all() for p in model.parameters()):
-        fail(f"the weights of {c.ckpt} are nan or infinite: its run broke; use another one")
+        fail(f"the weights of {config.ckpt} are nan or infinite: its run broke; use another one")
     if not meta:
         with contextlib.suppress(UserError):
-            meta = Tokenizer.from_meta(nanogpt_tokenizer(checkpoint, c.data_dir)).to_meta()
+            meta = Tokenizer.from_meta(nanogpt_tokenizer(checkpoint, config.data_dir)).to_meta()
             meta = {k: meta[k] for k in TOKENIZER_KEYS if meta.get(k)}
     return model.eval(), meta or None
 
@@ -52,10 +98,11 @@ def new_folder(path: str, overwrite: bool) -> Iterator[str]:
     """A folder to fill, which then gets its name: it is whole, or not there. Only an exported
     folder is overwritten."""
     path = os.path.abspath(path)
-    there = os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path))
     exported = os.path.isfile(os.path.join(path, "model.safetensors"))
-    if there and not (overwrite and exported):
-        fail(f"{path} is there already; choose another --out" + ", or --overwrite" * exported)
+    empty = os.path.isdir(path) and not os.listdir(path)
+    if os.path.lexists(path) and not empty and not (overwrite and exported):
+        also = ", or --overwrite" if exported else ""
+        fail(f"{path} is there already; choose another --out{also}")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix=".partial-") as folder:
         new, old = os.path.join(folder, "new"), os.path.join(folder, "old")
@@ -66,19 +113,18 @@ def new_folder(path: str, overwrite: bool) -> Iterator[str]:
         os.rename(new, path)
 
 
-def export(c: BenchConfig) -> str:
-    """Write a model to a folder; returns what was done."""
-    if c.out is None:
-        fail("say where to: --out=FOLDER")
-    model, meta = load_source(c)
-    with new_folder(c.out, c.overwrite) as folder:
+def export(config: ExportConfig) -> None:
+    """Write a model to a folder."""
+    model, meta = load_source(config)
+    with new_folder(config.out, config.overwrite) as folder:
+        write = to_hf if config.format == "hf" else to_safetensors
         try:
-            notes = (to_hf if c.format == "hf" else to_safetensors)(model, meta, folder)
+            notes = write(model, meta, folder)
         except ImportError:
-            fail(f"--format={c.format} needs a package: pip install transformers safetensors")
-        names = ("config.json", "model.safetensors")
-        shutil.copymode(*(os.path.join(folder, name) for name in names))  # safetensors' is 0600
-    return "\n".join([f"{c.out}: {model.get_num_params(False):,} parameters", *notes])
+            fail(f"--format={config.format} needs a package: pip install transformers safetensors")
+        weights = os.path.join(folder, "model.safetensors")
+        shutil.copymode(os.path.join(folder, "config.json"), weights)  # safetensors' is 0600
+    print(f"{config.out}: {model.get_num_params(False):,} parameters", *notes, sep="\n")
 
 
 def to_safetensors(model: GPT, meta: dict | None, folder: str) -> list[str]:
@@ -98,11 +144,14 @@ def to_hf(model: GPT, meta: dict | None, folder: str) -> list[str]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     m = model.config
-    odd = [f"{n}={getattr(m, n)}" for n, plain in PLAIN.items() if getattr(m, n) != plain]
-    odd += [f"head_dim={m.head_dim}"] * (m.d_attn != m.n_embd)
-    odd += ["velocity_init=add"] * (m.velocity_init == "add")
-    if odd:
-        fail(f"transformers' GPT-2 has no {', '.join(odd)}; use --format=safetensors")
+    differs = [name for name, plain in PLAIN.items() if getattr(m, name) != plain]
+    if m.d_attn != m.n_embd:
+        differs.append("head_dim")
+    if m.velocity_init == "add":
+        differs.append("velocity_init")
+    if differs:
+        options = ", ".join(f"{name}={getattr(m, name)}" for name in differs)
+        fail(f"transformers' GPT-2 has no {options}; use --format=safetensors")
     eot = Tokenizer.from_meta(meta).eot if meta else None
     hf = GPT2LMHeadModel(GPT2Config(
         vocab_size=m.vocab_size, n_positions=m.block_size, n_embd=m.n_embd, n_layer=m.n_layer,
@@ -119,92 +168,54 @@ def to_hf(model: GPT, meta: dict | None, folder: str) -> list[str]:
                  f"are the same; generate() never draws it"]
     hf.save_pretrained(folder, max_shard_size="1TB")
     if meta and meta["tokenizer"] in ("gpt2", "r50k_base"):
-        write_bpe(meta["tokenizer"], m.block_size, folder)
+        save_tokenizer(meta["tokenizer"], m.block_size, folder)
         return [*notes, "with its tokenizer, GPT-2's"]
     name = meta["tokenizer"] if meta else "unknown"
     return [*notes, f"without its tokenizer ({name}): only GPT-2's is exported; for sample.py use "
                     f"--format=safetensors"]
 
 
-def write_bpe(name: str, block_size: int, folder: str) -> None:
-    """A tokenizer of tiktoken's that splits words as GPT-2's does, in GPT-2's files: vocab.json,
-    merges.txt. Their text has a printable character for each byte."""
+def save_tokenizer(name: str, block_size: int, folder: str) -> None:
+    """A tokenizer of tiktoken's in the form of transformers, by its own converter."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
     bpe = Tokenizer(name).bpe
-    ranks = {token: bpe.encode_single_token(token) for token in bpe.token_byte_values()}
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    character = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-    def text(token: bytes) -> str:
-        return "".join(map(character.get, token))
-
-    def merged(token: bytes) -> list[bytes]:
-        """The two tokens that became this one: what its bytes merge to, one merge before."""
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            i = min(range(len(parts) - 1),
-                    key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        return parts
-
-    in_order = sorted(ranks, key=ranks.get)
-    merges = [" ".join(map(text, merged(token))) for token in in_order if len(token) > 1]
-    vocabulary = {text(token): ranks[token] for token in in_order} | {END_OF_TEXT: bpe.eot_token}
-    about = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size,
-             "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
-    for file_name, content in (("vocab.json", json.dumps(vocabulary, ensure_ascii=False)),
-                               ("merges.txt", "\n".join(["#version: 0.2", *merges, ""])),
-                               ("tokenizer_config.json", json.dumps(about, indent=1))):
-        with open(os.path.join(folder, file_name), "w", encoding="utf-8", newline="") as file:
-            file.write(content)
+    converter = TikTokenConverter(pattern=bpe._pat_str, extra_special_tokens=[END_OF_TEXT])
+    converter.load_tiktoken_bpe = lambda _: bpe._mergeable_ranks  # instead of reading a file
+    PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(), model_max_length=block_size, bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT, unk_token=END_OF_TEXT).save_pretrained(folder)
 
 
-def convert(c: BenchConfig) -> str:
+def convert(config: ConvertConfig) -> None:
     """A trained GPT as a momentum model, to train on: with velocity_norm=none, gamma = nu = 1 (in
     Strang's halves gamma h = 1) and mu, beta -> 0, X' = X + h nu (beta V + gamma h g(X + mu V)) is
-    X + h g(X). Returns what was done, and how far the logits are from the GPT's."""
-    if c.template not in ("polyak", "nesterov", "tmm"):
-        fail(f"template={c.template}: convert makes polyak, nesterov or tmm; name one of them")
-    if c.velocity_norm != "none":
-        fail(f"velocity_norm={c.velocity_norm}: N_v rescales every step, so that the logits cannot "
-             f"stay; add --velocity_norm=none")
-    if not (c.out or "").endswith(".pt"):
-        fail("say where to: --out=FILE.pt")
-    if not os.path.isdir(os.path.dirname(c.out) or "."):
-        fail(f"out={c.out}: there is no folder {os.path.dirname(c.out)}; make it first")
-    if c.raw_init > -4:
-        fail(f"raw_init={c.raw_init}: mu and beta begin near 0, so that the logits stay; choose "
-             f"from -20 (exact) to -4")
-    if os.path.lexists(c.out) and not (c.overwrite and os.path.isfile(c.out)):
-        fail(f"{c.out} is there already; choose another --out, or --overwrite a file")
-    old, meta = load_source(c)
+    X + h g(X). Prints how far the logits are from the GPT's."""
+    if os.path.lexists(config.out) and not (config.overwrite and os.path.isfile(config.out)):
+        fail(f"{config.out} is there already; choose another --out, or --overwrite a file")
+    old, meta = load_source(config)
     if old.config.template != "gd" or old.config.velocity_init == "add":
-        fail(f"{c.ckpt} has template={old.config.template}, velocity_init="
+        fail(f"{config.ckpt} has template={old.config.template}, velocity_init="
              f"{old.config.velocity_init}: only template=gd without second tables is converted")
-    ours = {"template", "velocity_norm", "velocity_init", "scalar_map"}  # the others stay
-    odd = [f"{f.name}={value}" for f in fields(GPTConfig) if f.name not in ours
-           and (value := getattr(c, f.name)) not in (f.default, getattr(BenchConfig, f.name),
-                                                     getattr(old.config, f.name))]
-    if odd:
-        fail(f"{', '.join(odd)}: the converted model keeps the shape of {c.ckpt}; drop the option")
-    torch.manual_seed(c.seed)
-    new = GPT(replace(old.config, template=c.template, velocity_norm="none",
-                      velocity_init=c.velocity_init, scalar_map=c.scalar_map))
+    torch.manual_seed(config.seed)
+    new = GPT(replace(old.config, template=config.template, velocity_norm="none",
+                      velocity_init=config.velocity_init, scalar_map=config.scalar_map))
     new.to(old.lm_head.weight.dtype).load_state_dict(old.state_dict(), strict=False)
     with torch.no_grad():
         for block in new.transformer.h:
             for step, (_, h) in zip(block.steps, block.split(*block.oracles()), strict=True):
                 step.gamma.fill_(math.log(math.expm1(1 / h)))
                 for name in {"mu", "beta"} & step.learned.keys():
-                    getattr(step, name).fill_(c.raw_init)
+                    getattr(step, name).fill_(config.raw_init)
         size = old.config.vocab_used or old.config.vocab_size
         idx = torch.randint(size, (1, min(old.config.block_size, 256)))
         logits, converted = (model.eval()(idx, idx)[0] for model in (old, new))
-    write_file({"model": new.state_dict(), "model_args": asdict(new.config)}
-               | ({"tokenizer": meta} if meta else {}), c.out)
-    name = f"the {meta['tokenizer']} tokenizer's" if meta else "its"
-    return (f"{c.out}: {c.template}, {new.get_num_params(False):,} parameters\n"
-            f"on random tokens the logits, of up to {logits.abs().max():.3g}, changed by up to "
-            f"{(logits - converted).abs().max():.1e}\n"
-            f"train on: python train.py --init_from={c.out} --dataset=NAME, with {name} data and "
-            f"the options of a run")
+    about = {"model_args": asdict(new.config)} | ({"tokenizer": meta} if meta else {})
+    write_file({"model": new.state_dict()} | about, config.out)
+    tokenizer = f"the {meta['tokenizer']} tokenizer's" if meta else "its"
+    print(f"{config.out}: {config.template}, {new.get_num_params(False):,} parameters\n"
+          f"on random tokens the logits, of up to {logits.abs().max():.3g}, changed by up to "
+          f"{(logits - converted).abs().max():.1e}\n"
+          f"train on: python train.py --init_from={config.out} --dataset=NAME, with {tokenizer} "
+          f"data and the options of a run")

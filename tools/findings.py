@@ -5,10 +5,10 @@ A run is a record of results.json; the runs are in the order of the variants."""
 import math
 import os
 import statistics
+from collections.abc import Iterable
+from typing import Any
 
-from support.log import AXES
-from tools.options import BenchConfig
-from tools.watch import draw_scalars, picture
+from tools.watch import AXES, draw_scalars, picture
 
 # -----------------------------------------------------------------------------
 # The statistics
@@ -16,6 +16,8 @@ from tools.watch import draw_scalars, picture
 
 # 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+Difference = tuple[float, float]  # mean, half width of its 95 % t-interval
 
 
 def t_quantile(df: int) -> float:
@@ -27,101 +29,116 @@ def t_quantile(df: int) -> float:
         3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
 
 
-def paired(own: dict[int, float], first: dict[int, float]) -> tuple[float, float] | None:
-    """(mean, half width of its 95 % t-interval) of own - first over the seeds that both have; None
-    below two of them."""
-    d = [own[seed] - first[seed] for seed in own.keys() & first.keys()]
+def paired(losses: dict[int, float], reference: dict[int, float]) -> Difference | None:
+    """losses - reference over the seeds that both have; None below two of them."""
+    d = [losses[seed] - reference[seed] for seed in losses.keys() & reference.keys()]
     if len(d) < 2:
         return None
     return statistics.mean(d), t_quantile(len(d) - 1) * statistics.stdev(d) / math.sqrt(len(d))
 
 
-def verdict(difference: tuple[float, float] | None) -> str:
+def verdict(difference: Difference | None) -> str:
     """A difference whose interval contains zero is none."""
     if difference is None:
         return "one seed"
     mean, half = difference
-    return "no difference shown" if abs(mean) <= half else "lower" if mean < 0 else "higher"
+    if abs(mean) <= half:
+        return "no difference shown"
+    return "lower" if mean < 0 else "higher"
 
 
-# -----------------------------------------------------------------------------
-# The results: JSON of every run, a table, pictures
+def with_interval(difference: Difference | None) -> str:
+    return "" if difference is None else "{:+.4f} ± {:.4f}".format(*difference)
 
 
 def by_variant(runs: list[dict]) -> dict[str, list[dict]]:
-    found: dict[str, list[dict]] = {}
+    variants: dict[str, list[dict]] = {}
     for run in runs:
-        found.setdefault(run["variant"], []).append(run)
-    return found
+        variants.setdefault(run["variant"], []).append(run)
+    return variants
 
 
-def differences(runs: list[dict]) -> dict[str, tuple[float, float] | None]:
-    """Of every variant but the first: its final loss less the first one's, as `paired` has it."""
-    losses = {label: {r["seed"]: r["val_loss"] for r in own}
-              for label, own in by_variant(runs).items()}
+def losses_by_seed(runs: list[dict]) -> dict[str, dict[int, float]]:
+    """variant -> seed -> final loss."""
+    return {label: {r["seed"]: r["val_loss"] for r in of_variant}
+            for label, of_variant in by_variant(runs).items()}
+
+
+def differences(runs: list[dict]) -> dict[str, Difference | None]:
+    """Of every variant but the first: its final loss less the first one's."""
+    losses = losses_by_seed(runs)
     first, *others = losses
     return {label: paired(losses[label], losses[first]) for label in others}
 
 
-def summary(runs: list[dict], c: BenchConfig, planned: dict[str, BenchConfig]) -> list[dict]:
-    """One row for each variant, with what its runs share, and their figures together."""
-    published = dict(text.rpartition(":")[::2] for text in c.published)
-    found, rows = differences(runs), []
-    most = max(map(len, by_variant(runs).values()))
-    scores = [r["tasks"]["scores"] for r in runs if r.get("tasks", {}).get("how") == c.judged_by]
-    tasks = dict.fromkeys(task for score in scores for task in score) if c.tasks else {}
-    for label, own in by_variant(runs).items():
-        losses, missing = [r["val_loss"] for r in own], most - len(own)
+# -----------------------------------------------------------------------------
+# The table
 
-        def mean(key: str, own: list[dict] = own) -> float | None:
-            values = [r[key] for r in own if r[key] is not None]
-            return statistics.mean(values) if values else None
 
-        difference, peak = found.get(label), mean("peak_mb")
-        row = {
-            "variant": label, "seeds": f"{len(own)}" + f" of {most}" * bool(missing),
-            "final loss": f"{statistics.mean(losses):.4f}" + (
-                f" ± {statistics.stdev(losses):.4f}" if len(own) > 1 else ""),
-            "difference to the first": difference and "{:+.4f} ± {:.4f}".format(*difference) or "",
-            "verdict": "" if label not in found else "seeds are missing" if missing else
-                verdict(difference),
-            "best": f"{mean('best_val_loss'):.4f}"}
+def summary(runs: list[dict], planned: dict[str, Any]) -> list[dict[str, str]]:
+    """One row for each variant: what its runs share, and their figures together.
+
+    planned: the options of each variant, as compare.py plans them."""
+    config = next(iter(planned.values()))
+    published = dict(text.rpartition(":")[::2] for text in config.published)
+    scores = {(r["variant"], r["seed"]): r["tasks"]["scores"] for r in runs
+              if config.tasks and r.get("tasks", {}).get("how") == config.judged_by}
+    tasks = dict.fromkeys(task for of_run in scores.values() for task in of_run)
+    found, variants, rows = differences(runs), by_variant(runs), []
+    most = max(map(len, variants.values()))
+    for label, of_variant in variants.items():
+        first, losses = of_variant[0], [r["val_loss"] for r in of_variant]
+
+        def mean(values: Iterable[float | None], form: str) -> str:
+            known = [value for value in values if value is not None]
+            return format(statistics.mean(known), form) if known else ""
+
+        row = {"variant": label, "seeds": f"{len(losses)}", "final loss": mean(losses, ".4f"),
+               "difference to the first": "", "verdict": "",
+               "best": mean([r["best_val_loss"] for r in of_variant], ".4f")}
+        if len(losses) > 1:
+            row["final loss"] += f" ± {statistics.stdev(losses):.4f}"
+        if label in found:
+            row["difference to the first"] = with_interval(found[label])
+            row["verdict"] = verdict(found[label])
+        if len(losses) < most:
+            row["seeds"] += f" of {most}"
+            row["verdict"] = "seeds are missing" if label in found else ""
         if published:
             row["published best"] = published.get(label, "").strip()
         for task in tasks:
-            values = [v for r in own
-                      if (v := r.get("tasks", {}).get("scores", {}).get(task)) is not None]
-            row[task] = f"{100 * statistics.mean(values):.1f}" if values else ""
-        if any(p.match != "width" for p in planned.values()):
-            row["matched"] = "" if label not in found else planned[label].match
-        rows.append(row | {
-            "parameters": f"{own[0]['parameters']:,}", "matrices": f"{own[0]['matrices']:,}",
-            "MFLOP/token": f"{own[0]['flops_per_token'] / 1e6:,.2f}",
-            "tokens": f"{own[0]['tokens']:,}",
-            **({"seconds": f"{mean('seconds'):,.0f}"} if c.budget == "seconds" else {}),
-            "tokens/s": f"{mean('tokens_per_s'):,.0f}",
-            "peak MB": "" if peak is None else f"{peak:,.0f}"})
+            of_task = [scores.get((label, r["seed"]), {}).get(task) for r in of_variant]
+            row[task] = mean([100 * score for score in of_task if score is not None], ".1f")
+        if any(variant.match != "width" for variant in planned.values()):
+            row["matched"] = planned[label].match if label in found else ""
+        row |= {"parameters": f"{first['parameters']:,}", "matrices": f"{first['matrices']:,}",
+                "MFLOP/token": f"{first['flops_per_token'] / 1e6:,.2f}",
+                "tokens": f"{first['tokens']:,}"}
+        if config.budget == "seconds":
+            row["seconds"] = mean([r["seconds"] for r in of_variant], ",.0f")
+        row["tokens/s"] = mean([r["tokens_per_s"] for r in of_variant], ",.0f")
+        row["peak MB"] = mean([r["peak_mb"] for r in of_variant], ",.0f")
+        rows.append(row)
     return rows
 
 
-def pairs(runs: list[dict]) -> list[dict]:
-    """The other pairs: row less column, as `paired` has it; bold where the interval leaves out
-    zero."""
-    losses = {label: {r["seed"]: r["val_loss"] for r in own}
-              for label, own in by_variant(runs).items()}
+def pairs(runs: list[dict]) -> list[dict[str, str]]:
+    """The other pairs: row less column; bold where the interval leaves out zero. No rows where
+    there is no interval."""
+    losses, rows = losses_by_seed(runs), []
     _, *labels = losses
-    rows = []
     for i, label in enumerate(labels[1:], 1):
         row = {"variant": label}
         for j, other in enumerate(labels[:-1]):
-            d = paired(losses[label], losses[other]) if j < i else None
-            shown = d and "{:+.4f} ± {:.4f}".format(*d)
-            row[f"less {other}"] = f"**{shown}**" if d and abs(d[0]) > d[1] else shown or ""
+            difference = paired(losses[label], losses[other]) if j < i else None
+            row[f"less {other}"] = with_interval(difference)
+            if verdict(difference) in ("lower", "higher"):
+                row[f"less {other}"] = f"**{with_interval(difference)}**"
         rows.append(row)
     return rows if any("±" in cell for row in rows for cell in row.values()) else []
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows: list[dict[str, str]]) -> str:
     """Rows of text as a table of GitHub's."""
     lines = [list(rows[0]), ["---", *["--:"] * (len(rows[0]) - 1)], *map(dict.values, rows)]
     escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
@@ -132,30 +149,40 @@ def markdown(rows: list[dict]) -> str:
 # Pictures
 
 
-def draw(runs: list[dict], folder: str, names: list[str], x: str) -> None:
-    """These of curves.png, differences.png and scalars.png (of the first seed)."""
-    learned = {name: [{"step": step} | scalars for step, scalars in own[0]["scalars"]]
-               for name, own in by_variant(runs).items() if "scalars" in own[0]}
-    make = {"curves.png": lambda path: draw_curves(runs, path, x),
-            "differences.png": lambda path: draw_differences(runs, path),
-            "scalars.png": lambda path: draw_scalars(learned, path)}
-    for name in names:
-        make[name](os.path.join(folder, name))
+def draw_study(runs: list[dict], folder: str, x: str) -> list[str]:
+    """curves.png, differences.png where there is one, scalars.png (of the first seed) where some
+    are learned; returns their names."""
+    draw_curves(runs, os.path.join(folder, "curves.png"), x)
+    names = ["curves.png"]
+    if any(differences(runs).values()):
+        draw_differences(runs, os.path.join(folder, "differences.png"))
+        names.append("differences.png")
+    learned = {name: [{"step": step} | scalars for step, scalars in of_variant[0]["scalars"]]
+               for name, of_variant in by_variant(runs).items() if "scalars" in of_variant[0]}
+    if learned:
+        draw_scalars(learned, os.path.join(folder, "scalars.png"))
+        names.append("scalars.png")
+    return names
 
 
 def draw_curves(runs: list[dict], path: str, x: str) -> None:
     """Validation losses: means over the seeds, with the lowest and the highest."""
-    unit = {"steps": lambda r: 1, "tokens": lambda r: r["tokens"] / r["steps"],
-            "seconds": lambda r: r["seconds"] / r["steps"],
-            "flops": lambda r: r["tokens"] / r["steps"] * r["flops_per_token"]}[x]
+    def per_step(run: dict) -> float:
+        if x == "steps":
+            return 1.0
+        if x == "seconds":
+            return run["seconds"] / run["steps"]
+        tokens = run["tokens"] / run["steps"]
+        return tokens * run["flops_per_token"] if x == "flops" else tokens
+
     with picture(path, 7, 4.5) as figure:
         axes = figure.add_subplot(xlabel=AXES[x][1], ylabel="validation loss (nats per token)")
         axes.set_title("means over the seeds, from the lowest to the highest", fontsize="small")
         low, high = math.inf, 0.0
-        for i, (name, own) in enumerate(by_variant(runs).items()):
-            curves = [dict(run["curve"]) for run in own]  # step -> loss
+        for i, (name, of_variant) in enumerate(by_variant(runs).items()):
+            curves = [dict(run["curve"]) for run in of_variant]  # step -> loss
             steps = [step for step in curves[0] if all(step in curve for curve in curves)]
-            xs = [step * statistics.mean(map(unit, own)) for step in steps]
+            xs = [step * statistics.mean(map(per_step, of_variant)) for step in steps]
             at_step = [[curve[step] for curve in curves] for step in steps]
             mean, color = list(map(statistics.mean, at_step)), f"C{i % 10}"
             axes.plot(xs, mean, color=color, ls=("-", "--", ":")[i // 10 % 3],
@@ -172,16 +199,16 @@ def draw_curves(runs: list[dict], path: str, x: str) -> None:
 def draw_differences(runs: list[dict], path: str) -> None:
     """Each variant's difference to the first with its interval, and seed by seed; grey: none."""
     found = {label: d for label, d in differences(runs).items() if d}
-    first = {r["seed"]: r["val_loss"] for r in runs if r["variant"] == runs[0]["variant"]}
+    losses, first = losses_by_seed(runs), runs[0]["variant"]
     with picture(path, 7, 1.4 + 0.32 * len(found)) as figure:
-        axes = figure.add_subplot(xlabel=f"final loss - that of {runs[0]['variant']}\n"
+        axes = figure.add_subplot(xlabel=f"final loss - that of {first}\n"
                                          f"(nats per token, with 95 % intervals)")
         for i, (name, (mean, half)) in enumerate(found.items()):
             color = {"lower": "C2", "higher": "C3"}.get(verdict((mean, half)), "C7")
             axes.errorbar(mean, i, xerr=half, fmt="o", capsize=3, color=color)
-            dots = [r["val_loss"] - first[r["seed"]] for r in runs
-                    if r["variant"] == name and r["seed"] in first]
-            axes.plot(dots, [i] * len(dots), "|", color="k", alpha=0.4, ms=7)
+            ticks = [losses[name][seed] - losses[first][seed]
+                     for seed in losses[name].keys() & losses[first].keys()]
+            axes.plot(ticks, [i] * len(ticks), "|", color="k", alpha=0.4, ms=7)
         axes.set_title("dots: means; ticks: single seeds; grey: no difference shown",
                        fontsize="small")
         axes.set_ylim(-0.6, len(found) - 0.4)

@@ -2,12 +2,17 @@
 
 import contextlib
 import importlib.util
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
+from config import check_rules
 from model import GPT
 from support.checkpoint import (
     checkpoint_config,
@@ -17,70 +22,139 @@ from support.checkpoint import (
     read_latest,
 )
 from support.data import Tokens
-from support.errors import fail
-from support.log import plot_losses, read_log, run_names
+from support.errors import fail, reason
 from support.meta import load_meta
-from tools.options import BenchConfig
 
-NO_MATPLOTLIB = "plot needs matplotlib: pip install matplotlib"
+AXES = {"steps": ("iter", "step"), "tokens": ("tokens", "training tokens"),
+        "seconds": ("seconds", "wall time (s)"), "flops": ("flops", "training FLOPs")}
+
+
+@dataclass
+class PlotConfig:
+    """Draw runs together: their losses, learned scalars, or the paths of their residual streams."""
+
+    runs: tuple[str, ...] = ()  # the out_dirs to draw together; --runs may be left out
+    draw: Literal["losses", "scalars", "path"] = "losses"  # what to draw of them
+    x: Literal["steps", "tokens", "seconds", "flops"] = "steps"  # what losses are drawn over
+    plot: str | None = None  # the PNG; auto: losses.png, scalars.png, path.png
+    data: str | None = None  # path: a data folder; auto: that of each run
+    data_dir: str = "data"  # path: where the data folders are
+
+    def __post_init__(self) -> None:
+        check_rules(self)
+
+    def rules(self, rule: Callable[[bool, str], None]) -> None:
+        rule(bool(self.runs), "name the out_dirs of one run or several: python bench.py plot "
+                              "OUT_DIR...")
+        rule((self.plot or ".png").endswith(".png"),
+             f"plot={self.plot}: a picture is a PNG; end the name in .png")
+        folder = os.path.dirname(self.plot or "") or "."
+        rule(os.path.isdir(folder), f"plot={self.plot}: there is no folder {folder}; make it first")
+
+
+def plot(config: PlotConfig) -> None:
+    """Several runs in one PNG."""
+    if importlib.util.find_spec("matplotlib") is None:
+        fail("plot needs matplotlib: pip install matplotlib")
+    path = config.plot or f"{config.draw}.png"
+    if config.draw == "losses":
+        draw_losses(config.runs, path, config.x)
+    elif config.draw == "scalars":
+        draw_scalars(logged_scalars(config.runs), path)
+    else:
+        draw_paths({run: residual_path(*model_and_tokens(run, config)) for run in config.runs},
+                   path)
+    print(f"wrote {path}")
 
 
 @contextlib.contextmanager
 def picture(path: str, width: float, height: float, dpi: int = 120) -> Iterator:
     """A matplotlib figure, in inches, that becomes a PNG."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        fail(NO_MATPLOTLIB)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     yield figure
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
     FigureCanvasAgg(figure).print_png(path)
 
 
-def plot(c: BenchConfig) -> None:
-    """Several runs in one PNG: their losses, learned scalars, or paths of the residual stream."""
-    if not c.runs:
-        fail("name the out_dirs of one run or several: python bench.py plot OUT_DIR...")
-    if importlib.util.find_spec("matplotlib") is None:
-        fail(NO_MATPLOTLIB)
-    path = c.plot or f"{c.draw}.png"
-    if c.draw == "losses":
-        flops = [flops_per_token(run) for run in c.runs] if c.x == "flops" else []
-        plot_losses(list(c.runs), path, c.x, tuple(flops))
-    else:
-        (plot_scalars if c.draw == "scalars" else plot_paths)(c, path)
-    print(f"wrote {path}")
+def run_names(runs: Iterable[str]) -> dict[str, str]:
+    """Run -> its name in a picture: the last folder's, if no other one's is the same."""
+    names = {run: os.path.basename(os.path.normpath(run)) for run in runs}
+    return {run: name if list(names.values()).count(name) == 1 else run
+            for run, name in names.items()}
 
 
-def checkpoint_of(run: str, weights: bool = True) -> dict:
+def read_log(out_dir: str) -> list[dict]:
+    """The records of a run's log.jsonl. UserError where there are none."""
+    path = os.path.join(out_dir, "log.jsonl")
+    try:
+        with open(path, encoding="utf-8") as file:
+            records = [json.loads(line) for line in file if line.endswith("}\n")]
+    except (OSError, ValueError) as error:
+        fail(f"{path}: {reason(error)}; name the out_dir of a run")
+    if not any(record.get("type") in ("train", "eval") for record in records):
+        fail(f"{path} has no losses yet; name the out_dir of a run that has begun")
+    return records
+
+
+def checkpoint_of(run: str) -> dict:
     """A run's latest checkpoint, or that of a file or an exported folder; UserError where there is
     none."""
     if os.path.isfile(run) or holds_weights(run):
-        return read_checkpoint(run, weights)
-    return read_latest(run, weights) or read_checkpoint(os.path.join(run, "ckpt.pt"), weights)
+        return read_checkpoint(run)
+    return read_latest(run) or read_checkpoint(os.path.join(run, "ckpt.pt"))
 
 
-def flops_per_token(out_dir: str) -> int:
-    """Training FLOPs per token of a run's model."""
-    with torch.device("meta"):
-        return GPT(checkpoint_config(checkpoint_of(out_dir, weights=False))).flops_per_token()
+# -----------------------------------------------------------------------------
+# Losses
 
 
-def plot_scalars(c: BenchConfig, path: str) -> None:
-    """The learned scalars that these runs have logged."""
-    names = run_names(c.runs)
-    logs = {name: [r["scalars"] | {"step": r["iter"]} for r in read_log(run) if "scalars" in r]
-            for run, name in names.items()}
-    if not any(logs.values()):
-        fail(f"{', '.join(c.runs)}: no learned scalars in log.jsonl; a momentum template "
-             f"(--template=nesterov) logs them at every evaluation")
-    if without := [name for name, log in logs.items() if not log]:
-        print(f"no learned scalars in {', '.join(without)}")
-    draw_scalars(logs, path)
+def draw_losses(runs: Iterable[str], path: str, x: str) -> None:
+    """Training and evaluation losses over one of AXES."""
+    key, label = AXES[x]
+    with picture(path, 7, 4.5) as figure:
+        axes = figure.add_subplot(xlabel=label, ylabel="cross-entropy (nats per token)")
+        top = 0.0  # of the picture: the second evaluation, since the first is that of no training
+        for i, (run, name) in enumerate(run_names(runs).items()):
+            records, color = read_log(run), f"C{i}"
+            if x == "flops":
+                with torch.device("meta"):
+                    flops = GPT(checkpoint_config(checkpoint_of(run))).flops_per_token()
+                records = [r | {"flops": r.get("tokens", 0) * flops} for r in records]
+            for kind, loss, style in (("train", "loss", dict(lw=0.7, alpha=0.4)),
+                                      ("eval", "val_loss", dict(marker="o", ms=3.5))):
+                points = [(r[key], r[loss]) for r in records
+                          if r.get("type") == kind and r.get(loss) and key in r]
+                if points:
+                    xs, losses = zip(*points, strict=True)
+                    axes.plot(xs, losses, color=color, label=f"{name}, {kind}: {losses[-1]:.4f}",
+                              **style)
+                    if kind == "eval":
+                        top = max(top, *losses[1:2], 0.0)
+        axes.set_ylim(top=1.05 * top or None)
+        axes.legend(fontsize="small")
+
+
+# -----------------------------------------------------------------------------
+# Learned scalars
 
 
 STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 4)), (0, (1, 4)))
+
+
+def logged_scalars(runs: Iterable[str]) -> dict[str, list[dict]]:
+    """Name of each run -> the learned scalars that it has logged."""
+    logs = {name: [r["scalars"] | {"step": r["iter"]} for r in read_log(run) if "scalars" in r]
+            for run, name in run_names(runs).items()}
+    if not any(logs.values()):
+        fail(f"{', '.join(runs)}: no learned scalars in log.jsonl; a momentum template "
+             f"(--template=nesterov) logs them at every evaluation")
+    if without := [name for name, log in logs.items() if not log]:
+        print(f"no learned scalars in {', '.join(without)}")
+    return logs
 
 
 def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
@@ -97,6 +171,7 @@ def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
             over_time.set(xlabel="step")
             for i, (run, log) in enumerate(logs.items()):
                 log = [r for r in log if name in r]
+                steps = [r["step"] for r in log]
                 values = np.array([r[name] for r in log])  # (evaluations, layers, substeps)
                 substeps = {1: ["layer"], 2: ["attention", "FFN"]}.get(
                     values.shape[-1], [f"substep {k + 1}" for k in range(values.shape[-1])])
@@ -104,50 +179,71 @@ def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
                     style = dict(color=f"C{i}", ls=STYLES[k % len(STYLES)])
                     by_layer.plot(range(1, values.shape[1] + 1), values[-1, :, k], ms=3.5,
                                   marker="os^Dv<>"[k % 7], label=f"{run}, {substep}", **style)
-                    steps, of_substep = [r["step"] for r in log], values[:, :, k]
+                    of_substep = values[:, :, k]
                     over_time.plot(steps, of_substep.mean(axis=1), **style)
                     over_time.fill_between(steps, of_substep.min(axis=1), of_substep.max(axis=1),
                                            color=f"C{i}", alpha=0.1, lw=0)
             for axes in (by_layer, over_time):
-                axes.grid(alpha=0.3)
-            by_layer.xaxis.get_major_locator().set_params(integer=True)
-            over_time.xaxis.get_major_locator().set_params(integer=True)
-        lines = {label: line for by_layer, _ in grid
-                 for line, label in zip(*by_layer.get_legend_handles_labels(), strict=True)}
+                axes.xaxis.get_major_locator().set_params(integer=True)
+        lines = {line.get_label(): line for by_layer, _ in grid for line in by_layer.lines}
         figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=2,
                       fontsize="small", handlelength=3)
 
 
-def plot_paths(c: BenchConfig, path: str) -> None:
-    """How far x moves in each layer, and by what angle it turns from one to the next: means over
-    the tokens of 16 windows of each run's validation split, or of --data's."""
-    found = {}
-    for run in c.runs:
-        checkpoint = checkpoint_of(run)
-        model, trained = model_from(checkpoint).eval(), checkpoint.get("config", {})
-        if not (dataset := c.data or trained.get("dataset")):
-            fail(f"{run} does not say its data; name a folder in {c.data_dir}: --data=NAME")
-        data_dirs = [c.data_dir] if c.data else [trained.get("data_dir", c.data_dir), c.data_dir]
-        folders = [os.path.join(data_dir, dataset) for data_dir in data_dirs]
-        folder = next(filter(os.path.isdir, folders), folders[0])
-        meta = load_meta(folder)
-        if meta["vocab_size"] > model.config.vocab_size:
-            fail(f"{folder} has {meta['vocab_size']} token ids, and {run} only "
-                 f"{model.config.vocab_size}; name its own data: --data=NAME")
-        tokens = Tokens(folder, "val", meta, model.config.block_size)
-        starts = range(0, len(tokens) - model.config.block_size, model.config.block_size)
-        found[run] = model.residual_path(tokens.read(starts[:16])[:, :-1].long())
+# -----------------------------------------------------------------------------
+# The path of the residual stream
+
+
+def model_and_tokens(run: str, config: PlotConfig) -> tuple[GPT, torch.Tensor]:
+    """A run's model, and 16 windows (16, T) of its validation split, or of that of --data."""
+    checkpoint = checkpoint_of(run)
+    model, trained = model_from(checkpoint).eval(), checkpoint.get("config", {})
+    dataset = config.data or trained.get("dataset")
+    if not dataset:
+        fail(f"{run} does not say its data; name a folder in {config.data_dir}: --data=NAME")
+    folder = os.path.join(trained.get("data_dir", ""), dataset)
+    if config.data or not os.path.isdir(folder):
+        folder = os.path.join(config.data_dir, dataset)
+    meta, T = load_meta(folder), model.config.block_size
+    if meta["vocab_size"] > model.config.vocab_size:
+        fail(f"{folder} has {meta['vocab_size']} token ids, and {run} only "
+             f"{model.config.vocab_size}; name its own data: --data=NAME")
+    tokens = Tokens(folder, "val", meta, T)
+    return model, tokens.read(range(0, len(tokens) - T, T)[:16])[:, :-1].long()
+
+
+@torch.no_grad()
+def residual_path(model: GPT, idx: torch.Tensor) -> tuple[list[float], list[float]]:
+    """The way of x through depth for tokens idx (B, T), means over tokens: the L lengths
+    |x_{l+1} - x_l|, and the L - 1 angles between a layer's step and the next, in degrees."""
+    xs: list[torch.Tensor] = []
+    hooks = [block.register_forward_pre_hook(lambda _, inputs: xs.append(inputs[0][0]))
+             for block in model.transformer.h]
+    hooks.append(model.transformer.h[-1].register_forward_hook(
+        lambda _, __, state: xs.append(state[0])))
+    try:
+        model(idx)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    steps = torch.stack(xs).double().diff(dim=0)  # (L, B, T, C)
+    cosines = F.cosine_similarity(steps[1:], steps[:-1], dim=-1).clamp(-1, 1)
+    angles = cosines.arccos().rad2deg().mean(dim=(1, 2))
+    return steps.norm(dim=-1).mean(dim=(1, 2)).tolist(), angles.tolist()
+
+
+def draw_paths(paths: dict[str, tuple[list[float], list[float]]], path: str) -> None:
+    """How far x moves in each layer, and by what angle it turns from one to the next."""
     with picture(path, 8, 3.6) as figure:
         lengths, turns = figure.subplots(1, 2)
         lengths.set(xlabel="layer", ylabel="length of the layer's step")
         turns.set(xlabel="between layers l and l + 1", ylabel="turning angle (degrees)")
-        names = run_names(c.runs)
-        for run, (steps, angles) in found.items():
+        for run, name in run_names(paths).items():
+            steps, angles = paths[run]
             lengths.plot(range(1, len(steps) + 1), steps, marker="o", ms=3,
-                         label=f"{names[run]}: {sum(steps):.1f} in all")
+                         label=f"{name}: {sum(steps):.1f} in all")
             turns.plot(range(1, len(angles) + 1), angles, marker="o", ms=3)
         for axes in (lengths, turns):
             axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.3)
             axes.xaxis.get_major_locator().set_params(integer=True)
         lengths.legend(fontsize="small")

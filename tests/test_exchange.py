@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import option_words
-from test_train import refused
 
 import bench
 import sample
@@ -21,11 +19,20 @@ import train
 from model import GPT, GPTConfig
 from support.checkpoint import model_from, read_checkpoint
 from support.errors import UserError
+from support.meta import TOKENIZER_KEYS
 from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 IDX = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
+
+
+def refused(call, *said):
+    """The call is a user error whose lines have these words; returns the lines."""
+    with pytest.raises(UserError) as error:
+        call()
+    assert all(word in str(error.value) for word in said), error.value
+    return str(error.value).splitlines()
 
 
 def write(path, tokenizer="bytes", prefix="", **options) -> GPT:
@@ -38,7 +45,7 @@ def write(path, tokenizer="bytes", prefix="", **options) -> GPT:
     about = {"model_args": asdict(model.config), "config": {}}
     if tokenizer:
         meta = Tokenizer(tokenizer).to_meta()
-        about["tokenizer"] = {k: meta[k] for k in train.TOKENIZER_KEYS if meta.get(k)}
+        about["tokenizer"] = {k: meta[k] for k in TOKENIZER_KEYS if meta.get(k)}
     weights = {prefix + name: w for name, w in model.state_dict().items()}
     torch.save(about | {"model": weights}, path)
     return model
@@ -122,7 +129,7 @@ def test_the_four_sizes(monkeypatch, name, shape, parameters):
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
             n_layer=n_layer, n_head=n_head, n_embd=n_embd))
         monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained",
-                            lambda *_, **__: (theirs, {"missing_keys": set()}))
+                            lambda *_, **__: theirs)
         ours = GPT.from_pretrained(name, {"dropout": 0.1})
     assert ours.get_num_params(False) == parameters
     c = ours.config
@@ -188,8 +195,6 @@ def test_the_tokenizer_is_gpt2s(tmp_path, gpt2_cache):
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
     assert len(theirs) == 50257 and theirs.eos_token_id == 50256
     assert theirs.model_max_length == 16
-    published = [p for p in gpt2_cache.iterdir() if p.read_bytes().startswith(b"#version: 0.2")]
-    assert (tmp_path / "hf" / "merges.txt").read_bytes() == published[0].read_bytes()
 
 
 @pytest.mark.parametrize("options", [
@@ -242,22 +247,14 @@ def test_every_variant_comes_back(tmp_path):
     assert size < (tmp_path / "st" / "model.safetensors").stat().st_size < size + 8000
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_run_an_exported_folder_and_shards_are_read(tmp_path, run):
+def test_a_run_and_an_exported_folder_are_read(tmp_path, run):
     """best.pt where the run asked for it."""
     pytest.importorskip("safetensors")
-    import torch.distributed.checkpoint as dcp
-
     run(tmp_path / "run", max_iters=3, template="tmm", always_save_checkpoint=False)
     export(tmp_path / "run", tmp_path / "1", "--format=safetensors")
     export(tmp_path / "1", tmp_path / "2", "--format=safetensors")
     best = read_checkpoint(str(tmp_path / "run" / "best.pt"))
-    (tmp_path / "sharded").mkdir()
-    dcp.save({f"model/{n}": w for n, w in best["model"].items() if n != "lm_head.weight"},
-             storage_writer=dcp.FileSystemWriter(tmp_path / "sharded" / "shards-3"), no_dist=True)
-    torch.save(best | {"model": {}, "shards": "shards-3"}, tmp_path / "sharded" / "ckpt.pt")
-    export(tmp_path / "sharded", tmp_path / "3", "--format=safetensors")
-    for folder in "123":
+    for folder in "12":
         found = read_checkpoint(str(tmp_path / folder))
         assert found["tokenizer"] == best["tokenizer"]
         assert all(torch.equal(w, found["model"][n]) for n, w in best["model"].items())
@@ -308,7 +305,7 @@ def convert(ckpt, out, *words):
 
 def by_hand(gpt: GPT, v: torch.Tensor, splitting: str, mu: float, beta: float) -> torch.Tensor:
     """The GPT's weights in X' = X + h (beta V + gamma h g(X + mu V)), gamma = 1 / h, float64."""
-    t, (x,) = gpt.transformer, gpt.embed(IDX)
+    t, (x,) = gpt.transformer, gpt.embed(IDX, torch.arange(8)[None])
     for block in t.h:
         def attention(z, b=block):
             return b.attn(b.ln_1(z))
@@ -398,7 +395,7 @@ def test_it_learns_on(tmp_path, run, raw):
     *((["convert", "--ckpt=a.pt", "--out=b.pt", "--template=tmm", "--velocity_norm=none", *words],
        said) for words, said in ((["--out=none/b.pt"], "no folder none"),
                                  (["--raw_init=5"], "raw_init=5"),
-                                 (["--n_layer=7", "--ffn=swiglu"], "n_layer=7, ffn=swiglu"))),
+                                 (["--n_layer=7"], "unknown option n_layer"))),
     (["convert", "--ckpt=v.pt", "--out=b.pt", "--template=tmm", "--velocity_norm=none"],
      "template=polyak"),
     (["convert", "--ckpt=add.pt", "--out=b.pt", "--template=tmm", "--velocity_norm=none"],
@@ -480,19 +477,3 @@ def test_nothing_half_written(tmp_path, monkeypatch):
             export(tmp_path / "a.pt", tmp_path / out, "--format=safetensors", "--overwrite")
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "st"]
     assert (tmp_path / "st" / "model.safetensors").read_bytes() == before
-
-
-def test_option_words_are_the_options():
-    """--raw_init takes a negative number."""
-    c, _ = bench.read_config(bench.BenchConfig, ["convert", *option_words(raw_init=-10)],
-                             positional="command")
-    assert c.raw_init == -10
-
-
-def test_a_run_does_not_spoil_an_export(run, tmp_path):
-    run(tmp_path / "run", max_iters=1)
-    export(tmp_path / "run", tmp_path / "out", "--format=safetensors")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    refused(lambda: run(tmp_path / "out", init_from=tmp_path / "out"), "--out_dir")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()
-            if p.name != ".lock"} == before
