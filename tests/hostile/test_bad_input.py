@@ -486,7 +486,7 @@ def test_an_extreme_number_works_or_is_refused(place, program, words):
     "name, words",
     # --- what goes with what; the model's rules are in test_model.py
     ("train", "--min_lr=0.1", "min_lr=0.1", "learning_rate=0.001"),
-    ("train", "--schedule=wsd --decay_fraction=0.9", "warmup_iters=2", "step 1", "decay_fraction"),
+    ("train", "--schedule=wsd --decay_fraction=0.9", "warmup_iters=2", "step 1", "lr_decay_iters"),
     ("train", "--eval_iters=2 --eval_tokens=64", "eval_iters", "eval_tokens", "drop"),
     *(("train", f"--init_from=run/ckpt.pt {words}", expected, "checkpoint") for words, expected in (
         ("--template=nesterov", "template=gd"), ("--ffn=swiglu", "ffn=mlp"),
