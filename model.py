@@ -83,12 +83,9 @@ class GPTConfig:
                  f"{name}={size}: must be at least 1, at most {most}; choose another")
         for name in ("rope_theta", "gamma_init", "mu_init", "beta_init"):
             value = getattr(self, name)
-            rule(0 < value < 1e30, f"{name}={value}: must be positive; the default is "
-                                   f"{getattr(GPTConfig, name):.4g}")
-        for name in ("mu_init", "beta_init"):
-            value = getattr(self, name)
-            rule(self.scalar_map == "softplus" or value < 1,
-                 f"{name}={value}: a sigmoid stays below 1; use {name} < 1 or scalar_map=softplus")
+            limit = 1 if name in ("mu_init", "beta_init") and self.scalar_map == "sigmoid" else 1e30
+            rule(0 < value < limit, f"{name}={value}: must be positive, and below {limit:g}"
+                                    f"{'; or use scalar_map=softplus' if limit == 1 else ''}")
         rule(0 <= self.dropout < 1,
              f"dropout={self.dropout}: is a probability below 1; use 0 <= dropout < 1")
         rule(self.head_dim is not None or self.n_head < 1 or self.n_embd % self.n_head == 0,
@@ -571,30 +568,23 @@ class Block(nn.Module):
         return state
 
 
-def role_of(module: nn.Module, around: str | None) -> str | None:
-    """How the parameters of a module start, and to which optimiser group they go: what the module
-    says (role = "matrix"), a norm's, the role of the module around it, or its type's."""
-    if hasattr(module, "role"):
-        return module.role
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return "norm"
-    if around is None and isinstance(module, nn.Linear):
-        return "matrix"
-    return "embedding" if around is None and isinstance(module, nn.Embedding) else around
+ROLES = {nn.LayerNorm: "norm", nn.RMSNorm: "norm", nn.Linear: "matrix", nn.Embedding: "embedding"}
 
 
 def walk(module: nn.Module, path: str = "", around: str | None = None,
          ) -> Iterator[tuple[str, nn.Module, str]]:
-    """(path, module, role) of every module with parameters of its own. ValueError where one has no
-    role, or a template a parameter that it did not `learn`."""
-    role = role_of(module, around)
+    """(path, module, role) of every module with parameters. The role says how these start and which
+    optimiser group they join: the module's own (role = "matrix"), a norm's, that of the module
+    around it, or its type's. ValueError where there is none."""
+    by_type = next((role for kind, role in ROLES.items() if isinstance(module, kind)), None)
+    role = getattr(module, "role", by_type if by_type == "norm" else around or by_type)
     for name, _ in module.named_parameters(recurse=False):
-        if isinstance(module, Template) and name not in module.learned:
-            raise ValueError(f"{path}.{name}: a template's parameter starts at a value; make it "
-                             f"with self.learn(name, start, range_map, shape)")
         if role is None:
             raise ValueError(f"{path}.{name}: what is the role of a {type(module).__name__}? Say "
                              f"role = \"matrix\", \"embedding\", \"norm\" or \"scalar\" in it")
+        if isinstance(module, Template) and name not in module.learned:
+            raise ValueError(f"{path}.{name}: a template's parameter starts at a value; make it "
+                             f"with self.learn(name, start, range_map, shape)")
     if role is not None:
         yield path, module, role
     for name, child in module.named_children():
