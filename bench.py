@@ -27,14 +27,13 @@ from sample import DecodingCache, store_matrices, stream
 from support.data import prefetch
 from support.device import (
     can_compile,
-    out_of_memory,
     peak_mb,
     pick_device,
     pick_dtype,
     try_compile,
     tune_allocator,
 )
-from support.errors import UserError, cli, fail
+from support.errors import UserError, cli, fail, out_of_memory
 from tools import race
 from tools.compare import CompareConfig, compare
 from tools.exchange import ConvertConfig, ExportConfig, convert, export

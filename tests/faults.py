@@ -148,7 +148,15 @@ def hang() -> None:
 
 
 def crash() -> None:
-    raise ZeroDivisionError("a fault of the test's")
+    raise ZeroDivisionError
+
+
+def spoil_data() -> None:
+    """The batches after those that were read already raise an error of the user's."""
+    from support.data import Tokens
+    from support.errors import fail
+
+    Tokens.read = lambda *_: fail("train.bin has a fault")
 
 
 def delete(folder: str) -> None:

@@ -252,34 +252,29 @@ def test_a_meta_pkl_runs_nothing(place, refused, name, words, key):
 
 
 FORBIDDEN = {"pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "marshal.load",
-             "shelve.open", "joblib.load", "eval", "exec", "os.system", "os.popen"}
+             "shelve.open", "joblib.load", "numpy.load", "eval", "exec", "os.system", "os.popen"}
 
 
 def test_no_file_is_unpickled_freely():
     """Every torch.load says weights_only=True; nothing else unpickles but a reader that admits no
     class; nothing is evaluated but presets, which are code."""
-    torch_loads, readers = 0, []
-    folders = ("", "config/", "support/", "tools/")
+    readers, folders = [], ("", "config/", "support/", "tools/")
     for path in (path for folder in folders for path in ROOT.glob(f"{folder}*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            where = f"{path.parent.name}/{path.name}, line {getattr(node, 'lineno', 0)}"
+            where = f"{path.relative_to(ROOT)}, line {getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 options = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
-                if called == "torch.load":
-                    torch_loads += 1
-                    assert options.get("weights_only") is True, where
-                preset = called == "exec" and where.startswith("config/__init__.py")
-                assert called not in FORBIDDEN or preset, where
-                assert not options.get("allow_pickle") and not options.get("shell"), where
-                assert not options.get("trust_remote_code"), where
+                if (called, str(path.relative_to(ROOT))) != ("exec", "config/__init__.py"):
+                    assert called not in FORBIDDEN, where
+                assert called != "torch.load" or options.get("weights_only") is True, where
+                assert not {"allow_pickle", "shell", "trust_remote_code"} & options.keys(), where
             if isinstance(node, ast.ImportFrom):  # no short names, which would not be found above
                 names = {f"{node.module}.{a.name}" for a in node.names}
-                assert not names & (FORBIDDEN | {"torch.load", "numpy.load"}), where
-            if isinstance(node, ast.ClassDef) and node.bases:
-                if ast.unparse(node.bases[0]) == "pickle.Unpickler":
-                    readers.append(node)
-    assert torch_loads >= 1
+                assert not names & (FORBIDDEN | {"torch.load"}), where
+            if isinstance(node, ast.ClassDef) and "Unpickler" in " ".join(map(ast.unparse,
+                                                                              node.bases)):
+                readers.append(node)
     (reader,) = readers  # a new one needs tests like these
     (method,) = (m for m in reader.body if getattr(m, "name", "") == "find_class")
     assert isinstance(method.body[-1], ast.Raise)
@@ -489,20 +484,9 @@ def test_an_extreme_number_works_or_is_refused(place, program, words):
 
 @rows(
     "name, words",
-    # --- what goes with what
-    ("train", "--n_embd=30 --position=rope", "head_dim=15", "even"),
-    ("train", "--n_embd=33", "n_embd=33", "n_head=2", "head_dim"),
+    # --- what goes with what; the model's rules are in test_model.py
     ("train", "--min_lr=0.1", "min_lr=0.1", "learning_rate=0.001"),
-    ("train", "--schedule=wsd --decay_fraction=0.9", "warmup_iters=2", "step 1", "decay_fraction"),
-    ("train", "--template=adam --splitting=strang", "splitting=strang", "=adam", "lie_trotter"),
-    ("train", "--template=imex --splitting=euler", "splitting=euler", "=imex", "lie_trotter"),
-    ("train", "--ffn=hourglass --ffn_substeps=each --template=adam", "ffn_substeps=each",
-     "template=adam", "joint"),
-    ("train", "--ffn=hourglass --ffn_substeps=each --splitting=euler", "ffn_substeps=each",
-     "splitting=euler"),
-    ("train", "--template=tmm --velocity_init=add", "velocity_init=add", "=tmm", "template=gd"),
-    ("train", "--template=imex --velocity_norm=read", "velocity_norm=read", "template=imex"),
-    ("train", "--template=symplectic --velocity_norm=none", "velocity_norm=none", "update"),
+    ("train", "--schedule=wsd --decay_fraction=0.9", "warmup_iters=2", "step 1", "lr_decay_iters"),
     ("train", "--eval_iters=2 --eval_tokens=64", "eval_iters", "eval_tokens", "drop"),
     *(("train", f"--init_from=run/ckpt.pt {words}", expected, "checkpoint") for words, expected in (
         ("--template=nesterov", "template=gd"), ("--ffn=swiglu", "ffn=mlp"),
