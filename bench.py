@@ -27,14 +27,13 @@ from sample import DecodingCache, store_matrices, stream
 from support.data import prefetch
 from support.device import (
     can_compile,
-    out_of_memory,
     peak_mb,
     pick_device,
     pick_dtype,
     try_compile,
     tune_allocator,
 )
-from support.errors import UserError, cli, fail
+from support.errors import UserError, cli, explained, fail
 from tools import race
 from tools.compare import CompareConfig, compare
 from tools.exchange import ConvertConfig, ExportConfig, convert, export
@@ -307,16 +306,8 @@ def run(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    try:
+    with explained("", "mend the path", "halve --batch_size (or, for decode, --num_samples)"):
         run(argv)
-    except BrokenPipeError:  # cli's
-        raise
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        fail("out of memory: halve --batch_size (or, for decode, --num_samples)")
-    except OSError as error:  # a file or a folder that is not there, or may not be written
-        fail(f"{error.filename or ''}: {error.strerror or error}; mend the path")
 
 
 if __name__ == "__main__":

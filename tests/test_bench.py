@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
+from conftest import refused
 
 import bench
 from model import GPT, GPTConfig
-from support.errors import UserError
 from tools.race import HERE
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--vocab_size=64",
@@ -27,14 +27,6 @@ class GPT(model.GPT):
     def __init__(self, config):
         super().__init__(model.GPTConfig(**vars(config)))
 """
-
-
-def refused(call, *said):
-    """The call is a user error whose lines have these words; returns the lines."""
-    with pytest.raises(UserError) as error:
-        call()
-    assert all(word in str(error.value) for word in said), error.value
-    return str(error.value).splitlines()
 
 
 @pytest.mark.parametrize("command", ["speed", "decode", "memory"])
