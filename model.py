@@ -78,7 +78,9 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "vocab_used", "n_layer", "n_head", "n_embd",
                      "head_dim", "ffn_hidden", "ffn_depth", "imex_steps"):
             size = getattr(self, name)
-            rule(size is None or size >= 1, f"{name}={size}: must be at least 1; choose another")
+            most = 10_000 if name in ("n_layer", "ffn_depth", "imex_steps") else 2**31 - 1
+            rule(size is None or 1 <= size <= most,
+                 f"{name}={size}: must be at least 1, at most {most}; choose another")
         for name in ("rope_theta", "gamma_init", "mu_init", "beta_init"):
             value = getattr(self, name)
             rule(0 < value < 1e30, f"{name}={value}: must be positive; the default is "
@@ -94,7 +96,7 @@ class GPTConfig:
              f"change one, or give head_dim")
         rule(self.position != "rope" or self.d_head % 2 == 0,
              f"head_dim={self.d_head}: position=rope rotates pairs; use an even head_dim")
-        rule((self.vocab_used or 0) <= (self.vocab_size or math.inf),
+        rule(self.vocab_used is None or self.vocab_used <= (self.vocab_size or math.inf),
              f"vocab_used={self.vocab_used}: vocab_size={self.vocab_size} has fewer rows; raise "
              f"vocab_size")
 

@@ -10,20 +10,208 @@ model's context the older half is forgotten and the rest read again (a sliding w
 import codecs
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn as nn
+from torch.nn import functional as F
 
-from config import read_config
-from model import GPT
+from config import check_rules, read_config
+from model import GPT, KVCache
 from support.checkpoint import model_from, read_checkpoint, read_latest
-from support.device import can_compile, out_of_memory, pick_device, pick_dtype
-from support.errors import cli, fail
+from support.device import can_compile, pick_device, pick_dtype
+from support.errors import cli, explained, fail
 from support.meta import load_meta
 from support.tokenizer import Tokenizer
+
+# -----------------------------------------------------------------------------
+# The decoder: a cache of fixed shape, converted matrices, draws, and `stream`, which uses them
+
+
+class DecodingCache(KVCache):
+    """Keys and values of up to max_length tokens a row; lengths (B,) counts those of each row,
+    which may differ. No shape ever changes, so all one-token steps are one compiled graph. `crop`
+    comes before the first pass: it says how many rows there are."""
+
+    def __init__(self, max_length: int):
+        super().__init__()
+        self.max_length = max_length
+        self.lengths: torch.Tensor | None = None
+
+    def crop(self, lengths: torch.Tensor) -> None:
+        """Keep the first lengths (B,) tokens of each row. None at all: the cache is used anew, by
+        as many rows as before or by others."""
+        if self.lengths is None or len(self.lengths) != len(lengths):
+            self.lengths, self.slots = keep_address(torch.empty_like(lengths)), []
+        self.lengths.copy_(lengths)
+
+    def begin(self, idx: torch.Tensor, block_size: int) -> torch.Tensor:
+        """A pass over the next tokens, idx (B, T): their positions (B, T)."""
+        self.call = 0
+        self.positions = self.lengths[:, None] + torch.arange(idx.size(1), device=idx.device)
+        self.rows = torch.arange(idx.size(0), device=idx.device)[:, None]  # (B, 1)
+        keys = torch.arange(self.max_length, device=idx.device)
+        self.mask = (keys <= self.positions[:, :, None])[:, None]  # (B, 1, T, max_length)
+        return self.positions
+
+    def extend(self, k: torch.Tensor, v: torch.Tensor,
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Store k, v (B, H, T, d_head) of the pass; return all, and the mask of what is seen."""
+        if self.call == len(self.slots):
+            shape = (k.size(0), self.max_length, k.size(1), k.size(3))
+            self.slots.append((keep_address(k.new_zeros(shape)), keep_address(v.new_zeros(shape))))
+        keys, values = self.slots[self.call]  # (B, max_length, H, d_head)
+        self.call += 1
+        keys[self.rows, self.positions] = k.transpose(1, 2)
+        values[self.rows, self.positions] = v.transpose(1, 2)
+        return keys.transpose(1, 2), values.transpose(1, 2), self.mask
+
+    def end(self) -> None:
+        """The pass is complete."""
+        self.lengths += self.positions.size(1)
+        self.positions, self.rows, self.mask = None, None, None
+
+
+def keep_address(x: torch.Tensor) -> torch.Tensor:
+    """x, marked as a tensor that stays where it is, so that CUDA graphs need not copy it."""
+    if x.is_cuda:
+        torch._dynamo.mark_static_address(x)
+    return x
+
+
+@torch.library.custom_op("nanoyurii::matvec", mutates_args=())
+def matvec(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """weight (N, C) times x (C,) -> (N,): torch.mv, as an operator that torch.compile leaves whole
+    (it would write a slower multiply-and-sum)."""
+    return torch.mv(weight, x)
+
+
+@matvec.register_fake
+def _(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(weight.size(0))
+
+
+class DecodingLinear(nn.Linear):
+    """nn.Linear for inference: it computes in the precision of its weights. On a CPU a single row,
+    as in decoding, is multiplied as a vector: torch.mv reads the weights up to twice as fast as the
+    matrix product does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        x = x.to(self.weight.dtype)
+        if x.numel() > self.in_features or not x.is_cpu:
+            return super().forward(x)
+        product = matvec if torch.compiler.is_compiling() else torch.mv
+        y = product(self.weight, x.flatten())
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
+    """For inference without autocast: convert the linears once, as autocast would at every call,
+    for the same numbers. The head becomes a copy of the token table, which stays. A linear with a
+    forward of its own stays as it is."""
+    for module in model.modules():
+        if type(module).forward in (nn.Linear.forward, DecodingLinear.forward):
+            module.__class__ = DecodingLinear
+            for name, p in list(module.named_parameters()):
+                setattr(module, name, nn.Parameter(p.detach().to(dtype), requires_grad=False))
+
+
+def draw(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
+         top_p: float | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One token id per row of logits (B, V) -> (B,). See `stream`."""
+    if temperature < 1e-6:
+        return logits.argmax(dim=-1)
+    n = logits.size(-1)
+    kept = n if top_k is None else min(top_k, n)
+    ranked = kept < n or top_p is not None
+    if ranked:
+        logits, ids = logits.topk(kept)  # (B, kept), the likeliest first
+    probs = (logits / temperature).softmax(dim=-1)
+    if top_p is not None:
+        likelier = probs.cumsum(dim=-1) - probs  # the probability of all likelier tokens together
+        probs = probs.masked_fill((likelier >= top_p) & (likelier > 0), 0.0)
+    drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+    return (ids.gather(1, drawn) if ranked else drawn)[:, 0]
+
+
+def prefill(model: GPT, text: torch.Tensor, start: torch.Tensor, count: torch.Tensor,
+            cache: DecodingCache) -> torch.Tensor:
+    """Fill the cache with tokens start (B,) to count (B,) of each row of text (B, S): the logits
+    (B, V) of what follows them."""
+    lengths = count - start
+    places = start[:, None] + torch.arange(int(lengths.max()), device=text.device)
+    windows = text.gather(1, places.clamp(max=text.size(1) - 1))  # (B, T); past `count` any token
+    cache.crop(torch.zeros_like(lengths))
+    x = model.hidden(windows, cache)  # (B, T, C)
+    cache.crop(lengths)
+    return model.lm_head(x[torch.arange(len(x), device=x.device), lengths - 1])
+
+
+@torch.no_grad()
+def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
+           top_k: int | None = None, top_p: float | None = None, stop_tokens: tuple[int, ...] = (),
+           generator: torch.Generator | None = None, lengths: torch.Tensor | None = None,
+           cache: DecodingCache | None = None, compile: bool = False) -> Iterator[torch.Tensor]:
+    """Continue idx (B, T >= 1), or of every row its first lengths (B,) >= 1 tokens: yield the next
+    token of every row, (B,), up to max_new_tokens times, ending early when every row has met a stop
+    token (such a row repeats it).
+
+    temperature 0 (or below 1e-6) is greedy; top_k keeps the k likeliest tokens, top_p the fewest
+    whose probability reaches p. Rows beyond vocab_used are never drawn. When a row's context is
+    full its older half is dropped and the rest read again (a sliding window of T/2 to T). compile:
+    the one-token step, with CUDA graphs where there is CUDA. cache: one to use anew, for which
+    nothing need be compiled again.
+    """
+    (B, T), device = idx.shape, idx.device
+    size = model.config.block_size
+    vocab_used = model.config.vocab_used or model.config.vocab_size
+    longest = min(size, T + max_new_tokens - 1)  # the last token is drawn, but not read
+    if cache is None:
+        cache = DecodingCache(longest)
+    if longest > cache.max_length:
+        raise ValueError(f"{longest} tokens: there is room for {cache.max_length} (the cache's "
+                         f"length); make a larger one")
+    count = torch.full((B,), T, device=device) if lengths is None else lengths  # tokens of each row
+    if not (1 <= count.min() and count.max() <= T):
+        raise ValueError(f"lengths={count.tolist()}: must lie in 1..{T}")
+    mode = "reduce-overhead" if idx.is_cuda else None
+    step = torch.compile(model, fullgraph=True, dynamic=False, mode=mode) if compile else model
+
+    text = F.pad(idx.long(), (0, max_new_tokens))  # (B, T + new): rows begin at 0 and grow
+    start = (count - size).clamp(min=0)  # (B,) where each row's window begins
+    room = 0  # how many tokens more the longest window may have
+    stops = torch.tensor(stop_tokens, dtype=torch.long, device=device)
+    stopped = torch.zeros(B, dtype=torch.bool, device=device)
+    token = text[:, 0]
+    for _ in range(max_new_tokens):
+        if room == 0:
+            start = torch.where(count - start > size, count - max(1, size // 2), start)
+            logits = prefill(model, text, start, count, cache)
+            room = size - int((count - start).max())
+        else:
+            if compile:  # else it would import torch's compiler, which takes seconds
+                torch.compiler.cudagraph_mark_step_begin()
+            logits = step(token[:, None], cache=cache)[0][:, -1]
+            room -= 1
+        logits = logits.float()  # (B, V)
+        logits[:, vocab_used:] = -torch.inf
+        token = torch.where(stopped, token, draw(logits, temperature, top_k, top_p, generator))
+        stopped = stopped | torch.isin(token, stops)
+        text.scatter_(1, count[:, None], token[:, None])
+        count = count + 1
+        yield token
+        if stop_tokens and stopped.all():
+            return
+
+
+# -----------------------------------------------------------------------------
+# The command
 
 
 @dataclass
@@ -46,32 +234,29 @@ class SampleConfig:
     compile: bool | None = None  # torch.compile of the one-token step; auto: on CUDA
 
     def __post_init__(self) -> None:
-        problems = [f"{name}={value}: {rule}" for bad, name, value, rule in (
-            (not 1 <= self.num_samples <= 100_000, "num_samples", self.num_samples,
-             "must be at least 1, at most 100000"),
-            (self.max_new_tokens < 1, "max_new_tokens", self.max_new_tokens, "must be at least 1"),
-            (self.temperature < 0, "temperature", self.temperature, "must not be negative"),
-            (self.top_k is not None and self.top_k < 1, "top_k", self.top_k,
-             "must be at least 1; None keeps all tokens"),
-            (self.top_p is not None and not 0 < self.top_p <= 1, "top_p", self.top_p,
-             "must lie in (0, 1]; None keeps all tokens"),
-            (self.stop == "", "stop", '""', "must not be empty"),
-        ) if bad]
-        if problems:
-            raise ValueError("\n".join(problems))
+        check_rules(self)
+
+    def rules(self, rule: Callable[[bool, str], None]) -> None:
+        """What a type cannot express: rule(what must hold, what to say where it does not)."""
+        rule(1 <= self.num_samples <= 100_000,
+             f"num_samples={self.num_samples}: must be at least 1, at most 100000")
+        rule(self.max_new_tokens >= 1,
+             f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        rule(self.temperature >= 0, f"temperature={self.temperature}: must not be negative")
+        rule(self.top_k is None or self.top_k >= 1,
+             f"top_k={self.top_k}: must be at least 1; None keeps all tokens")
+        rule(self.top_p is None or 0 < self.top_p <= 1,
+             f"top_p={self.top_p}: must lie in (0, 1]; None keeps all tokens")
+        rule(self.stop != "", 'stop="": must not be empty')
 
 
 def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model (on the CPU, in eval mode) and the tokenizer it was trained with."""
-    if (config.init_from.startswith("gpt2") and not config.init_from.endswith(".pt")
-            and not os.path.isdir(config.init_from)):
-        model, meta = GPT.from_pretrained(config.init_from), {"tokenizer": "gpt2"}
-    else:
-        checkpoint = load_checkpoint(config)
-        model = model_from(checkpoint, dropout=0.0)
-        if not all(p.isfinite().all() for p in model.parameters()):
-            fail("the checkpoint's weights are nan or infinite: its run broke; use another one")
-        meta = checkpoint.get("tokenizer") or nanogpt_tokenizer(checkpoint, config.data_dir)
+    checkpoint = load_checkpoint(config)
+    model = model_from(checkpoint, dropout=0.0)
+    if not all(p.isfinite().all() for p in model.parameters()):
+        fail("the checkpoint's weights are nan or infinite: its run broke; use another one")
+    meta = checkpoint.get("tokenizer") or nanogpt_tokenizer(checkpoint, config.data_dir)
     tokenizer = Tokenizer.from_meta(meta)
     if tokenizer.n_vocab > model.config.vocab_size:
         fail(f"the tokenizer {tokenizer.name} has {tokenizer.n_vocab} ids, the model only "
@@ -103,10 +288,11 @@ def nanogpt_tokenizer(checkpoint: dict, data_dir: str) -> dict:
             return meta
     if size in (50257, 50304):
         return {"tokenizer": "gpt2"}
-    fail(f"the checkpoint has {size} token ids and does not say which" + (
-        f"; put the data that it was trained on, with its meta.pkl, in {folder}" if dataset else
-        ", nor names its data; sample from the run's own checkpoint, or export that with "
-        "--format=safetensors"))
+    unknown = f"the checkpoint has {size} token ids and does not say which"
+    if dataset:
+        fail(f"{unknown}; put the data that it was trained on, with its meta.pkl, in {folder}")
+    fail(f"{unknown}, nor names its data; sample from the run's own checkpoint, or export that "
+         f"with --format=safetensors")
 
 
 def read_prompt(start: str) -> str:
@@ -123,51 +309,51 @@ def read_prompt(start: str) -> str:
 
 
 class Sample:
-    """The text of one row, token by token. `add` returns what may be shown already: whole
-    characters, and nothing that may turn out to begin the stop text."""
+    """The text of one row, token by token."""
 
     def __init__(self, tokenizer: Tokenizer, stop: str | None):
         self.tokenizer, self.stop = tokenizer, stop
+        self.held_back = len(stop) - 1 if stop else 0  # may turn out to begin the stop text
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text, self.shown, self.done = "", 0, False
 
     def add(self, token: int) -> str:
+        """What of the text can be shown now: whole characters, and nothing of the stop text."""
         if self.done:
             return ""
         self.text += self.decoder.decode(self.tokenizer.token_bytes(token))
-        if self.stop and (found := self.text.find(self.stop, max(0, self.shown))) >= 0:
+        found = self.text.find(self.stop, self.shown) if self.stop else -1
+        if found >= 0:
             self.text, self.done = self.text[:found], True
-        return self.show(0 if self.done else self.held_back())
-
-    def held_back(self) -> int:
-        """How many characters at the end are a beginning of the stop text."""
-        longest = min(len(self.stop or "") - 1, len(self.text) - self.shown)
-        return next((n for n in range(longest, 0, -1) if self.text.endswith(self.stop[:n])), 0)
+            return self.show(found)
+        return self.show(len(self.text) - self.held_back)
 
     def finish(self) -> str:
+        """The rest, where no token follows."""
         if not self.done:
             self.text += self.decoder.decode(b"", final=True)
-        return self.show(0)
+        return self.show(len(self.text))
 
-    def show(self, held_back: int) -> str:
-        start, self.shown = self.shown, len(self.text) - held_back
+    def show(self, end: int) -> str:
+        """What is not yet shown, up to character number `end`."""
+        start, self.shown = self.shown, max(self.shown, end)
         return self.text[start:self.shown]
 
 
 def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: str,
                  ) -> Iterator[str]:
     """Yield the pieces of the text to print: the first sample as it is made, then the others."""
-    device, c = next(model.parameters()).device, config
-    compiled = can_compile(c.compile, device, partial(print, file=sys.stderr))
+    device = next(model.parameters()).device
+    compiled = can_compile(config.compile, device, partial(print, file=sys.stderr))
     ids = tokenizer.encode_prompt(prompt)
     if not ids:
         fail("the prompt is empty; give --start some text, a newline at least")
-    idx = torch.tensor(ids, device=device).repeat(c.num_samples, 1)  # (num_samples, T)
-    generator = torch.Generator(device).manual_seed(c.seed)
-    samples = [Sample(tokenizer, c.stop) for _ in range(c.num_samples)]
+    idx = torch.tensor(ids, device=device).repeat(config.num_samples, 1)  # (num_samples, T)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    samples = [Sample(tokenizer, config.stop) for _ in range(config.num_samples)]
     yield prompt
-    for tokens in model.stream(idx, c.max_new_tokens, c.temperature, c.top_k, c.top_p,
-                               generator=generator, compile=compiled):
+    for tokens in stream(model, idx, config.max_new_tokens, config.temperature, config.top_k,
+                         config.top_p, generator=generator, compile=compiled):
         pieces = [sample.add(token) for sample, token in zip(samples, tokens.tolist(), strict=True)]
         yield pieces[0]
         if all(sample.done for sample in samples):
@@ -184,15 +370,12 @@ def main(argv: list[str]) -> None:
     prompt = read_prompt(config.start)
     model, tokenizer = load_model(config)
     dtype = pick_dtype(config.dtype, device)
-    try:
+    with explained("standard output", mend="print to another place",
+                   shrink="halve --num_samples or --max_new_tokens, or use --device=cpu"):
         model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-        model.store_matrices(dtype)
+        store_matrices(model, dtype)
         for piece in draw_samples(model, tokenizer, config, prompt):
             print(piece, end="", flush=True)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        fail("out of memory: halve --num_samples or --max_new_tokens, or use --device=cpu")
 
 
 if __name__ == "__main__":

@@ -130,11 +130,10 @@ class TrainConfig(GPTConfig):
              f"min_lr={self.min_lr}: is the floor of learning_rate={self.learning_rate}, so that "
              f"the rate would rise where it should decay; choose a smaller one")
         end = self.lr_decay_iters or self.max_iters
-        decay_begins = end - wsd_decay_iters(self)
-        rule(self.schedule != "wsd" or not self.decay_lr or self.warmup_iters >= self.max_iters
-             or self.warmup_iters <= decay_begins,
-             f"warmup_iters={self.warmup_iters}: reaches into wsd's decay, which begins at step "
-             f"{decay_begins}; warm up for fewer steps, or choose a smaller decay_fraction")
+        last = {"cosine": end - 1, "wsd": end - wsd_decay_iters(self)}.get(self.schedule, math.inf)
+        rule(self.warmup_iters <= last or self.warmup_iters >= self.max_iters or not self.decay_lr,
+             f"warmup_iters={self.warmup_iters}: reaches into {self.schedule}'s decay, which begins "
+             f"at step {last} at the latest; warm up for fewer steps, or set lr_decay_iters")
         converted = (self.eval_iters or 0) * self.batch_size * self.block_size
         rule(self.eval_iters is None or self.eval_tokens in (TrainConfig.eval_tokens, converted),
              "eval_iters and eval_tokens: say the same thing twice; drop one (--eval_iters=auto)")
@@ -159,8 +158,8 @@ def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dic
     the checkpoint's model has; block_size may be smaller."""
     wanted = model_args(config)
     if checkpoint is None:
-        size = config.vocab_size or meta["padded_vocab_size"]
-        model = GPT(GPTConfig(**wanted | {"vocab_size": size, "vocab_used": meta["vocab_size"]}))
+        rows = config.vocab_size or meta["padded_vocab_size"]
+        model = GPT(GPTConfig(**wanted | {"vocab_size": rows}))
     else:
         model = model_from(checkpoint, dropout=config.dropout)
     for name, value in asdict(model.config).items():
@@ -171,6 +170,8 @@ def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dic
     if meta["vocab_size"] > model.config.vocab_size:
         fail(f"the data has {meta['vocab_size']} token ids, the model only "
              f"{model.config.vocab_size}; prepare the data with the model's tokenizer")
+    if checkpoint is None:
+        model.config.vocab_used = meta["vocab_size"]
     if "block_size" in given and config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     return model
@@ -400,7 +401,8 @@ def main(argv: list[str]) -> None:
                    mend="the checkpoints that were there are intact; mend that or choose another "
                         "--out_dir",
                    shrink="halve --batch_size and double --gradient_accumulation_steps (the step "
-                          "stays the same), or add --activation_checkpointing"):
+                          "stays the same), add --activation_checkpointing, or choose a smaller "
+                          "model"):
         ranks = Ranks(config)
         with out_folder(config.out_dir, use=ranks.rank == 0 and not config.eval_only):
             train(config, given, ranks)

@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, replace
 import torch
 
 from model import GPT, GPTConfig
-from support.errors import UserError, fail, reason
+from support.errors import UserError, fail, printable, reason
 from support.files import rename
 
 CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
@@ -40,6 +40,9 @@ def read_checkpoint(path: str) -> dict:
         fail(f"{path} is damaged or no checkpoint: {reason(error)}")
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         fail(f"{path} holds no model; expected nanoGPT's keys model and model_args")
+    for name in ("model_args", "config", "tokenizer", "run"):
+        if not isinstance(checkpoint.get(name, {}), dict):
+            fail(f"{path} is damaged: its {name} is no table")
     table = checkpoint["model"]
     if not isinstance(table, dict) or not table or not all(
             isinstance(name, str) and isinstance(w, torch.Tensor) and w.is_floating_point()
@@ -117,7 +120,8 @@ def holds_weights(folder: str) -> bool:
 
 def checkpoint_config(checkpoint: dict) -> GPTConfig:
     """The architecture of a checkpoint, ours or nanoGPT's."""
-    args = checkpoint["model_args"].copy()
+    args = {name: printable(value) if isinstance(value, str) else value
+            for name, value in checkpoint["model_args"].items()}
     if unknown := sorted(map(str, set(args) - {f.name for f in fields(GPTConfig)})):
         fail(f"the checkpoint's model has options that this version does not know: {unknown}")
     if args.get("vocab_size") == 50304:
@@ -132,7 +136,10 @@ def model_from(checkpoint: dict, **changes) -> GPT:
     """The model of a checkpoint, ours or nanoGPT's; changes: config values to replace. UserError
     where the weights do not fit. Without weights (another process has them) as it is initialised.
     """
-    model = GPT(replace(checkpoint_config(checkpoint), **changes))
+    try:
+        model = GPT(replace(checkpoint_config(checkpoint), **changes))
+    except (MemoryError, RuntimeError, TypeError) as error:  # too large, or no numbers
+        fail(f"no model of the checkpoint's model_args can be made here: {reason(error)}")
     weights = {k.removeprefix("_orig_mod."): w for k, w in checkpoint["model"].items()
                if not k.endswith(".attn.bias")}  # older nanoGPT's causal masks
     if not weights:

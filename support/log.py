@@ -150,7 +150,7 @@ def draw_losses(out_dir: str) -> None:
         return
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="cross-entropy (nats per token)")
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
         with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
         for kind, name, style in (("train", "loss", "-"), ("eval", "val_loss", "o-")):

@@ -1,5 +1,6 @@
 """Where a run starts, and what it carries over an interruption."""
 
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -204,8 +205,10 @@ def restore(checkpoint: dict, config: Any, model: GPT, optimizers: dict[str, tor
                  "dropout restarts from the seed", True)
         run = Progress(checkpoint["iter_num"], best_val_loss=float(checkpoint["best_val_loss"]))
         run = Progress(**checkpoint["run"]) if "run" in checkpoint else run
-        if not 0 <= run.step < 2**63 or not 0 <= run.position < 2**63:
-            raise ValueError(f"step {run.step}, position {run.position}")
+        counts = run.step, run.position, run.evaluated or 0, run.log_length or 0
+        whole = all(isinstance(count, int) and 0 <= count < 2**63 for count in counts)
+        if not whole or math.isnan(run.best_val_loss + run.best_saved_loss):
+            raise ValueError(f"{run}")
     except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
         if out_of_memory(error):
             raise

@@ -1,5 +1,5 @@
-"""Shared by the tests: tiny data folders, tiny runs of the trainer in this process or in ranks, what
-is done to them (hooks), and how their ends are compared.
+"""Shared by the tests: tiny data folders, tiny runs of the trainer in this process or in ranks,
+what is done to them (hooks), and how their ends are compared.
 
 A hook is a function of a MonkeyPatch, here or in the ranks.
 """

@@ -14,13 +14,18 @@ import sys
 import time
 from collections.abc import Callable
 
-SAVE = ("save_shards", "save_checkpoint", "remove_remains")  # train.py's
-WRITE = ("write_bins", "write_json", "move_into_place")  # prepare.py's
+SAVE = ("save", "open_folder")  # of train.py
+WRITE = ("write_bins", "write_json", "move_into_place")  # of prepare.py
 OPERATIONS = ("fsync", "replace", "rename", "link", "remove", "unlink", "mkdir", "rmdir")
 
 
-def die(said: str = "killed") -> None:
-    print(said, flush=True)
+def here(rank: int) -> bool:
+    """Is this process that rank?"""
+    return int(os.environ.get("RANK", 0)) == rank
+
+
+def die(last_words: str = "killed") -> None:
+    print(last_words, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -52,11 +57,12 @@ class Watched:
 
 def kill_at(fatal: int, program: str = "train", inside: tuple[str, ...] = SAVE,
             first: bool = False, rank: int = 0) -> None:
-    """SIGKILL at the fatal-th moment (0: never) that is inside these functions of the program:
-    before or after an operation on a file or folder, or within a write. With `first` also at the
-    step after the first save. Prints where; and at the end of each function the moments so far."""
+    """SIGKILL at the fatal-th moment (0: never) that is inside these functions of the program: on
+    entering or leaving one, before or after an operation on a file or folder, or within a write.
+    With `first` also at the step after the first save. Prints where; and at the end of each
+    function the moments so far."""
     module = sys.modules[program]
-    if int(os.environ.get("RANK", 0)) != rank:
+    if not here(rank):
         return
     count = depth = saves = 0
 
@@ -85,9 +91,11 @@ def kill_at(fatal: int, program: str = "train", inside: tuple[str, ...] = SAVE,
         def entered(*args, **options):
             nonlocal depth, saves
             depth += 1
+            reached(f"entering {function.__name__}")
             result = function(*args, **options)
+            reached(f"leaving {function.__name__}")
             depth -= 1
-            saves += function.__name__ in ("save_shards", "save_checkpoint")
+            saves += function.__name__ == "save"
             print(f"moments so far: {count}", flush=True)
             return result
         return entered
@@ -122,7 +130,7 @@ def at_step(step: int | None, action: Callable, rank: int = 0, after: int | None
     """action() in this rank when training comes to this step, or has made `after` steps."""
     import train
 
-    if int(os.environ.get("RANK", 0)) != rank:
+    if not here(rank):
         return
     multiplier, begin = train.lr_multiplier, []
 
@@ -147,22 +155,34 @@ def delete(folder: str) -> None:
     shutil.rmtree(folder)
 
 
-def limit_files(size: int | None = None, log: str = "", rank: int | None = None) -> None:
+def limit_files(size: int | None = None, log: str = "") -> None:
     """Let no file become longer than that, as if the disk were full; or than `log` almost is."""
-    if rank is None or int(os.environ.get("RANK", 0)) == rank:
-        size = os.path.getsize(log) + 100 if log else size
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    size = os.path.getsize(log) + 100 if log else size
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def slow_save(seconds: float = 60.0) -> None:
-    import train
+    """Rank 0 writes for a minute, and the others wait for it in a collective."""
+    from support import resume
 
-    save = train.save_checkpoint
+    save_checkpoint = resume.save_checkpoint
 
     def slowly(*args, **options):
         print("saving", flush=True)
         time.sleep(seconds)
-        save(*args, **options)
+        save_checkpoint(*args, **options)
 
-    train.save_checkpoint = slowly
+    resume.save_checkpoint = slowly
+
+
+def without_hangups() -> None:
+    """As nohup starts a program."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def limit_resources(folder: str) -> None:
+    """Work in this folder with 4 GiB of memory and four seconds of CPU (then SIGXCPU)."""
+    os.chdir(folder)
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    resource.setrlimit(resource.RLIMIT_CPU, (4, 5))

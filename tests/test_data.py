@@ -1,5 +1,4 @@
-"""support/data.py: the order of the windows, those of an evaluation, ids, and what tells data apart.
-"""
+"""support/data.py: the order of the windows, those of an evaluation, ids, what tells data apart."""
 
 import threading
 
@@ -11,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from support.data import Tokens, WindowOrder, evaluation_starts, identity, prefetch, to_device
-from support.tokenizer import load_meta
+from support.meta import load_meta
 
 tried = settings(max_examples=100, deadline=None, derandomize=True)
 

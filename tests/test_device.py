@@ -10,8 +10,6 @@ import pytest
 import torch
 from conftest import refused
 
-import bench
-import sample
 from model import GPT, GPTConfig
 from support.device import peak_flops, pick_device, pick_dtype, try_compile
 
@@ -81,31 +79,6 @@ def test_a_device_that_is_not_here():
     assert pick_device("cpu") == torch.device("cpu")
     for name in ("gpu", "xpu", "mps:7" if torch.backends.mps.is_available() else "mps"):
         refused(lambda name=name: pick_device(name), f"device={name}", "cpu")
-
-
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
-    MemoryError()], ids=["cuda", "mps", "cpu", "python"])
-def test_out_of_memory_says_what_to_halve(run, tmp_path, monkeypatch, error):
-    run(tmp_path / "run", max_iters=1)
-
-    def too_large(*_, **__):
-        raise error
-
-    monkeypatch.setattr(GPT, "forward", too_large)
-    refused(lambda: run(tmp_path / "new"), "halve --batch_size", "--gradient_accumulation_steps",
-            "--activation_checkpointing")
-    refused(lambda: sample.main([f"--out_dir={tmp_path}/run"]), "halve --num_samples")
-    refused(lambda: bench.main(["speed", "--device=cpu", "--n_layer=1", "--n_embd=12",
-                                "--block_size=8", "--vocab_size=32"]), "halve --batch_size")
-
-
-def test_other_errors_keep_their_traceback(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(GPT, "forward", lambda *_, **__: torch.ones(2) @ torch.ones(3))
-    with pytest.raises(RuntimeError, match="size"):
-        run(tmp_path)
 
 
 def test_where_compilation_fails(run, tmp_path, monkeypatch, capsys):

@@ -1,108 +1,51 @@
 """model.py against the specification: the equations (tests/reference.py), every identity,
-causality, decoding, gradients, compilation, GPT-2, sampling, refusals and initial values.
+causality, gradients, compilation, GPT-2, generation, refusals and initial values.
 
 Weights are random everywhere, gains, biases and scalars included, so that nothing hides behind an
 initial value. Identities hold in float64; "bit for bit" is torch.equal.
 """
 
+import ast
 import gc
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import reference
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from variants import (
+    HOURGLASS,
+    IDX,
+    LLAMA,
+    SPLITTINGS,
+    VARIANTS,
+    assert_close,
+    build,
+    config,
+    every_variant,
+    logits,
+    randomise,
+)
 
-from model import GPT, GPTConfig, KVCache
-
-BASE = dict(block_size=12, vocab_size=48, n_layer=2, n_head=2, n_embd=16, bias=False)
-IDX = torch.randint(48, (2, 10), generator=torch.Generator().manual_seed(1))
-MOMENTUM = ("polyak", "nesterov", "tmm")
-SPLITTINGS = ("lie_trotter", "euler", "strang")
-
-HOURGLASS = dict(ffn="hourglass", ffn_hidden=12, ffn_depth=3, n_head=2, head_dim=4, qk_norm=True,
-                 norm="rmsnorm", position="rope", rope_theta=500_000.0, residual_init_scale=False)
-LLAMA = dict(ffn="swiglu", norm="rmsnorm", position="rope")
-
-
-def variants():
-    """Every value of every option, and every template with every splitting, in few models."""
-    yield "gpt", dict(bias=True)
-    yield "gpt-head_dim", dict(head_dim=12, bias=True, activation="gelu_tanh")
-    yield "gpt-qk_norm-rope", dict(qk_norm=True, position="rope", bias=True)
-    yield "llama", LLAMA
-    yield "gd-add", dict(velocity_init="add")
-    yield "gd-euler", dict(splitting="euler", ffn="swiglu", ffn_hidden=20, bias=True)
-    yield "gd-strang", dict(splitting="strang")
-    for template in MOMENTUM:
-        for splitting in SPLITTINGS:
-            yield f"{template}-{splitting}", dict(template=template, splitting=splitting)
-        yield f"{template}-read", dict(
-            template=template, splitting="strang", velocity_norm="read", bias=True)
-        yield f"{template}-none", dict(
-            template=template, velocity_norm="none", velocity_init="zero", bias=True)
-    yield "nesterov-zero", dict(template="nesterov", velocity_init="zero", bias=True)
-    yield "nesterov-llama", dict(template="nesterov", **LLAMA)
-    yield "tmm-softplus", dict(template="tmm", scalar_map="softplus", splitting="strang")
-    yield "imex-1", dict(template="imex", imex_steps=1, velocity_init="zero")
-    yield "imex-2", dict(template="imex")
-    yield "imex-3", dict(
-        template="imex", imex_steps=3, velocity_norm="none", scalar_map="softplus", bias=True)
-    yield "symplectic", dict(template="symplectic", bias=True)
-    yield "rmsprop", dict(template="rmsprop")
-    yield "adam", dict(template="adam", bias=True)
-    yield "adamw", dict(template="adamw")
-    for splitting in SPLITTINGS:
-        yield f"hourglass-{splitting}", dict(splitting=splitting, **HOURGLASS)
-    yield "hourglass-bias", dict(HOURGLASS, bias=True, norm="layernorm", position="learned")
-    each = dict(HOURGLASS, ffn_substeps="each")
-    yield "hourglass-each", dict(each, splitting="strang")
-    yield "polyak-hourglass-each", dict(each, template="polyak", velocity_norm="none")
-    yield "nesterov-hourglass", dict(HOURGLASS, template="nesterov")
-    yield "nesterov-hourglass-each", dict(each, template="nesterov", velocity_init="zero")
-    yield "tmm-hourglass-euler", dict(HOURGLASS, template="tmm", splitting="euler")
-    yield "tmm-hourglass-each", dict(
-        each, template="tmm", splitting="strang", velocity_norm="read", scalar_map="softplus")
-    yield "imex-hourglass", dict(HOURGLASS, template="imex")
-    yield "symplectic-hourglass", dict(HOURGLASS, template="symplectic", velocity_init="zero")
-    yield "adamw-hourglass", dict(HOURGLASS, template="adamw", velocity_init="zero")
-
-
-VARIANTS = dict(variants())
-every_variant = pytest.mark.parametrize("name", VARIANTS)
-
-
-def config(**options):
-    return GPTConfig(**{**BASE, **options})
-
-
-def randomise(model, seed=0):
-    """N(0, 0.3) everywhere, around 1 for gains, so that signals neither die nor explode."""
-    gen = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            gain = "norm.weight" in name or "ln_" in name and name.endswith("weight")
-            p.copy_(0.3 * torch.randn(p.shape, generator=gen, dtype=p.dtype) + gain)
-    return model
-
-
-def build(dtype=torch.float64, state=None, **options):
-    """A randomised model in eval mode or, given a state, the model that has these weights.
-
-    Entries of the state that the model has no use for (another template's nu) are left out.
-    """
-    model = GPT(config(**options)).to(dtype).eval()
-    if state is None:
-        return randomise(model)
-    names = model.state_dict().keys()
-    model.load_state_dict({name: w for name, w in state.items() if name in names})
-    return model
-
-
-@torch.no_grad()
-def logits(model, idx=IDX):
-    return model(idx, targets=idx)[0]
+import model as model_module
+from model import (
+    ATTENTIONS,
+    FFNS,
+    GPT,
+    TEMPLATES,
+    CausalSelfAttention,
+    GPTConfig,
+    KVCache,
+    OutputProjection,
+    Template,
+)
+from support.log import learned_scalars
 
 
 def loss_and_gradients(model, forward=None, idx=IDX):
@@ -110,12 +53,6 @@ def loss_and_gradients(model, forward=None, idx=IDX):
     loss = (model if forward is None else forward)(idx, targets=idx.roll(-1, 1))[1]
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def assert_close(a, b, tol=1e-10):
-    assert a.shape == b.shape
-    error = (a - b).abs().max() / b.abs().max()
-    assert error <= tol, f"relative error {error:.2e}"
 
 
 def edited(model, edit):
@@ -402,7 +339,7 @@ def test_which_variants_own_velocity_tables(options, tables):
 
 @pytest.mark.parametrize("options, ignored", [
     (dict(), dict(velocity_norm="read", mu_init=0.9, imex_steps=7, ffn_depth=9)),
-    (dict(template="rmsprop"), dict(velocity_norm="none", scalar_map="softplus")),
+    (dict(template="rmsprop"), dict(mu_init=0.9, scalar_map="softplus")),
     (dict(template="nesterov"), dict(ffn_substeps="each", ffn_depth=9, rope_theta=5.0))])
 def test_options_a_variant_does_not_use_are_ignored(options, ignored):
     model = build(**options)
@@ -510,7 +447,7 @@ def test_no_token_sees_the_future(name):
 
 @every_variant
 def test_decoding_with_a_cache_equals_the_full_forward(name):
-    model, cache = build(**VARIANTS[name]), KVCache(12)
+    model, cache = build(**VARIANTS[name]), KVCache()
     full, at = logits(model), 0
     with torch.no_grad():
         for size in (4, 3, 1, 1, 1):  # prefill, a chunk of several tokens, single tokens
@@ -617,7 +554,7 @@ def test_gpt2_weights_give_gpt2_logits(tmp_path):
     assert_close(logits(ours)[..., :48], expected, 1e-9)
 
 
-# --------------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------------------------- generation
 
 def greedy(model, idx, n):
     """By full forwards, without a cache."""
@@ -626,48 +563,19 @@ def greedy(model, idx, n):
     return idx
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def constant_model(probabilities, **options):
-    """A model that gives every next token these probabilities, whatever came before."""
-    model = build(bias=True, **options)
-    with torch.no_grad():
-        model.get_parameter("transformer.ln_f.weight").zero_()
-        model.get_parameter("transformer.ln_f.bias").copy_(torch.eye(16)[0])
-        wte = model.get_parameter("transformer.wte.weight")
-        wte[:, 0] = -50.0
-        wte[: len(probabilities), 0] = torch.tensor(probabilities).log().double()
-    return model
-
-
-def frequencies(model, **how):
-    """Of 2,000 samples of one token."""
-    start = torch.zeros(2000, 1, dtype=torch.long)
-    out = model.generate(start, 1, generator=seeded(), **how)[:, 1]
-    return torch.bincount(out, minlength=5)[:5] / 2000
-
-
-@pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "tmm-strang", "imex-2", "llama",
-                                  "nesterov-hourglass-each"])
+@pytest.mark.parametrize("name", ["gpt", "tmm-strang", "imex-2", "nesterov-hourglass-each"])
 def test_greedy_is_the_argmax_of_full_forwards(name):
-    model = build(**VARIANTS[name])
-    prompt = torch.randint(48, (4, 5), generator=seeded())
+    model, prompt = build(**VARIANTS[name]), IDX[:, :5]
     expected = greedy(model, prompt, 7)
     assert torch.equal(model.generate(prompt, 7, temperature=0), expected)
     assert torch.equal(model.generate(prompt, 7, top_k=1), expected)
-    for row in range(4):  # a row does not depend on the others
-        alone = model.generate(prompt[row : row + 1], 7, temperature=0)
-        assert torch.equal(alone, expected[row : row + 1])
 
 
-@pytest.mark.parametrize("name", ["gpt", "nesterov-hourglass"])
 @pytest.mark.parametrize("start", [5, 12, 15])
-def test_generation_goes_on_past_the_block(name, start):
+def test_generation_goes_on_past_the_block(start):
     """Each token is the argmax after one of the windows of T/2 to T tokens that slide along."""
-    model = build(**VARIANTS[name])
-    prompt = torch.randint(48, (2, start), generator=seeded())
+    model = build(**VARIANTS["nesterov-hourglass"])
+    prompt = torch.arange(2 * start).view(2, start)
     out = model.generate(prompt, 16, temperature=0)
     assert out.shape == (2, start + 16) and torch.equal(out[:, :start], prompt)
     for t in range(start, start + 16):
@@ -676,59 +584,17 @@ def test_generation_goes_on_past_the_block(name, start):
                    for w in windows), t
 
 
-def test_sampling_is_reproducible():
-    model = build(**VARIANTS["nesterov-lie_trotter"])
-    one, two, other = (model.generate(IDX, 20, generator=seeded(s)) for s in (3, 3, 4))
-    assert torch.equal(one, two) and not torch.equal(one, other)
-    assert one.shape == (2, 30) and torch.equal(one[:, :10], IDX)
-
-
-def test_padded_rows_are_never_sampled():
-    model = constant_model([0.25] * 4, vocab_used=4)
+def test_generation_is_reproducible_and_never_draws_padded_rows():
+    model, outs = build(bias=True, vocab_used=4), []
     with torch.no_grad():
-        model.get_parameter("transformer.wte.weight")[4:, 0] = 1000.0
+        model.lm_head.weight[4:] *= 100  # which would win
     assert model(IDX)[0].argmax() >= 4
-    for how in (dict(), dict(top_k=4), dict(top_k=100), dict(top_p=0.9), dict(temperature=2.0)):
-        assert (frequencies(model, **how)[:4] > 0.2).all()
-    assert (model.generate(IDX, 3, temperature=0)[:, 10:] < 4).all()
-
-
-@pytest.mark.parametrize("how, expected", [
-    (dict(), [0.5, 0.3, 0.15, 0.05]),
-    (dict(top_p=1.0), [0.5, 0.3, 0.15, 0.05]),
-    (dict(top_p=0.9), [50 / 95, 30 / 95, 15 / 95, 0]),  # the smallest set that reaches 0.9
-    (dict(top_p=0.7), [5 / 8, 3 / 8, 0, 0]),
-    (dict(top_p=0.01), [1, 0, 0, 0]),
-    (dict(top_k=3), [50 / 95, 30 / 95, 15 / 95, 0]),
-    (dict(temperature=0.5), [25 / 36.5, 9 / 36.5, 2.25 / 36.5, 0.25 / 36.5]),
-    (dict(temperature=0.5, top_p=0.65), [1, 0, 0, 0])])  # temperature first
-def test_truncation_on_a_known_distribution(how, expected):
-    got = frequencies(constant_model([0.5, 0.3, 0.15, 0.05]), **how)
-    expected = torch.tensor(expected)
-    assert torch.equal(got[:4] > 0, expected > 0) and got[4] == 0
-    assert (got[:4] - expected).abs().max() < 0.05
-
-
-def test_stop_tokens():
-    model = build(**VARIANTS["gpt"])
-    prompt = torch.randint(48, (3, 4), generator=seeded())
-    free = model.generate(prompt, 8, temperature=0)[:, 4:]
-    assert len(free.unique()) > 2
-    for stop in free.unique().tolist():
-        hits = [row.index(stop) if stop in row else None for row in free.tolist()]
-        width = 8 if None in hits else max(hits) + 1
-        expected = free.clone()
-        for row, hit in enumerate(hits):
-            if hit is not None:
-                expected[row, hit:] = stop
-        out = model.generate(prompt, 8, temperature=0, stop_tokens=(stop,))
-        assert torch.equal(out, torch.cat([prompt, expected[:, :width]], 1))
-
-
-def test_a_stop_token_in_the_prompt_does_not_stop():
-    out = constant_model([0.7, 0.3]).generate(
-        torch.zeros(2, 3, dtype=torch.long), 8, temperature=0, stop_tokens=(0, 5))
-    assert torch.equal(out, torch.zeros(2, 4, dtype=torch.long))
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        outs.append(model.generate(IDX, 20, temperature=3.0, top_k=100))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    assert outs[0].shape == (2, 30) and torch.equal(outs[0][:, :10], IDX)
+    assert outs[0][:, 10:].unique().tolist() == [0, 1, 2, 3]
 
 
 # --------------------------------------------------------------------------------------- refusals
@@ -913,3 +779,233 @@ def test_dropout_acts_in_training_only():
     without = build(state=with_dropout.state_dict(), template="nesterov")
     assert torch.equal(logits(with_dropout), logits(without))
     assert not torch.equal(logits(with_dropout.train()), logits(without))
+
+
+# -----------------------------------------------------------------------------
+# What a fork adds: one class and one line in a table, nothing else
+
+
+class Scheduled(Template):
+    """Heavy ball without a norm, whose momentum n / (n + 3) depends on the layer."""
+
+    streams, velocity_norms = ("zeros",), ()
+
+    def __init__(self, config, layer, index):
+        super().__init__(config, layer, index)
+        self.beta = layer / (layer + 3)
+
+    def forward(self, oracle, state, h=1.0):
+        x, v = state
+        v = self.beta * v + h * oracle(x)
+        return x + v, v
+
+
+class Average(Template):
+    """Answers averaged from the second stream, which starts as x; a beta for each channel."""
+
+    streams, velocity_norms = ("x",), ()
+
+    def __init__(self, config, layer, index):
+        super().__init__(config, layer, index)
+        self.learn("beta", 0.25, "sigmoid", shape=(config.n_embd,))
+
+    def forward(self, oracle, state, h=1.0):
+        x, a = state
+        a = a.lerp(x, self.scalar("beta"))
+        return x + h * oracle(a), a
+
+
+class Gated(Template):
+    """A learned gate on every answer."""
+
+    def __init__(self, config, layer, index):
+        super().__init__(config, layer, index)
+        self.gate = nn.Linear(config.n_embd, 1)
+
+    def forward(self, oracle, state, h=1.0):
+        (x,) = state
+        return (x + h * self.gate(x).sigmoid() * self.norm(oracle(x)),)
+
+
+class Extragradient(Template):
+    """The gradient where a first step leads."""
+
+    oracle_calls, velocity_norms, splittings = 2, (), ("lie_trotter", "strang")
+
+    def forward(self, oracle, state, h=1.0):
+        (x,) = state
+        return (x + h * oracle(x + h * oracle(x)),)
+
+
+def expected(model, name, idx):
+    """The final x in float64, by a loop over the substeps."""
+    t = model.transformer
+    x = t.wte(idx) + t.wpe.weight[:idx.size(1)]
+    other = torch.zeros_like(x) if name == "scheduled" else x
+    for n, block in enumerate(t.h):
+        for k, oracle in enumerate((lambda z, b=block: b.attn(b.ln_1(z)),
+                                    lambda z, b=block: b.mlp(b.ln_2(z)))):
+            if name == "scheduled":
+                other = n / (n + 3) * other + oracle(x)
+                x = x + other
+            elif name == "average":
+                beta = 1 / (1 + (-block.steps[k].beta).exp())
+                other = (1 - beta) * other + beta * x
+                x = x + oracle(other)
+            elif name == "gated":
+                g = block.steps[k].gate
+                share = 1 / (1 + (-(x @ g.weight[0] + g.bias)[..., None]).exp())
+                x = x + share * block.steps[k].norm(oracle(x))
+            else:
+                x = x + oracle(x + oracle(x))
+    return x
+
+
+@pytest.fixture(params=["scheduled", "average", "gated", "extragradient"])
+def added(request, monkeypatch):
+    """The name of a template that was added to the table."""
+    template = dict(scheduled=Scheduled, average=Average, gated=Gated, extragradient=Extragradient)
+    monkeypatch.setitem(TEMPLATES, request.param, template[request.param])
+    return request.param
+
+
+def test_an_added_template(added):
+    model, plain = build(template=added).double(), build(template="gd")
+    idx = IDX[:, :12]
+    with torch.no_grad():
+        want = model.transformer.ln_f(expected(model, added, idx))
+        assert_close(model.hidden(idx), want)
+        new = model.eval().generate(idx[:, :4], 6, temperature=0)
+        for i in range(4, 10):
+            assert torch.equal(model(new[:, :i])[0][:, -1].argmax(-1), new[:, i])
+    names = {name for role in model.parameter_roles().values() for name in role}
+    assert names == {name for name, _ in model.named_parameters()}
+    groups = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", scalar_lr=5e-3).param_groups
+    scalars = [group for group in groups if group["role"] == "scalar"]
+    count = {"average": 4, "gated": 8}.get(added, 0)  # 2 layers of 2 substeps
+    assert sum(len(group["params"]) for group in scalars) == count
+    assert all((group["lr"], group["weight_decay"]) == (5e-3, 0.0) for group in scalars)
+    calls = 2 if added == "extragradient" else 1
+    head = 6 * model.config.vocab_size * model.config.n_embd
+    assert model.flops_per_token() - head == calls * (plain.flops_per_token() - head)
+    model.train()(idx, idx)[1].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_an_added_template_takes_the_splittings_that_it_says(added):
+    for splitting in SPLITTINGS:
+        if splitting in TEMPLATES[added].splittings:
+            build(template=added, splitting=splitting)(IDX, IDX)
+        else:
+            with pytest.raises(ValueError, match="use splitting=lie_trotter or strang"):
+                config(template=added, splitting=splitting)
+
+
+def test_a_channels_beta_starts_where_it_should(monkeypatch):
+    monkeypatch.setitem(TEMPLATES, "average", Average)
+    model = GPT(config(template="average"))
+    for block in model.transformer.h:
+        for step in block.steps:
+            assert_close(step.scalar("beta"), torch.full((config().n_embd,), 0.25), 1e-6)
+    assert learned_scalars(model)["beta"] == [[pytest.approx(0.25)] * 2] * 2
+
+
+class ReLU2(nn.Module):
+    """W_proj relu(W_fc x)^2."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.d_ffn, bias=config.bias)
+        self.c_proj = OutputProjection(config.d_ffn, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Window(CausalSelfAttention):
+    """Attention that is only causal."""
+
+
+def test_an_added_ffn_and_attention(monkeypatch):
+    monkeypatch.setitem(FFNS, "relu2", ReLU2)
+    monkeypatch.setitem(ATTENTIONS, "window", Window)
+    model = GPT(config(ffn="relu2", attention="window", template="nesterov"))
+    assert isinstance(model.transformer.h[0].attn, Window)
+    mlp = model.transformer.h[0].mlp
+    assert mlp.c_proj.weight.std() < 0.7 * mlp.c_fc.weight.std()  # it writes to the stream
+    assert len(model.parameter_roles()["matrix"]) == 8
+    assert model.flops_per_token() == build(template="nesterov").flops_per_token()
+    with pytest.raises(ValueError, match=r"ffn=relu: expected mlp \| swiglu \| hourglass \| relu2"):
+        config(ffn="relu")
+
+
+class Bare(nn.Module):
+    """An FFN with a parameter that nobody knows."""
+
+    role: str | None = None
+
+    def __init__(self, config):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(config.n_embd))
+
+    def forward(self, x):
+        return self.scale * x
+
+
+class Experts(Bare):
+    """One that says what it is."""
+
+    role = "norm"
+
+
+class Careless(Gated):
+    """A template with a parameter that starts nowhere."""
+
+    def __init__(self, config, layer, index):
+        super().__init__(config, layer, index)
+        self.beta = nn.Parameter(torch.empty(config.n_embd))
+
+
+def test_a_parameter_without_a_role_is_an_error(monkeypatch):
+    monkeypatch.setitem(FFNS, "bare", Bare)
+    monkeypatch.setitem(FFNS, "experts", Experts)
+    monkeypatch.setitem(TEMPLATES, "careless", Careless)
+    with pytest.raises(ValueError, match=r'h\.0\.mlp\.scale: .* Bare.*role = "matrix"'):
+        build(ffn="bare")
+    with pytest.raises(ValueError, match=r"h\.0\.steps\.0\.beta: .*self\.learn\(name, start"):
+        build(template="careless")
+    model = build(ffn="experts")
+    assert "transformer.h.1.mlp.scale" in model.parameter_roles()["norm"]
+    model.transformer.h[1].bias = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"h\.1\.bias: .*Block"):
+        model.parameter_roles()
+
+
+def test_a_templates_module_may_have_another_role(monkeypatch):
+    class Mixed(Gated):
+        def __init__(self, config, layer, index):
+            super().__init__(config, layer, index)
+            self.gate.role = "matrix"
+
+    monkeypatch.setitem(TEMPLATES, "mixed", Mixed)
+    roles = build(template="mixed").parameter_roles()
+    assert "transformer.h.0.steps.1.gate.weight" in roles["matrix"]
+    assert "transformer.h.0.steps.1.gate.bias" in roles["norm"] and not roles["scalar"]
+
+
+def test_this_file_alone(tmp_path):
+    shutil.copy(model_module.__file__, tmp_path / "model.py")
+    program = ("import torch; from model import GPT, GPTConfig\n"
+               "c = GPTConfig(block_size=8, vocab_size=17, n_layer=2, n_head=2, n_embd=8,\n"
+               "              template='tmm', ffn='hourglass', ffn_depth=2)\n"
+               "model, x = GPT(c), torch.randint(17, (2, 8))\n"
+               "adamw = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')\n"
+               "before = model(x, x)[1]; before.backward(); adamw.step()\n"
+               "assert model(x, x)[1] < before\n"
+               "print(model.generate(x[:, :2], 9).shape)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": ""})
+    assert done.stdout.strip() == "torch.Size([2, 11])", done.stderr
+    tree = ast.parse(Path(model_module.__file__).read_text())
+    kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign)
+    assert all(isinstance(node, kinds) for node in tree.body[1:])  # nothing runs at its import

@@ -53,6 +53,9 @@ SHARED = dict(dataset="count", batch_size=2, gradient_accumulation_steps=4, max_
 UNEVEN = dict(YURII, dataset="long_val", eval_tokens=129 * 16 + 3, max_iters=1,
               gradient_accumulation_steps=6)  # 129 windows: the last batch is not full
 PAIRS = [("gpt", "adamw"), ("yurii", "adamw"), ("yurii", "muon"), ("hourglass", "muon")]
+OVERFLOWS = {"ddp": partial(spoil, (2,), where=1, gradient=math.inf),
+             "fsdp-adamw": partial(overflow, (2,), 0, "adamw"),
+             "fsdp-muon": partial(overflow, (2,), 1, "muon")}
 COMPILED = dict(YURII, n_layer=1, vocab_size=384, dtype="float64", max_iters=1, compile=True)
 
 
@@ -102,24 +105,25 @@ def folder(tmp_path_factory):
 def together(folder, run, job):
     """Every run of two processes that the tests here look at, made by the same two."""
     run(folder / "trained", **YURII, max_iters=3)
-    jobs = [job(folder / f"two-{variant}-{o}", [partial(record_windows, folder / f"w-{variant}-{o}")],
-                optimizer=o, dtype="float64", **SHARED, **VARIANTS[variant])
-            for variant, o in PAIRS]
-    jobs += [job(folder / f"sharded-{o}-{again}", [sharded_gradients], optimizer=o, parallel="fsdp",
-                 dtype="float64", activation_checkpointing=again, **SHARED, **YURII)
-             for o, again in (("adamw", False), ("adamw", True), ("muon", True))]
-    jobs += [job(folder / f"eval-{i}", init_from=folder / "trained" / "ckpt.pt", **UNEVEN, **how)
-             for i, how in enumerate((dict(batch_size=1), dict(batch_size=4),
-                                      dict(parallel="fsdp")))]
-    overflows = {"ddp": partial(spoil, (2,), where=1, gradient=math.inf),
-                 "fsdp-adamw": partial(overflow, (2,), 0, "adamw"),
-                 "fsdp-muon": partial(overflow, (2,), 1, "muon")}
-    jobs += [job(folder / f"overflow-{name}", [
-                 hook, partial(log_scale, folder / f"scale-{name}"), partial(stop_after, 3)],
-                 dtype="float16", optimizer="muon", parallel=name[:4].strip("-"), save_interval=1,
-                 **YURII) for name, hook in overflows.items()]
-    jobs += [job(folder / f"compiled-{parallel}", [partial(record_graphs, folder / f"g-{parallel}")],
-                 parallel=parallel, **COMPILED) for parallel in ("ddp", "fsdp")]
+    jobs = []
+    for variant, o in PAIRS:
+        hook = partial(record_windows, folder / f"w-{variant}-{o}")
+        jobs.append(job(folder / f"two-{variant}-{o}", [hook], optimizer=o, dtype="float64",
+                        **SHARED, **VARIANTS[variant]))
+    for o, again in (("adamw", False), ("adamw", True), ("muon", True)):
+        jobs.append(job(folder / f"sharded-{o}-{again}", [sharded_gradients], optimizer=o,
+                        parallel="fsdp", dtype="float64", activation_checkpointing=again, **SHARED,
+                        **YURII))
+    for i, how in enumerate((dict(batch_size=1), dict(batch_size=4), dict(parallel="fsdp"))):
+        weights = folder / "trained" / "ckpt.pt"
+        jobs.append(job(folder / f"eval-{i}", init_from=weights, **UNEVEN, **how))
+    for name, hook in OVERFLOWS.items():
+        hooks = [hook, partial(log_scale, folder / f"scale-{name}"), partial(stop_after, 3)]
+        jobs.append(job(folder / f"overflow-{name}", hooks, dtype="float16", optimizer="muon",
+                        parallel=name.split("-")[0], save_interval=1, **YURII))
+    for parallel in ("ddp", "fsdp"):
+        hook = partial(record_graphs, folder / f"g-{parallel}")
+        jobs.append(job(folder / f"compiled-{parallel}", [hook], parallel=parallel, **COMPILED))
     in_ranks(2, jobs)
 
 
@@ -146,20 +150,17 @@ def test_two_processes_equal_one(together, folder, run, tmp_path, variant, optim
 
 
 @pytest.mark.torture
+@pytest.mark.parametrize("optimizer, dtype, bound, sharded", [
+    ("adamw", "float64", 1e-12, 1e-12), ("adamw", "float32", 1e-5, 1e-5),
+    ("muon", "float64", 1e-12, 1e-3), ("muon", "float32", 1e-3, 1e-3)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_processes_equal_one_for_longer_and_in_float32(run, job, tmp_path, variant):
-    plan = {f"{o}-{dtype}": dict(SHARED, optimizer=o, dtype=dtype, max_iters=20, **VARIANTS[variant])
-            for o in OPTIMIZERS for dtype in ("float64", "float32")}
-    in_ranks(2, [job(tmp_path / f"two-{name}", **options) for name, options in plan.items()])
-    in_ranks(2, [job(tmp_path / f"shards-{name}", parallel="fsdp", **options)
-                 for name, options in plan.items()])
-    for name, options in plan.items():
-        run(tmp_path / name, **options)
-        bound = {"float64": 1e-12, "adamw-float32": 1e-5, "muon-float32": 1e-3}
-        assert_equal_runs(tmp_path / f"two-{name}", tmp_path / name,
-                          bound.get(name, bound["float64"]))
-        sharded = 1e-3 if "muon" in name else bound.get(name, bound["float64"])
-        assert_equal_runs(tmp_path / f"shards-{name}", tmp_path / name, sharded)
+def test_twenty_steps(run, job, tmp_path, variant, optimizer, dtype, bound, sharded):
+    options = dict(SHARED, optimizer=optimizer, dtype=dtype, **VARIANTS[variant])
+    options["max_iters"] = 20
+    in_ranks(2, [job(tmp_path / name, parallel=name, **options) for name in ("ddp", "fsdp")])
+    run(tmp_path / "one", **options)
+    assert_equal_runs(tmp_path / "ddp", tmp_path / "one", bound)
+    assert_equal_runs(tmp_path / "fsdp", tmp_path / "one", sharded)
 
 
 @pytest.mark.parametrize("optimizer, again, bound, weights", [
@@ -181,16 +182,7 @@ def test_an_evaluation_is_the_same_number_everywhere(together, folder, run, tmp_
     assert {val_losses(folder / f"eval-{i}")[0] for i in range(3)} == {val_losses(tmp_path)[0]}
 
 
-@pytest.mark.torture
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_evaluation_is_the_same_number_with_three(together, folder, job, tmp_path, dtype):
-    options = dict(UNEVEN, init_from=folder / "trained" / "ckpt.pt", dtype=dtype)
-    for world in (1, 2, 3):
-        in_ranks(world, [job(tmp_path / f"{world}-{b}", batch_size=b, **options) for b in (2, 4)])
-    assert len({val_losses(out)[0] for out in tmp_path.iterdir()}) == 1
-
-
-@pytest.mark.parametrize("name", ["ddp", "fsdp-adamw", "fsdp-muon"])
+@pytest.mark.parametrize("name", OVERFLOWS)
 def test_an_overflow_on_one_rank_is_everyones(together, folder, name):
     """Of one optimiser's gradients, in one number: no optimiser moves on any rank, the scale halves
     on both."""
@@ -201,7 +193,7 @@ def test_an_overflow_on_one_rank_is_everyones(together, folder, name):
     assert_same(tensors(out), tensors(out, "ckpt_prev.pt"))
 
 
-def test_under_ranks_the_compiled_model_is_the_graph_of_one_process(together, folder, run, tmp_path):
+def test_compiled_it_is_the_graph_of_one_process(together, folder, run, tmp_path):
     """One graph, that returns no logits; sharded, it is a block's, and that of head and loss."""
     run(tmp_path / "one", hooks=[partial(record_graphs, tmp_path / "g")], **COMPILED)
     run(tmp_path / "eager", **COMPILED | dict(compile=False))
@@ -270,17 +262,15 @@ def test_the_presets_480_sequences(run, tmp_path, monkeypatch, world, said):
     refused(lambda: run(tmp_path, batch_size=30, gradient_accumulation_steps=16), said)
 
 
-def test_fsdp_without_torchrun_is_refused(run, tmp_path):
-    (line,) = refused(lambda: run(tmp_path / "new", parallel="fsdp"), "torchrun", "fsdp")
-    assert not (tmp_path / "new").exists()
-
-
 @pytest.mark.parametrize("environment", [
-    dict(RANK="0"), dict(RANK="2", WORLD_SIZE="2"), dict(RANK="x"), dict(WORLD_SIZE="0")])
-def test_half_of_what_torchrun_sets(run, tmp_path, monkeypatch, environment):
+    dict(RANK="0"), dict(RANK="2", WORLD_SIZE="2"), dict(RANK="x"), dict(WORLD_SIZE="0"), {}])
+def test_what_torchrun_sets(run, tmp_path, monkeypatch, environment):
+    """Half of it is refused; and sharding without any."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    refused(lambda: run(tmp_path / "new"), "torchrun", *[f"{k}={v}" for k, v in environment.items()])
+    said = [f"{name}={value}" for name, value in environment.items()] or ["parallel=fsdp"]
+    refused(lambda: run(tmp_path / "new", parallel="fsdp"), "torchrun", *said)
+    assert not (tmp_path / "new").exists()
 
 
 # -----------------------------------------------------------------------------

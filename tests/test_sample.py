@@ -1,6 +1,11 @@
-"""sample.py: prompts, draws, the stop text, whole characters, which checkpoint, whose tokenizer."""
+"""sample.py. The decoder against plain computations: rows of different lengths and reused caches
+against full forward passes, compiled steps against eager ones, stored matrices against autocast,
+draws against their definition. The command: prompts, the stop text, whole characters, which
+checkpoint, whose tokenizer.
+"""
 
 import io
+import itertools
 import os
 import pickle
 import shutil
@@ -11,35 +16,357 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import option_words, write_data
+from variants import IDX, VARIANTS, assert_close, build, every_variant, logits, write_checkpoint
 
 import sample
-from model import GPT, GPTConfig
-from support.errors import UserError, cli
+from sample import DecodingCache, DecodingLinear, draw, store_matrices, stream
+from support.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-BYTES = {"tokenizer": "bytes", "alphabet": "", "vocab_size": 257, "padded_vocab_size": 257}
+LENGTHS = (1, 5, 12, 30, 9, 13)  # block_size is 12
+SEVERAL = ("gpt", "nesterov-lie_trotter", "tmm-strang", "imex-2", "llama", "hourglass-lie_trotter",
+           "gpt-qk_norm-rope", "gd-add", "symplectic", "adamw", "tmm-hourglass-each")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def prompts_of(lengths, seed=0):
+    gen = seeded(seed)
+    return [torch.randint(48, (n,), generator=gen) for n in lengths]
+
+
+def padded(prompts, width=0, seed=1):
+    """The rows, filled up with arbitrary ids, and their lengths."""
+    idx = torch.randint(48, (len(prompts), max(width, *map(len, prompts))), generator=seeded(seed))
+    for row, prompt in zip(idx, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return idx, torch.tensor([len(prompt) for prompt in prompts])
+
+
+@torch.no_grad()
+def greedy(model, prompts, n):
+    """n tokens after each prompt, each by a full forward over its window alone: when that is full,
+    its older half is dropped."""
+    size, rows = model.config.block_size, []
+    for prompt in prompts:
+        window, row = prompt.tolist()[-size:], []
+        for _ in range(n):
+            if len(window) > size:
+                window = window[-max(1, size // 2):]
+            row.append(model(torch.tensor([window]))[0][0, -1].argmax().item())
+            window.append(row[-1])
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+def decode(model, idx, lengths=None, n=15, **how):
+    """What `stream` yields, (B, n); greedy unless `how` says else."""
+    return torch.stack(list(stream(model, idx, n, lengths=lengths, **{"temperature": 0, **how})), 1)
+
+
+# -----------------------------------------------------------------------------
+# Rows of different lengths
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_a_row_does_not_depend_on_the_others(name):
+    """Short ones, ones that fill the context and longer ones; all run past it."""
+    model, prompts = build(**VARIANTS[name]), prompts_of(LENGTHS)
+    expected = greedy(model, prompts, 15)
+    for width, seed in ((0, 1), (40, 2)):  # another padding, and one that no row needs
+        idx, lengths = padded(prompts, width, seed)
+        before = idx.clone(), lengths.clone()
+        assert torch.equal(decode(model, idx, lengths), expected)
+        assert torch.equal(idx, before[0]) and torch.equal(lengths, before[1])
+    for prompt, row in zip(prompts, expected, strict=True):
+        assert torch.equal(decode(model, prompt[None].int())[0], row)  # ids of either width
+
+
+@pytest.mark.parametrize("block_size, lengths", [
+    *((size, (1, 2, 9, 7, 3, 8)) for size in (1, 2, 3, 7, 64)),
+    *((12, few) for few in ((1,), (1, 1, 1), (12, 1), (13, 12, 11), (3, 2), (25, 24)))], ids=str)
+def test_rows_of_different_lengths_in_every_context(block_size, lengths):
+    """Down to one token; 64 is never full."""
+    prompts = prompts_of(lengths, 3)
+    for name in ("gpt", "nesterov-hourglass"):
+        model = build(**dict(VARIANTS[name], block_size=block_size))
+        expected = greedy(model, prompts, 25)
+        for n in (1, 14, 25):
+            assert torch.equal(decode(model, *padded(prompts), n), expected[:, :n])
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_stop_tokens(name):
+    """A row repeats the one that it met; all rows end with the last. A stop token in a prompt, or
+    in its padding, does not count."""
+    model, prompts = build(**VARIANTS[name]), prompts_of(LENGTHS)
+    free = greedy(model, prompts, 16)
+    each = [(token,) for token in free.unique().tolist()]
+    ends = tuple(free[:, 9].unique().tolist())  # every row has met one after ten tokens
+    assert any(set(stops) & set(torch.cat(prompts).tolist()) for stops in each)
+    for stops in (*each, each[0] + each[1] + (5,), ends):
+        expected, width = free.clone(), 0
+        for row in expected:
+            met = [i for i, token in enumerate(row.tolist()) if token in stops] + [15]
+            row[met[0]:] = row[met[0]]
+            width = max(width, met[0] + 1)
+        idx, lengths = padded(prompts)
+        for row, n in zip(idx, lengths, strict=True):
+            row[n:] = stops[0]
+        out = decode(model, idx, lengths, 16, stop_tokens=stops)
+        assert torch.equal(out, expected[:, :width])
+    assert width <= 10
+
+
+@pytest.mark.parametrize("how", [dict(), dict(top_k=5), dict(top_p=0.8), dict(temperature=2.0)])
+def test_padding_changes_no_draw(how):
+    model, prompts = build(**VARIANTS["nesterov-llama"]), prompts_of(LENGTHS)
+    outs = [decode(model, *padded(prompts, width, seed), 20, generator=seeded(),
+                   **{"temperature": 1.0, **how}) for width, seed in ((0, 1), (0, 2), (50, 3))]
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_padded_rows_of_the_vocabulary_are_never_drawn():
+    model = build(bias=True, vocab_used=4)
+    with torch.no_grad():
+        model.lm_head.weight[4:] *= 100  # which would win
+    assert model(IDX)[0].argmax() >= 4
+    for how in (dict(), dict(top_k=4), dict(top_k=100), dict(top_p=0.9), dict(temperature=0)):
+        assert decode(model, IDX, generator=seeded(), **{"temperature": 3.0, **how}).max() < 4
+
+
+# -----------------------------------------------------------------------------
+# The cache
+
+
+@pytest.mark.parametrize("name", ["gpt", "nesterov-llama", "hourglass-strang"])
+def test_a_cache_can_be_used_anew(name):
+    """After other rows, more or fewer of them, after the context was full, after a stream left
+    midway, and after a pass that broke off behind one of two attention calls, as Ctrl-C does it."""
+    model, cache = build(**VARIANTS[name]), DecodingCache(12)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for seed, lengths in enumerate([(12, 5, 9, 13), (4, 2), (30, 1, 12, 5), (7,), (1, 1, 1)]):
+        prompts = prompts_of(lengths, seed)
+        expected, (idx, counts) = greedy(model, prompts, 15), padded(prompts)
+        assert torch.equal(decode(model, idx, counts, cache=cache), expected)
+        left = stream(model, idx, 15, temperature=0, lengths=counts, cache=cache)
+        assert torch.equal(torch.stack(list(itertools.islice(left, 3)), 1), expected[:, :3])
+        for passes in (0, 2):
+            broken = stream(model, idx, 15, temperature=0, lengths=counts, cache=cache)
+            list(itertools.islice(broken, passes))
+            hook = model.transformer.h[0].mlp.register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                next(broken)
+            hook.remove()
+
+
+def test_a_cache_of_any_length_that_suffices():
+    model, idx = build(bias=True), IDX[:, :4]
+    expected = greedy(model, idx, 6)
+    for size in (9, 10, 12, 100):  # the last token drawn is not read
+        assert torch.equal(decode(model, idx, n=6, cache=DecodingCache(size)), expected)
+    for size, n in ((8, 6), (3, 1), (11, 50)):
+        with pytest.raises(ValueError, match=f"room for {size}"):
+            decode(model, idx, n=n, cache=DecodingCache(size))
+    for lengths in ((0, 3), (4, 5)):
+        with pytest.raises(ValueError, match=r"1\.\.4"):
+            decode(model, idx, torch.tensor(lengths))
+
+
+# -----------------------------------------------------------------------------
+# Compiled steps
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """graphs(backend) -> torch's counts, nothing remembered from other models, no fallback to
+    eager. inductor's C++ compiler takes a second for each kernel, aot_eager needs none."""
+    def compile_with(backend):
+        compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda model, mode, **how: compile(
+            model, backend=backend, **how))
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        return torch._dynamo.utils.counters
+
+    with torch._dynamo.config.patch(error_on_recompile=True, suppress_errors=False):
+        yield compile_with
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend, name", [
+    *(("aot_eager", name) for name in ("gpt", "nesterov-lie_trotter", "llama", "hourglass-strang")),
+    ("inductor", "gpt"), ("inductor", "nesterov-llama")])
+def test_all_steps_are_one_graph(graphs, backend, name):
+    """While lengths grow, over a full context, and for other prompts with the same cache; of the
+    same numbers as eager steps."""
+    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("inductor needs a C++ compiler on the CPU")
+    model = build(torch.float32, **dict(VARIANTS[name], n_layer=1, ffn_depth=2))
+    counts, cache = graphs(backend), DecodingCache(12)
+    for seed, lengths in enumerate([(2, 5, 1), (9, 3, 14), (4, 4, 4)]):
+        prompts = prompts_of(lengths, seed)
+        out = decode(model, *padded(prompts), 20, cache=cache, compile=True)
+        assert torch.equal(out, greedy(model, prompts, 20))
+        assert torch.equal(out, decode(model, *padded(prompts), 20))
+        assert counts["stats"]["unique_graphs"] == 1 and not counts["graph_break"]
+
+
+def test_compiled_steps_of_one_row(graphs):
+    """With the matrices stored in bf16; a new cache of the same size is the same graph."""
+    model = build(torch.float32, **dict(VARIANTS["nesterov-none"], n_layer=1))
+    store_matrices(model, torch.bfloat16)
+    out, counts = decode(model, IDX[:1, :3], n=12), graphs("aot_eager")
+    for _ in range(2):
+        assert torch.equal(decode(model, IDX[:1, :3], n=12, compile=True), out)
+        assert counts["stats"]["unique_graphs"] == 1
+
+
+# -----------------------------------------------------------------------------
+# Matrices stored in the precision of the products
+
+
+@torch.no_grad()
+def stored_and_autocast(dtype, rows=2, **options):
+    """Pairs of outputs: logits of all tokens and of the last, losses, and step by step with a
+    cache. The tables stay as they are."""
+    plain, stored = build(torch.float32, **options), build(torch.float32, **options)
+    tables = {n: p.clone() for n, p in stored.named_parameters()
+              if n.split(".")[1] in ("wte", "wpe", "vte", "vpe")}
+    store_matrices(stored, dtype)
+    for name, module in stored.named_modules():
+        kind = dtype if isinstance(module, torch.nn.Linear) else torch.float32
+        assert all(p.dtype == kind for p in module.parameters(recurse=False)), name
+    assert all(torch.equal(stored.get_parameter(name), table) for name, table in tables.items())
+    assert torch.equal(stored.lm_head.weight, tables["transformer.wte.weight"].to(dtype))
+
+    def outputs(model):
+        idx, cache = IDX[:rows], DecodingCache(12)
+        cache.crop(torch.zeros(rows, dtype=torch.long))
+        yield from model(idx, idx)
+        yield model(idx)[0]
+        yield model(idx[:, :1])[0]
+        for t in (slice(0, 5), slice(5, 6), slice(6, 7), slice(7, 10)):
+            yield model(idx[:, t], cache=cache)[0]
+
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        expected = list(outputs(plain))
+    return list(zip(outputs(stored), expected, strict=True))
+
+
+@every_variant
+def test_stored_matrices_give_the_numbers_of_autocast(name):
+    """Bit for bit."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for i, (a, b) in enumerate(stored_and_autocast(dtype, **VARIANTS[name])):
+            assert a.dtype == b.dtype and torch.equal(a, b), (dtype, i)
+
+
+@pytest.mark.parametrize("dtype, rows, tolerance", [
+    (torch.bfloat16, 1, 0.04), (torch.float32, 1, 1e-5), (torch.float32, 2, 1e-5)])
+@pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "imex-3", "llama"])
+def test_stored_matrices_of_one_row_or_as_they_are(name, dtype, rows, tolerance):
+    """A token at a time, one row takes the path of vectors, with biases and without."""
+    for a, b in stored_and_autocast(dtype, rows, **VARIANTS[name]):
+        assert a.dtype == b.dtype
+        assert_close(a.float(), b.float(), tolerance)
+
+
+def test_a_linear_with_a_forward_of_its_own_keeps_it():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, x = torch.nn.Sequential(Doubled(4, 4), torch.nn.Linear(4, 4)), torch.ones(3, 4)
+    expected = model[0](x)
+    store_matrices(model, torch.bfloat16)
+    store_matrices(model, torch.float16)  # and once more
+    assert torch.equal(model[0](x), expected) and model(x).dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (1, 1, 16), (2, 16), (3, 1, 16)])
+@torch.no_grad()
+def test_one_row_is_multiplied_as_a_vector(monkeypatch, shape, bias, dtype, tolerance):
+    torch.manual_seed(0)
+    linear, x = DecodingLinear(16, 24, bias=bias).to(dtype), torch.randn(shape).to(dtype)
+    expected = F.linear(x.double(), *(p.double() for p in linear.parameters()))
+    vectors, mv = [], torch.mv
+    monkeypatch.setattr(torch, "mv", lambda weight, x: vectors.append(x) or mv(weight, x))
+    for rows in (x, torch.stack([x, x], -1)[..., 0]):  # which is not contiguous
+        assert_close(linear(rows).double(), expected, tolerance)
+    assert len(vectors) == (2 if x.numel() == 16 else 0)
+
+
+# -----------------------------------------------------------------------------
+# Draws
+
+
+def definition(row, temperature=1.0, top_k=None, top_p=None):
+    """The probabilities of a draw, in numpy: of the k likeliest tokens, then of the smallest
+    set, found among all sets, whose probability reaches p."""
+    p = np.exp(row / temperature - (row / temperature).max())
+    if top_k is not None and top_k < len(p):
+        p = np.where(np.isin(np.arange(len(p)), np.argsort(-p)[:top_k]), p, 0)
+    p /= p.sum()
+    if top_p is not None:
+        alive = np.flatnonzero(p)
+        for size in range(1, len(alive) + 1):
+            sets = [list(s) for s in itertools.combinations(alive, size)]
+            best = max(sets, key=lambda s: p[s].sum())
+            if p[best].sum() >= top_p:
+                break
+        p = np.where(np.isin(np.arange(len(p)), best), p, 0)
+        p /= p.sum()
+    return p
+
+
+@pytest.mark.parametrize("how", [
+    dict(), dict(top_k=1), dict(top_k=3), dict(top_k=8), dict(top_k=100), dict(top_p=1e-9),
+    dict(top_p=0.3), dict(top_p=0.5), dict(top_p=0.75), dict(top_p=0.9), dict(top_p=0.999),
+    dict(top_k=4, top_p=0.8), dict(top_k=2, top_p=0.99), dict(top_k=100, top_p=0.6),
+    dict(temperature=0.5), dict(temperature=3.0, top_k=5), dict(temperature=0.3, top_p=0.9),
+    dict(temperature=2.0, top_k=6, top_p=0.7)], ids=str)
+def test_draws_have_the_defined_probabilities(how, n=20_000):
+    """Two rows at once, neither in order of likelihood; 5 standard deviations."""
+    rows = 1.5 * torch.randn(2, 8, generator=seeded(7))
+    drawn = draw(rows.repeat_interleave(n, 0), generator=seeded(), **how).view(2, n)
+    for row, ids in zip(rows.double().numpy(), drawn, strict=True):
+        p, f = definition(row, **how), np.bincount(ids.numpy(), minlength=8) / n
+        assert (f[p == 0] == 0).all(), (f, p)
+        assert (np.abs(f - p) <= 5 * np.sqrt(p * (1 - p) / n) + 1e-12).all(), (f, p)
+
+
+@pytest.mark.parametrize("top_p, expected", [
+    (0.4, {3}), (0.4001, {3}), (0.5, {3}), (0.6999, {1, 3}), (0.7, {1, 3}), (0.75, {1, 3}),
+    (0.7501, {1, 3, 4}), (0.875, {1, 3, 4}), (1.0, {0, 1, 3, 4, 5})])
+def test_top_p_at_the_edge(top_p, expected):
+    """Probabilities that floats have exactly, out of order: the smallest set that reaches p."""
+    rows = (torch.tensor([1, 4, 0, 8, 2, 1]) / 16).double().log().repeat(2000, 1)
+    assert set(draw(rows, top_p=top_p, generator=seeded()).tolist()) == expected
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+CHARS = {"tokenizer": "char", "alphabet": LETTERS, "vocab_size": 26, "padded_vocab_size": 26}
 RULE = "-" * 15 + "\n"  # between samples
-
-
-def write_checkpoint(path, tokenizer=BYTES, vocab_size=None, seed=0, **keys):
-    """A model with weights large enough to have an opinion, as train.py saves one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32, bias=False,
-                          vocab_size=vocab_size or tokenizer["padded_vocab_size"]))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, 0, 0.3)
-    checkpoint = {"model": model.state_dict(), "model_args": vars(model.config), "config": {}}
-    torch.save(checkpoint | ({"tokenizer": tokenizer} if tokenizer else {}) | keys, path)
 
 
 @pytest.fixture
 def out(tmp_path, capsys):
     """out(*words, **options): what sample.py prints; 26 letters, one token each."""
-    letters = {"tokenizer": "char", "alphabet": LETTERS, "vocab_size": 26, "padded_vocab_size": 26}
-    write_checkpoint(tmp_path / "out" / "ckpt.pt", letters)
+    write_checkpoint(tmp_path / "out" / "ckpt.pt", CHARS)
 
     def go(*argv, **options):
         capsys.readouterr()
@@ -51,43 +378,29 @@ def out(tmp_path, capsys):
     return go
 
 
-def refused(call, *said):
-    """The call is a user error of one line with these words."""
+def refused(call, *said, lines=1):
+    """The call is a user error of so many lines, with these words."""
     with pytest.raises(UserError) as error:
         call()
-    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value).splitlines()) == lines
     assert all(word in str(error.value) for word in said), error.value
 
 
-# -----------------------------------------------------------------------------
-# Drawing
-
-
-def test_greedy_does_not_depend_on_the_number_of_samples(out):
+def test_greedy_and_seeds(out, monkeypatch):
+    """Greedy text does not depend on the number of samples; a seed gives the same samples again.
+    Without compilation torch's compiler, which takes seconds, is not loaded."""
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", None)
     text = out(temperature=0)
     assert text == out(temperature=0, seed=2) == out(temperature=1e-6) == out(top_k=1)
     assert text == out(top_p=1e-9, top_k="None")
     assert len(text.rstrip("\n")) == 3 + 12 and text.startswith("abc")
     assert out(temperature=0, num_samples=3) == RULE.join([text] * 3)
-
-
-def test_the_seed_reproduces(out):
-    text = out(num_samples=4)
-    assert text == out(num_samples=4) != out(num_samples=4, seed=2)
-    assert len(set(text.split(RULE))) == 4
-
-
-def test_without_compilation_torchs_compiler_is_not_loaded(out, monkeypatch):
-    """It takes seconds, and torch's function that marks a step loads it."""
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", None)
-    assert out().startswith("abc")
-
-
-def test_top_k_none_keeps_all(out):
-    draws = dict(temperature=50.0, max_new_tokens=400)
-    assert out(top_k="None", **draws) == out(top_k=26, **draws) == out(top_k=200, **draws)
-    assert set(out(top_k="none", **draws)) == set(LETTERS + "\n")
-    assert len(set(out(top_k=1, **draws))) < 26
+    samples = out(num_samples=4)
+    assert samples == out(num_samples=4) != out(num_samples=4, seed=2)
+    assert len(set(samples.split(RULE))) == 4
+    hot = out(top_k="None", temperature=50.0, max_new_tokens=200)
+    assert hot == out(top_k=26, temperature=50.0, max_new_tokens=200)
+    assert set(hot) == set(LETTERS + "\n")  # top_k=None keeps all
 
 
 @pytest.mark.parametrize("prompt", ["a", LETTERS[:16], LETTERS * 2])
@@ -97,57 +410,40 @@ def test_past_the_context(out, prompt):
     assert text.startswith(prompt) and len(text) == len(prompt) + 50 + 1
 
 
-# -----------------------------------------------------------------------------
-# Prompts and characters
-
-
-PROMPT = "Zwölf 😀\r\nzwei\n"
+PROMPT = "Zwölf 😀\r\nzwei\n<|endoftext|>a"
 
 
 @pytest.mark.parametrize("source", ["text", "file", "stdin"])
 def test_prompts_arrive_whole(out, tmp_path, monkeypatch, source):
-    """Umlauts, an emoji and a CRLF, as the model's tokens and in what is printed."""
+    """Umlauts, an emoji, a CRLF and the end of text, as the model's tokens and in what is printed.
+    """
     write_checkpoint(tmp_path / "out" / "ckpt.pt")
     seen = []
 
-    def stream(self, idx, *_, **__):
-        seen.append(bytes(idx[0].tolist()))
+    def one_token(model, idx, *_, **__):
+        seen.extend(idx[0].tolist())
         yield torch.tensor([ord("!")])
 
-    monkeypatch.setattr(GPT, "stream", stream)
+    monkeypatch.setattr(sample, "stream", one_token)
     (tmp_path / "prompt.txt").write_bytes(PROMPT.encode())
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode()), "utf-8"))
     start = {"text": PROMPT, "file": f"FILE:{tmp_path}/prompt.txt", "stdin": "-"}[source]
-    text = out(start=start)
-    assert seen == [PROMPT.encode()]
-    assert text == PROMPT + "!\n"
+    assert out(start=start) == PROMPT + "!\n"
+    assert seen == [*"Zwölf 😀\r\nzwei\n".encode(), 256, ord("a")]
 
 
 def test_a_program_reads_standard_input_and_prints_utf8(tmp_path):
     write_checkpoint(tmp_path / "ckpt.pt")
     command = [sys.executable, "sample.py", f"--out_dir={tmp_path}", "--start=-", "--device=cpu",
                "--num_samples=1", "--max_new_tokens=5"]
-    process = subprocess.run(command, cwd=ROOT, input="Grüße 😀".encode(), capture_output=True,
-                             env=os.environ | {"LC_ALL": "C"})
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("Grüße 😀".encode()) and process.stderr == b""
-
-
-def test_end_of_text_in_a_prompt_is_the_token(out, tmp_path, monkeypatch):
-    write_checkpoint(tmp_path / "out" / "ckpt.pt")
-    seen = []
-    monkeypatch.setattr(GPT, "stream", lambda self, idx, *_, **__: iter(seen.append(idx) or ()))
-    assert out(start="<|endoftext|>a") == "<|endoftext|>a\n"
-    assert seen[0].tolist() == [[256, ord("a")]]
-
-
-def test_an_unknown_vocabulary_says_what_to_do(tmp_path, out):
-    write_checkpoint(tmp_path / "bare.pt", None, vocab_size=70)
-    refused(lambda: out(init_from=tmp_path / "bare.pt"), "does not say which", "safetensors")
+    done = subprocess.run(command, cwd=ROOT, input="Grüße 😀".encode(), capture_output=True,
+                          env=os.environ | {"LC_ALL": "C"})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.startswith("Grüße 😀".encode())
 
 
 @pytest.fixture
-def scripted(monkeypatch, tmp_path, out):
+def scripted(monkeypatch, tmp_path):
     """scripted(*rows, **options): the pieces to print when the model's tokens are these bytes (256
     is the end of text), one row a sample."""
     write_checkpoint(tmp_path / "out" / "ckpt.pt")
@@ -156,7 +452,7 @@ def scripted(monkeypatch, tmp_path, out):
         rows = [list(row) for row in rows]
         length = max(map(len, rows))
         made = torch.tensor([row + [ord(".")] * (length - len(row)) for row in rows])
-        monkeypatch.setattr(GPT, "stream", lambda *_, **__: iter(made.T))
+        monkeypatch.setattr(sample, "stream", lambda *_, **__: iter(made.T))
         config = sample.SampleConfig(out_dir=str(tmp_path / "out"), num_samples=len(rows),
                                      start="P:", **options)
         return list(sample.draw_samples(*sample.load_model(config), config, "P:"))
@@ -164,7 +460,8 @@ def scripted(monkeypatch, tmp_path, out):
     return go
 
 
-def test_only_whole_characters_are_shown(scripted):
+def test_only_whole_characters_are_shown_as_they_are_made(scripted):
+    assert scripted(b"abc", b"xyz")[1:4] == ["a", "b", "c"]
     pieces = scripted("aä😀b".encode())
     assert pieces == ["P:", "a", "", "ä", "", "", "", "😀", "b", "\n"]
     assert "".join(scripted("aä😀".encode()[:-1])) == "P:aä\N{REPLACEMENT CHARACTER}\n"
@@ -191,150 +488,42 @@ def test_the_stop_text_is_never_shown(scripted, text, stop, shown):
     assert all(f"{shown}\n".startswith(piece[:-1]) for piece in so_far)  # never taken back
 
 
-def test_the_end_of_text_token_can_stop(scripted):
+def test_every_sample_stops_on_its_own(scripted):
+    text = "".join(scripted(b"aXbbbb", b"cccXdd", b"eeeeee", stop="X"))
+    assert text == f"P:a\n{RULE}P:ccc\n{RULE}P:eeeeee\n"
+    assert "".join(scripted(b"aX", b"X.", b"..", stop="X")) == f"P:a\n{RULE}P:\n{RULE}P:..\n"
     tokens = [*b"ab", 256, *b"cd"]
     assert "".join(scripted(tokens)) == "P:ab<|endoftext|>cd\n"
     assert "".join(scripted(tokens, stop="<|endoftext|>")) == "P:ab\n"
-
-
-def test_every_sample_stops_on_its_own(scripted):
-    rows = (b"aXbbbb", b"cccXdd", b"eeeeee")
-    text = "".join(scripted(*rows, stop="X"))
-    assert text == f"P:a\n{RULE}P:ccc\n{RULE}P:eeeeee\n"
-    consumed = "".join(scripted(b"aX", b"X.", b"..", stop="X"))
-    assert consumed == f"P:a\n{RULE}P:\n{RULE}P:..\n"
-
-
-def test_text_appears_as_it_is_made(scripted):
-    assert scripted(b"abc", b"xyz")[1:4] == ["a", "b", "c"]
 
 
 # -----------------------------------------------------------------------------
 # Which checkpoint, and whose tokenizer
 
 
-@pytest.mark.parametrize("always, there, chosen", [
+@pytest.mark.parametrize("always, files, chosen", [
     (True, ("ckpt.pt", "best.pt"), "ckpt.pt"), (False, ("ckpt.pt", "best.pt"), "best.pt"),
     (False, ("ckpt.pt",), "ckpt.pt"), (True, ("ckpt.pt",), "ckpt.pt"),
     (True, ("best.pt",), "best.pt")])
-def test_which_checkpoint(tmp_path, always, there, chosen):
-    for i, name in enumerate(there):
+def test_which_checkpoint(tmp_path, always, files, chosen):
+    for i, name in enumerate(files):
         write_checkpoint(tmp_path / name, seed=i, config={"always_save_checkpoint": always})
-    config = sample.SampleConfig(out_dir=str(tmp_path))
-    weights = torch.load(tmp_path / chosen, weights_only=True)["model"]
-    model, tokenizer = sample.load_model(config)
-    assert tokenizer.name == "bytes" and not model.training
-    assert all(torch.equal(w, weights[n]) for n, w in model.state_dict().items())
-    model, _ = sample.load_model(sample.SampleConfig(init_from=str(tmp_path / there[0])))
-    weights = torch.load(tmp_path / there[0], weights_only=True)["model"]
-    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])  # a file is taken as named
-
-
-def test_a_file_is_not_openais_for_its_name(out, tmp_path, monkeypatch):
-    write_checkpoint(tmp_path / "gpt2-mine" / "ckpt.pt")
-    monkeypatch.chdir(tmp_path)
-    assert out(init_from="gpt2-mine/ckpt.pt").startswith("abc")
+    named = sample.SampleConfig(init_from=str(tmp_path / files[0]))  # taken as named
+    for config, name in ((sample.SampleConfig(out_dir=str(tmp_path)), chosen), (named, files[0])):
+        model, tokenizer = sample.load_model(config)
+        weights = torch.load(tmp_path / name, weights_only=True)["model"]
+        assert tokenizer.name == "bytes" and not model.training
+        assert all(torch.equal(w, weights[n]) for n, w in model.state_dict().items())
+    config = sample.SampleConfig(out_dir="/nowhere")
+    refused(lambda: sample.load_model(config), "no checkpoint /nowhere/ckpt.pt")
 
 
 def test_a_run_of_train_can_be_sampled(run, out, tmp_path):
-    run(tmp_path / "trained", template="nesterov", max_iters=2)
-    text = out(out_dir=tmp_path / "trained", temperature=0, dtype="float32")
-    assert text.startswith("abc") and text == out(init_from=tmp_path / "trained" / "ckpt.pt",
-                                                  temperature=0, dtype="float32")
-
-
-@pytest.fixture
-def gpt2_cache(tmp_path, monkeypatch):
-    cache = ROOT.parent / "shared" / "data" / "tiktoken_cache"
-    if not cache.is_dir():
-        pytest.skip("no copy of GPT-2's vocabulary")
-    shutil.copytree(cache, tmp_path / "cache", copy_function=shutil.copyfile)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-
-
-@pytest.mark.parametrize("size", [50257, 50304])
-def test_a_vocabulary_of_gpt2s_size_is_gpt2s(out, tmp_path, gpt2_cache, size):
-    """Also where the padding's rows would win."""
-    write_checkpoint(tmp_path / "out" / "ckpt.pt", None, vocab_size=size)
-    path = tmp_path / "out" / "ckpt.pt"
-    checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["model_args"]["vocab_used"]  # nanoGPT has no such thing
-    checkpoint["model"]["transformer.wte.weight"][50257:] *= 100
-    torch.save(checkpoint, path)
-    text = out(start="Hello world", temperature=2.0, max_new_tokens=30)
-    assert text.startswith("Hello world") and len(text) > 30
-    model, tokenizer = sample.load_model(sample.SampleConfig(out_dir=str(tmp_path / "out")))
-    assert tokenizer.name == "gpt2" and model.config.vocab_used == 50257
-
-
-def nanogpt_data(folder, alphabet):
-    """What nanoGPT's data/shakespeare_char/prepare.py writes."""
-    write_data(folder, np.arange(len(alphabet)))
-    (folder / "meta.json").unlink()
-    meta = {"vocab_size": len(alphabet), "itos": dict(enumerate(alphabet)),
-            "stoi": {c: i for i, c in enumerate(alphabet)}}
-    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
-
-
-def test_a_nanogpt_checkpoints_alphabet_is_in_its_data_folder(out, tmp_path):
-    write_checkpoint(tmp_path / "out" / "ckpt.pt", None, 27, config={"dataset": "theirs"})
-    alphabet = "\n" + LETTERS.upper()
-    nanogpt_data(tmp_path / "data" / "theirs", alphabet)
-    text = out(start="ABC", data_dir=tmp_path / "data", max_new_tokens=100)
-    assert text.startswith("ABC") and set(text) <= set(alphabet) and len(text) == 104
-
-
-def test_a_checkpoint_never_decodes_with_another_tokenizer(out, tmp_path):
-    theirs = dict(data_dir=tmp_path / "data", start="ABC")
-    nanogpt_data(tmp_path / "data" / "theirs", LETTERS.upper())
-    letters = {"tokenizer": "char", "alphabet": LETTERS, "vocab_size": 26, "padded_vocab_size": 26}
-    path = tmp_path / "out" / "ckpt.pt"
-    write_checkpoint(path, letters, config={"dataset": "theirs"})
-    assert set(out(**theirs | {"start": "abc"})) <= set(LETTERS + "\n")  # its own, not the data's
-    refused(lambda: out(**theirs), "alphabet", "ABC")
-    for size in (25, 27, 257):  # a data folder of the same name, but another vocabulary
-        write_checkpoint(path, None, size, config={"dataset": "theirs"})
-        refused(lambda: out(**theirs), "token ids", "theirs")
-    write_checkpoint(path, BYTES, 200)
-    refused(lambda: out(), "257", "200")
-    write_checkpoint(path, None, 26)  # and says nothing of its data
-    refused(lambda: out(**theirs), "26 token ids")
-
-
-# -----------------------------------------------------------------------------
-# Mistakes
-
-
-@pytest.mark.parametrize("option, said", [
-    ("num_samples=0", "at least 1"), ("max_new_tokens=0", "at least 1"),
-    ("temperature=-1", "negative"), ("temperature=hot", "number"), ("top_k=0", "None keeps all"),
-    ("top_k=-5", "None keeps all"), ("top_p=0", "(0, 1]"), ("top_p=1.5", "(0, 1]"),
-    ("stop=", "empty"), ("dtype=int8", "float32"), ("numsamples=3", "num_samples"),
-    ("start=", "prompt is empty"), ("start=FILE:/no/such/file", "/no/such/file"),
-    ("device=gpu", "device=gpu"), ("init_from=no.pt", "no checkpoint no.pt"),
-    ("out_dir=/nowhere", "no checkpoint /nowhere/ckpt.pt"),
-])
-def test_a_mistake_is_one_line(out, option, said):
-    refused(lambda: out(f"--{option}"), option.split("=")[0].replace("out_dir", "/nowhere")
-            .replace("init_from", "no.pt").replace("start", "prompt"), said)
-
-
-def test_mistakes_come_together(out):
-    with pytest.raises(UserError) as error:
-        out(top_k=0, temperature=-1.0)
-    assert len(str(error.value).splitlines()) == 2
-
-
-@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", "truncated", "no model"])
-def test_a_damaged_checkpoint_is_one_line(out, tmp_path, damage):
-    path = tmp_path / "out" / "ckpt.pt"
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:5000])
-    elif damage == "no model":
-        torch.save({"weights": 1}, path)
-    else:
-        path.write_bytes(damage)
-    refused(out, "ckpt.pt")
+    """Its file too, which is not OpenAI's for its name."""
+    run(tmp_path / "gpt2-mine", template="nesterov", max_iters=2)
+    text = out(out_dir=tmp_path / "gpt2-mine", temperature=0)
+    assert text.startswith("abc")
+    assert text == out(init_from=tmp_path / "gpt2-mine" / "ckpt.pt", temperature=0)
 
 
 def test_a_damaged_best_does_not_keep_from_the_latest(out, tmp_path):
@@ -343,36 +532,54 @@ def test_a_damaged_best_does_not_keep_from_the_latest(out, tmp_path):
     assert out(temperature=0) == text
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(out, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "trapped"),)
-
-    torch.save({"model": Trap(), "model_args": {}}, tmp_path / "out" / "ckpt.pt")
-    refused(out, "ckpt.pt")
-    assert not (tmp_path / "trapped").exists()
-
-
-def test_a_prompt_that_is_no_text_is_one_line(out, tmp_path):
-    (tmp_path / "prompt.txt").write_bytes(b"\xff\xfe\x00")
-    refused(lambda: out(start=f"FILE:{tmp_path}/prompt.txt"), "prompt.txt")
-
-
-def test_a_program_ends_with_code_2(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--out_dir=/nowhere"])
-    with pytest.raises(SystemExit) as stop:
-        cli(sample.main)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("error: no checkpoint /nowhere")
+@pytest.mark.parametrize("size", [50257, 50304])
+def test_a_vocabulary_of_gpt2s_size_is_gpt2s(out, tmp_path, monkeypatch, size):
+    """Also where the padding's rows would win."""
+    shared = Path(os.environ.get("NANOYURII_SHARED", ROOT.parent / "shared/data"))
+    if not (shared / "tiktoken_cache").is_dir():
+        pytest.skip("no copy of GPT-2's vocabulary")
+    cache = shutil.copytree(shared / "tiktoken_cache", tmp_path / "cache",
+                            copy_function=shutil.copyfile)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    path = tmp_path / "out" / "ckpt.pt"
+    write_checkpoint(path, None, vocab_size=size)
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["model_args"]["vocab_used"]  # nanoGPT has no such thing
+    checkpoint["model"]["transformer.wte.weight"][50257:] *= 100
+    torch.save(checkpoint, path)
+    text = out(start="Hello world", temperature=2.0, max_new_tokens=30)
+    assert text.startswith("Hello world") and len(text) > 30
 
 
-def test_a_reader_that_leaves_and_a_terminal_without_the_letters_are_no_crash(tmp_path):
-    write_checkpoint(tmp_path / "out" / "ckpt.pt")
-    argv = [sys.executable, "sample.py", f"--out_dir={tmp_path / 'out'}", "--start=\u00e4",
-            "--max_new_tokens=12", "--device=cpu"]
-    ascii_only = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True,
-                                env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert ascii_only.returncode == 0 and ascii_only.stdout.startswith("?"), ascii_only.stderr
-    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as gone:
-        gone.stdout.close()
-        assert "Traceback" not in gone.stderr.read().decode()
+def test_a_checkpoint_decodes_with_its_own_tokenizer_or_none(out, tmp_path):
+    """nanoGPT's alphabet is in its data folder, and counts where the checkpoint has none and its
+    size is the model's."""
+    path, alphabet = tmp_path / "out" / "ckpt.pt", "\n" + LETTERS.upper()
+    capitals = dict(data_dir=tmp_path / "data", start="ABC", max_new_tokens=100)
+    folder = write_data(tmp_path / "data" / "named", np.arange(27))
+    (folder / "meta.json").unlink()
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate(alphabet))}))
+    write_checkpoint(path, None, 27, config={"dataset": "named"})
+    text = out(**capitals)
+    assert text.startswith("ABC") and set(text) <= set(alphabet) and len(text) == 104
+    write_checkpoint(path, CHARS, config={"dataset": "named"})
+    assert set(out(**capitals | {"start": "abc"})) <= set(LETTERS + "\n")  # not the data's
+    refused(lambda: out(**capitals), "alphabet", "ABC")
+    for size in (25, 28, 257):  # a data folder of the same name, but another vocabulary
+        write_checkpoint(path, None, size, config={"dataset": "named"})
+        refused(lambda: out(**capitals), "token ids", "named")
+    write_checkpoint(path, vocab_size=200)
+    refused(lambda: out(), "257", "200")
+    write_checkpoint(path, None, 27)  # and says nothing of its data
+    refused(lambda: out(**capitals), "27 token ids", "does not say which", "safetensors")
+
+
+# -----------------------------------------------------------------------------
+# Mistakes (tests/hostile has the others)
+
+
+def test_mistakes_come_together(out):
+    refused(lambda: out("--num_samples=0", "--max_new_tokens=0", "--temperature=-1", "--top_k=0",
+                        "--top_p=1.5", "--stop="), "num_samples=0: must be at least 1",
+            "max_new_tokens=0", "temperature=-1.0: must not be negative", "top_k=0", "None keeps",
+            "top_p=1.5", "(0, 1]", 'stop=""', lines=6)

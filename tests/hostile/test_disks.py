@@ -1,0 +1,152 @@
+"""Disks that are full, folders that are read-only or deleted while a run writes to them: what it
+says, what remains, and how it goes on. The errors are real ones."""
+
+import contextlib
+import functools
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import assert_same, assert_same_end
+from faults import at_step, delete, limit_files
+from processes import (
+    SMALL,
+    checkpoints,
+    run_ranks,
+    start_ranks,
+    state,
+    survey,
+)
+
+torture = pytest.mark.torture
+both = pytest.mark.parametrize("world, parallel", [
+    (1, "ddp"), pytest.param(2, "fsdp", marks=torture)])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, words):
+    """An undisturbed run of SMALL."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run_ranks(words(out, **SMALL), 1)
+    return out
+
+
+@pytest.mark.parametrize("world, parallel", [(1, "ddp"), (2, "fsdp")])
+def test_a_checkpoint_that_cannot_grow(words, tmp_path, world, parallel):
+    """In the middle of the second one, which rank 0 writes."""
+    options, out = {**SMALL, "parallel": parallel, "max_iters": 3}, tmp_path / "out"
+    for program in start_ranks(words(out, **options), world, functools.partial(
+            at_step, 1, functools.partial(limit_files, 40_000))):
+        program.refused(str(out), "ckpt.pt", "File too large", "intact")
+    assert survey(out) == 1 and not list(out.glob("*.partial"))
+    run_ranks(words(out, **options), world)
+    run_ranks(words(tmp_path / "whole", **options), world)
+    assert_same_end(out, tmp_path / "whole")
+
+
+def test_a_log_that_cannot_grow(words, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = {**SMALL, "max_iters": 70, "save_interval": 20, "eval_interval": 20}
+    run_ranks(words(whole, **options), 1)
+    (program,) = start_ranks(words(out, **options), 1, functools.partial(
+        at_step, 65, functools.partial(limit_files, log=str(out / "log.jsonl"))))
+    program.refused(str(out), "File too large")
+    assert survey(out, 20) == 60
+    run_ranks(words(out, **options), 1)
+    assert_same_end(out, whole)
+
+
+@contextlib.contextmanager
+def mounted(folder, size):
+    """A file system of its own; what it yields mounts it again with other options."""
+    folder.mkdir()
+
+    def mount(options):
+        return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
+                              capture_output=True).returncode
+
+    if shutil.which("mount") is None or mount(f"size={size}"):
+        pytest.skip("mounting a small disk is not permitted here")
+    try:
+        yield lambda options: mount(f"remount,{options}")
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full(words, tmp_path, whole):
+    """It holds one checkpoint, not two; then it is made larger."""
+    size = (whole / "ckpt.pt").stat().st_size
+    with mounted(tmp_path / "disk", int(1.6 * size)) as remount:
+        out = tmp_path / "disk" / "out"
+        for _ in range(2):
+            (program,) = start_ranks(words(out, **SMALL), 1)
+            program.refused(str(out), "ckpt.pt")
+            assert survey(out) == 1 and not list(out.glob("*.partial"))
+        assert remount(f"size={20 * size}") == 0
+        run_ranks(words(out, **SMALL), 1)
+        assert_same_end(out, whole)
+        if remount("ro") == 0:
+            before = checkpoints(out)
+            (program,) = start_ranks(words(out, **SMALL | {"max_iters": 8}), 1)
+            program.refused(str(out), "Read-only file system")
+            assert checkpoints(out) == before
+            remount("rw")
+
+
+@contextlib.contextmanager
+def frozen(folder):
+    """No file can be made or renamed in it; root needs a stronger means."""
+    os.chmod(folder, 0o555)
+    root = os.access(folder, os.W_OK)
+    try:
+        if root and (shutil.which("chattr") is None or subprocess.run(
+                ["chattr", "+i", str(folder)], capture_output=True).returncode):
+            pytest.skip("no folder is read-only for this user")
+        yield
+    finally:
+        if root and shutil.which("chattr"):
+            subprocess.run(["chattr", "-i", str(folder)], capture_output=True)
+        os.chmod(folder, 0o755)
+
+
+@both
+def test_a_folder_that_becomes_read_only(words, tmp_path, world, parallel):
+    options, out = {**SMALL, "parallel": parallel}, tmp_path / "out"
+    run_ranks(words(out, **options | {"max_iters": 2}), world)
+    before = checkpoints(out)
+    with frozen(out):
+        programs = start_ranks(words(out, **options), world)
+        programs[0].refused(str(out))
+        assert all(program.wait(60) == 2 for program in programs)
+    assert checkpoints(out) == before and survey(out) == 2
+    run_ranks(words(out, **options), world)
+    assert survey(out) == 6
+
+
+@both
+def test_a_folder_deleted_meanwhile(words, tmp_path, world, parallel):
+    """The next save makes it anew, and then the run ends, because its log is lost."""
+    options = {**SMALL, "parallel": parallel}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run_ranks(words(whole, **options), world)
+    for program in start_ranks(words(out, **options), world, functools.partial(
+            at_step, 3, functools.partial(delete, str(out)))):
+        program.refused(str(out), "deleted", "step 4", "--init_from=resume")
+    assert state(out)["iter_num"] == 4 and not list(out.glob("*.partial"))
+    run_ranks(words(out, **options), world)
+    assert_same(state(out), state(whole))
+
+
+def test_data_deleted_meanwhile(words, tmp_path, data_dir, whole):
+    """A run that has it open goes on; the next one says what is missing."""
+    shutil.copytree(data_dir / "easy", tmp_path / "data/easy")
+    options = {**SMALL, "data_dir": tmp_path / "data"}
+    out = tmp_path / "out"
+    run_ranks(words(out, **options), 1, functools.partial(
+        at_step, 2, functools.partial(delete, str(tmp_path / "data/easy"))))
+    assert_same(state(out), state(whole))
+    before = checkpoints(out)
+    (program,) = start_ranks(words(out, **options | {"max_iters": 8}), 1)
+    program.refused("no data in", str(tmp_path / "data/easy"), "prepare.py")
+    assert checkpoints(out) == before

@@ -1,0 +1,215 @@
+"""Runs that are killed at any moment, or lose a process: what remains, and how they go on.
+
+The long series are for `make torture`. TORTURE_SEED=2 draws other moments.
+"""
+
+import contextlib
+import functools
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import assert_same_end, write_data
+from faults import at_step, crash, die, hang, kill_at
+from processes import (
+    LEFT_ALONE,
+    ROOT,
+    SMALL,
+    kill,
+    run_ranks,
+    start_ranks,
+    steps_made,
+    survey,
+    until,
+)
+from torch.distributed import TCPStore
+
+from support.data import WindowOrder
+
+SEED = int(os.environ.get("TORTURE_SEED", 1))
+torture = pytest.mark.torture
+
+
+# -----------------------------------------------------------------------------
+# kill -9
+
+
+@pytest.mark.parametrize("kills, inside, world, interval", [
+    (6, 4, 1, 1), (2, 2, 2, 1),
+    pytest.param(50, 30, 1, 1, marks=torture), pytest.param(50, 30, 1, 2, marks=torture),
+    pytest.param(16, 11, 2, 1, marks=torture)])
+def test_kill_9(words, tmp_path, kills, inside, world, interval):
+    """Again and again, `inside` of the times within a save, the others at any time; two processes
+    are sharded. Then the run is let to its end."""
+    rng, whole, out = random.Random(SEED), tmp_path / "whole", tmp_path / "killed"
+    options = {**SMALL, "save_interval": interval, "parallel": "ddp" if world == 1 else "fsdp",
+               "max_iters": 6 * (kills - inside) + 3 * interval * inside}
+    output = run_ranks(words(whole, **options), world, functools.partial(kill_at, 0))
+    moments = int(output.split("moments so far: ")[-1].split()[0]) // options["max_iters"]
+    plan = [True] * inside + [False] * (kills - inside)
+    rng.shuffle(plan)
+    saved, begun = 0, time.monotonic()
+    for in_a_save in plan:
+        rank = rng.randrange(world)
+        hook = functools.partial(at_step, None, hang, after=6)
+        if in_a_save:  # of another rank than the first there are fewer moments: it writes nothing
+            latest = 2 * moments if rank == 0 else 3
+            hook = functools.partial(kill_at, rng.randint(1, latest), rank=rank)
+        programs = start_ranks(words(out, **options), world, hook)
+        if in_a_save:
+            assert programs[rank].wait() == -signal.SIGKILL, programs[rank].output
+            assert "killed inside" in programs[rank].output
+            time.sleep(rng.choice((0, 0, 0.2)) if world > 1 else 0)  # alone, the others see it
+        elif rng.random() < 0.5:
+            time.sleep(rng.uniform(0, 0.6 * world))
+        else:
+            made = steps_made(out)
+            until(lambda made=made, end=saved + 6: steps_made(out) not in {made} - {end})
+            time.sleep(rng.uniform(0, 0.1 * world))
+        kill(programs)
+        before, saved = saved, survey(out, interval)
+        assert before <= saved < options["max_iters"]
+    run_ranks(words(out, **options), world)
+    survey(out, interval)
+    assert_same_end(out, whole)
+    assert not list(out.glob("*.partial"))
+    print(f"\n{kills} kills of {world} process(es) survived, of these {inside} inside a save "
+          f"(about {moments} moments each); seed {SEED}, {time.monotonic() - begun:.0f} s")
+
+
+@pytest.mark.parametrize("step, every, world", [  # with a ckpt_prev.pt, but no best.pt
+    (1, 5, 1), *(pytest.param(step, 1, 1, marks=torture) for step in range(4)),
+    pytest.param(2, 3, 2, marks=torture)])
+def test_every_moment_of_a_save(words, tmp_path, step, every, world):
+    """Killed before, within and after the operations of the save after a step: the first, one with
+    a previous one, one with a best.pt, the last. Each time from the same state."""
+    start = tmp_path / "start"
+    options = {**SMALL, "parallel": "ddp" if world == 1 else "fsdp", "max_iters": 4}
+    run_ranks(words(tmp_path / "whole", **options), world)
+    start.mkdir()
+    if step:
+        programs = start_ranks(words(start, **options), world, functools.partial(
+            at_step, step, die))
+        assert programs[0].wait() == -signal.SIGKILL
+        kill(programs)
+    for moment in itertools.count(1, every):
+        out = tmp_path / f"killed-{moment}"
+        shutil.copytree(start, out)
+        programs = start_ranks(words(out, **options), world, functools.partial(
+            kill_at, moment, first=True))
+        code = programs[0].wait()
+        kill(programs)
+        assert code in (-signal.SIGKILL, 0), programs[0].output  # the last save ends the run
+        inside = "killed inside" in programs[0].output
+        assert survey(out) == step + 1 or inside
+        if code:
+            run_ranks(words(out, **options), world)
+        assert_same_end(out, tmp_path / "whole")
+        assert not list(out.glob("*.partial"))
+        if not inside:
+            break
+        shutil.rmtree(out)
+    assert moment > 12
+    print(f"\n{moment // every} kills survived, all inside the save after step {step}")
+
+
+# -----------------------------------------------------------------------------
+# torchrun starts a run again
+
+
+def test_a_second_attempt_in_the_same_store(words, tmp_path):
+    """torchrun's store outlives the processes, with the addresses of the dead."""
+    whole, out, options = tmp_path / "whole", tmp_path / "out", {**SMALL, "max_iters": 4}
+    run_ranks(words(whole, **options), 2)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torchruns = dict(MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+    programs = start_ranks(words(out, **options), 2, functools.partial(at_step, 2, die, 1),
+                           **torchruns, TORCHELASTIC_RESTART_COUNT="0")
+    assert programs[1].wait() == -signal.SIGKILL
+    kill(programs)
+    run_ranks(words(out, **options), 2, **torchruns, TORCHELASTIC_RESTART_COUNT="1")
+    assert_same_end(out, whole)
+
+
+def children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+@torture
+@pytest.mark.parametrize("parallel, rank", [("ddp", 1), ("fsdp", 0)])
+def test_torchrun_starts_a_killed_run_again(words, tmp_path, parallel, rank):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = {**SMALL, "parallel": parallel, "max_iters": 300, "save_interval": 20}
+    run_ranks(words(whole, **options), 2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                "--max-restarts=2", "train.py", *words(out, **options)]
+    with open(tmp_path / "output", "w") as output, subprocess.Popen(
+            torchrun, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT) as process:
+        until(lambda: steps_made(out) > 30 or process.poll() is not None)
+        workers = [pid for pid in children(process.pid) if b"train.py" in Path(
+            f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(workers[rank], signal.SIGKILL)
+        try:
+            code = process.wait(120)
+        finally:
+            process.kill()
+    output = (tmp_path / "output").read_text()
+    assert len(workers) == 2 and code == 0, output
+    assert steps_made(out) == 300 and output.count("model: ") == 2, output  # it began twice
+    assert_same_end(out, whole)
+
+
+# -----------------------------------------------------------------------------
+# One process of two ends
+
+
+@pytest.mark.parametrize("parallel, rank, step, action, code, last_words", [
+    ("ddp", 1, 2, die, -signal.SIGKILL, "killed"), ("fsdp", 1, 2, crash, 1, "a fault of the test"),
+    *(pytest.param(*row, marks=torture) for row in (
+        ("fsdp", 0, 2, die, -signal.SIGKILL, "killed"), ("ddp", 0, 0, die, -signal.SIGKILL, ""),
+        ("fsdp", 1, 3, die, -signal.SIGKILL, ""), ("ddp", 0, 2, crash, 1, "a fault of the test"),
+        ("ddp", 1, 2, crash, 1, "a fault"), ("fsdp", 0, 2, crash, 1, "a fault")))])
+def test_a_process_that_ends_takes_the_other_along(words, tmp_path, parallel, rank, step, action,
+                                                   code, last_words):
+    """Killed, or by an exception."""
+    options = {**SMALL, "parallel": parallel, "save_interval": 2}
+    programs = start_ranks(words(tmp_path, **options), 2, functools.partial(
+        at_step, step, action, rank))
+    assert programs[rank].wait(60) == code and last_words in programs[rank].output
+    programs[1 - rank].refused(LEFT_ALONE)
+    survey(tmp_path, 2)
+
+
+@pytest.mark.parametrize("parallel, rank", [
+    ("ddp", 1), pytest.param("ddp", 0, marks=torture), pytest.param("fsdp", 0, marks=torture),
+    pytest.param("fsdp", 1, marks=torture)])
+def test_a_mistake_in_ones_part_of_the_data(words, tmp_path, parallel, rank):
+    """An id past the vocabulary, in the second step, in the micro-batch of one process."""
+    ids = np.zeros(343, int)
+    ids[WindowOrder(len(ids), 16, seed=1337).starts(8 + 4 * rank, 1)[0] + 5] = 300
+    write_data(tmp_path / "data/wrong", ids, np.zeros(300))
+    options = {**SMALL, "parallel": parallel, "data_dir": tmp_path / "data", "dataset": "wrong"}
+    programs = start_ranks(words(tmp_path / "out", **options), 2)
+    programs[rank].refused("train.bin has the token id 300", "prepare the data again")
+    programs[1 - rank].refused(LEFT_ALONE)
+
+
+def test_a_used_folder_ends_both(words, tmp_path):
+    """Only one process looks, or holds the lock."""
+    first = start_ranks(words(tmp_path, **SMALL), 1, functools.partial(at_step, 2, hang))
+    until(lambda: steps_made(tmp_path) > 1)
+    programs = start_ranks(words(tmp_path, **SMALL), 2)
+    programs[0].refused("another run is writing")
+    programs[1].refused(LEFT_ALONE)
+    kill(first)
+    survey(tmp_path)

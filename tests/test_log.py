@@ -1,0 +1,130 @@
+"""support/log.py: log.jsonl, what is printed, loss.png, wandb and tensorboard."""
+
+import math
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, of_kind, records, refused, scripted
+
+import train
+from support.log import Log
+from train import TrainConfig
+
+
+def test_the_log(run, tmp_path):
+    found = run(tmp_path, max_iters=5, eval_interval=2, log_interval=2, eval_iters=2)
+    config = found[0]
+    assert config["type"] == "config" and config["n_layer"] == 2 and config["eval_tokens"] == 128
+    assert set(TrainConfig.__dataclass_fields__) - {"vocab_used"} <= config.keys()
+    assert [(r["type"], r["iter"]) for r in found[1:]] == [
+        ("eval", 0), ("train", 0), ("eval", 2), ("train", 2), ("eval", 4), ("train", 4),
+        ("eval", 5)]
+    for r in of_kind(found, "train"):
+        assert r["tokens"] == (r["iter"] + 1) * 128 and r["tokens_per_s"] > 0 and r["mfu"] is None
+        assert 4 < r["loss"] < 7 and r["grad_norm"] > 0 and 0 < r["lr"] <= 1e-3
+    for r in of_kind(found, "eval"):
+        assert r["tokens"] == r["iter"] * 128 and 4 < r["best_val_loss"] <= r["val_loss"] < 7
+    seconds = [r["seconds"] for r in found[1:]]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+def test_the_log_is_cut_even_if_nothing_was_written_since(tmp_path):
+    """A run resumed at step 10 and stopped before its next record keeps the right length."""
+    config, here = TrainConfig(out_dir=str(tmp_path)), (torch.device("cpu"), 1)
+    log = Log(config, None, None, *here)
+    log.record("train", 0, loss=1.0)
+    length = log.length()
+    log.record("train", 15, loss=2.0)
+    assert Log(config, length, None, *here).length() == length
+
+
+def options_printed(out: str) -> dict[str, str]:
+    return dict(line.split(" = ", 1) for line in out.splitlines() if " = " in line.split(":")[0])
+
+
+def test_only_options_that_are_not_the_defaults_are_printed(run, tmp_path, capsys):
+    """One a line; and what follows from them."""
+    run(tmp_path, max_iters=1, eval_iters=3, bias=False, schedule="cosine", min_lr=1e-4)
+    out = capsys.readouterr().out
+    printed = options_printed(out)
+    expected = {name: repr(value) for name, value in TINY.items()} | dict(
+        data_dir=printed["data_dir"], out_dir=repr(str(tmp_path)), dataset="'tiny'", max_iters="1",
+        vocab_size="257", min_lr="0.0001", eval_tokens="192",
+        eval_iters="3 means eval_tokens = 192")
+    assert printed == expected
+    assert "33,472 parameters" in out and "128 tokens = 2 micro-batches of 4 x 16" in out
+    assert "343 training and 300 validation tokens, 257 ids" in out
+
+
+def test_what_is_printed_and_logged_is_the_models(words, tmp_path, run, capsys):
+    """Also where the shape comes from a checkpoint, not from options."""
+    run(tmp_path / "a")
+    shape = ("n_layer", "n_head", "n_embd", "block_size")
+    argv = [word for word in words(tmp_path / "b", init_from=tmp_path / "a" / "ckpt.pt",
+                                   max_iters=1, eval_iters=3)
+            if not word.startswith(tuple(f"--{name}=" for name in shape))]
+    capsys.readouterr()
+    train.main(argv)
+    out = capsys.readouterr().out
+    assert "128 tokens = 2 micro-batches of 4 x 16" in out
+    assert options_printed(out)["eval_tokens"] == "192"  # 3 batches of 4 x 16
+    assert {records(tmp_path / "b")[0][name] == TINY[name] for name in shape} == {True}
+
+
+def test_the_loss_curve(run, pictures, tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    run(tmp_path)
+    pixels = image.imread(tmp_path / "loss.png")[..., :3]
+    coloured = np.ptp(pixels, axis=-1) > 0.3
+    assert min(pixels.shape[:2]) > 200 and (pixels == 1).all(axis=-1).mean() > 0.5
+    assert coloured.sum() > 200  # the curves, not only axes and letters
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(run, pictures, tmp_path, monkeypatch):
+    """Of no number yet, in a place that is taken, without matplotlib."""
+    run(tmp_path / "nan", hooks=[partial(scripted, [math.nan, 1.0])], max_iters=1)
+    (tmp_path / "taken" / "loss.png").mkdir(parents=True)
+    run(tmp_path / "taken", max_iters=1)
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    run(tmp_path / "none", max_iters=1)
+    assert not (tmp_path / "none" / "loss.png").exists()
+
+
+@pytest.mark.parametrize("option, module", [("wandb_log", "wandb"),
+                                            ("tensorboard", "torch.utils.tensorboard")])
+def test_a_missing_logger_is_one_line(run, tmp_path, monkeypatch, option, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    (line,) = refused(lambda: run(tmp_path, f"--{option}"), "pip install")
+    assert module.split(".")[-1] in line
+
+
+@pytest.mark.parametrize("option", ["wandb_log", "tensorboard"])
+def test_other_logs_get_the_same_numbers(run, tmp_path, monkeypatch, option):
+    """Only numbers: a CPU has no mfu, and tensorboard cannot take None."""
+    seen = []
+
+    def add_scalar(name, value, step):
+        seen.append((name, float(value), step))
+
+    def log(values, step):
+        for name, value in values.items():
+            add_scalar(name, value, step)
+
+    writer = SimpleNamespace(log=log, add_scalar=add_scalar, flush=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: writer))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        SimpleNamespace(SummaryWriter=lambda folder: writer))
+    found = run(tmp_path, f"--{option}", template="polyak")
+    for name in ("beta", "gamma"):
+        means = [(pytest.approx(np.mean(r["scalars"][name])), r["iter"])
+                 for r in of_kind(found, "eval")]
+        assert means == [row[1:] for row in seen if row[0] == f"scalars/{name}"]
+    losses = [(f"{r['type']}/{k}", r[k], r["iter"]) for r in found for k in ("loss", "val_loss")
+              if k in r]
+    assert losses == [row for row in seen if row[0] in ("train/loss", "eval/val_loss")]
+    assert not [row for row in seen if row[0] == "train/mfu"]
