@@ -157,7 +157,7 @@ def decoding(name: str, config: DecodeConfig) -> Variant:
 def speed(config: SpeedConfig, configs: dict[str, SpeedConfig]) -> list[dict]:
     variants = [training(name, c, c.steps) for name, c in configs.items()]
     if config.nanogpt:
-        variants += [race.nanogpt_training(config, config.nanogpt, config.steps, compiled)
+        variants += [race.nanogpt_training(config, config.steps, compiled)
                      for compiled in (False, True)]
     rows = alternate(variants, config.repeats)
     device = variants[0].device
@@ -179,7 +179,7 @@ def relative_speeds(configs: dict[str, CompareConfig]) -> dict[str, float]:
 def decode(config: DecodeConfig, configs: dict[str, DecodeConfig]) -> list[dict]:
     variants = [decoding(name, c) for name, c in configs.items()]
     if config.nanogpt:
-        variants.append(race.nanogpt_decoding(config, config.nanogpt))
+        variants.append(race.nanogpt_decoding(config))
     rows = alternate(variants, config.repeats)
     _, bandwidth = race.peaks(variants[0].device, torch.float32)
     for row, variant in zip(rows, variants, strict=True):
@@ -218,7 +218,7 @@ def peak_memory(config: MemoryConfig, nanogpt: bool) -> tuple[int, int]:
         fail("bench.py memory cannot tell a process's memory on this system")
     if nanogpt:
         compiled = can_compile(config.compile, device)  # as ours
-        variant = race.nanogpt_training(config, config.nanogpt, 2, compiled)
+        variant = race.nanogpt_training(config, 2, compiled)
     else:
         tune_allocator()  # as train.py does
         variant = training("", config, 2)

@@ -410,19 +410,13 @@ def test_mistakes(tmp_path, monkeypatch, argv, said):
     assert sorted(os.listdir()) == before and os.listdir("full") == ["thesis.txt"]
 
 
-def test_the_exit_code(tmp_path):
-    done = program("bench.py", "export", f"--ckpt={tmp_path}/none.pt", f"--out={tmp_path}/b")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: no checkpoint") and not os.listdir(tmp_path)
-
-
 @pytest.mark.parametrize("name, content, said", [
     ("config.json", "{", "holds no model"), ("config.json", "[1]", "holds no model"),
     ("config.json", '{"n_layer": 2}', "ckpt.pt"), ("config.json", None, "holds no model"),
-    ("config.json", dict(model_args=[1]), "options that this version does not know"),
-    ("config.json", dict(tokenizer=3), "no such tokenizer: 3"),
+    ("config.json", dict(model_args=[1]), "its model_args is no table"),
+    ("config.json", dict(tokenizer=3), "its tokenizer is no table"),
     ("config.json", dict(model_args=dict(n_experts=2)), "n_experts"),
-    ("config.json", dict(model_args=dict(n_layer="2")), "n_layer"),
+    ("config.json", dict(model_args=dict(n_layer="2")), "can be made here"),
     ("config.json", dict(model_args=dict(n_layer=1, n_embd=8, n_head=2)),
      "do not fit its model_args"),
     ("model.safetensors", None, "is damaged: its model.safetensors"),
