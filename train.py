@@ -132,8 +132,8 @@ class TrainConfig(GPTConfig):
         end = self.lr_decay_iters or self.max_iters
         last = {"cosine": end - 1, "wsd": end - wsd_decay_iters(self)}.get(self.schedule, math.inf)
         rule(self.warmup_iters <= last or self.warmup_iters >= self.max_iters or not self.decay_lr,
-             f"warmup_iters={self.warmup_iters}: reaches into {self.schedule}'s decay, which begins "
-             f"at step {last} at the latest; warm up for fewer steps, or set lr_decay_iters")
+             f"warmup_iters={self.warmup_iters}: reaches into {self.schedule}'s decay, which "
+             f"begins at step {last} at the latest; warm up for fewer steps, or set lr_decay_iters")
         converted = (self.eval_iters or 0) * self.batch_size * self.block_size
         rule(self.eval_iters is None or self.eval_tokens in (TrainConfig.eval_tokens, converted),
              "eval_iters and eval_tokens: say the same thing twice; drop one (--eval_iters=auto)")
