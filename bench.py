@@ -33,7 +33,7 @@ from support.device import (
     try_compile,
     tune_allocator,
 )
-from support.errors import UserError, cli, fail, out_of_memory
+from support.errors import UserError, cli, explained, fail
 from tools import race
 from tools.compare import CompareConfig, compare
 from tools.exchange import ConvertConfig, ExportConfig, convert, export
@@ -157,7 +157,7 @@ def decoding(name: str, config: DecodeConfig) -> Variant:
 def speed(config: SpeedConfig, configs: dict[str, SpeedConfig]) -> list[dict]:
     variants = [training(name, c, c.steps) for name, c in configs.items()]
     if config.nanogpt:
-        variants += [race.nanogpt_training(config, config.nanogpt, config.steps, compiled)
+        variants += [race.nanogpt_training(config, config.steps, compiled)
                      for compiled in (False, True)]
     rows = alternate(variants, config.repeats)
     device = variants[0].device
@@ -179,7 +179,7 @@ def relative_speeds(configs: dict[str, CompareConfig]) -> dict[str, float]:
 def decode(config: DecodeConfig, configs: dict[str, DecodeConfig]) -> list[dict]:
     variants = [decoding(name, c) for name, c in configs.items()]
     if config.nanogpt:
-        variants.append(race.nanogpt_decoding(config, config.nanogpt))
+        variants.append(race.nanogpt_decoding(config))
     rows = alternate(variants, config.repeats)
     _, bandwidth = race.peaks(variants[0].device, torch.float32)
     for row, variant in zip(rows, variants, strict=True):
@@ -218,7 +218,7 @@ def peak_memory(config: MemoryConfig, nanogpt: bool) -> tuple[int, int]:
         fail("bench.py memory cannot tell a process's memory on this system")
     if nanogpt:
         compiled = can_compile(config.compile, device)  # as ours
-        variant = race.nanogpt_training(config, config.nanogpt, 2, compiled)
+        variant = race.nanogpt_training(config, 2, compiled)
     else:
         tune_allocator()  # as train.py does
         variant = training("", config, 2)
@@ -306,16 +306,8 @@ def run(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    try:
+    with explained("", "mend the path", "halve --batch_size (or, for decode, --num_samples)"):
         run(argv)
-    except BrokenPipeError:  # cli's
-        raise
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        fail("out of memory: halve --batch_size (or, for decode, --num_samples)")
-    except OSError as error:  # a file or a folder that is not there, or may not be written
-        fail(f"{error.filename or ''}: {error.strerror or error}; mend the path")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_data
+from conftest import refused, write_data
 
 import bench
 import tools.judge
 from model import GPT, GPTConfig
 from support.checkpoint import model_from
-from support.errors import UserError
 from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,14 +30,6 @@ SHARED = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no copies of the data sets")
 CHARS = {"tokenizer": "char", "alphabet": "\n abcdé", "vocab_size": 7, "padded_vocab_size": 7}
 T = 16  # of write_checkpoint's model
-
-
-def refused(call, *said):
-    """The call is a user error whose lines have these words; returns the lines."""
-    with pytest.raises(UserError) as error:
-        call()
-    assert all(word in str(error.value) for word in said), error.value
-    return str(error.value).splitlines()
 
 
 BYTES = {"tokenizer": "bytes", "vocab_size": 257, "padded_vocab_size": 257}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, of_kind, records, refused, scripted
+from conftest import TINY, load, of_kind, records, refused, scripted
 
 import train
 from support.log import Log
@@ -128,3 +128,30 @@ def test_other_logs_get_the_same_numbers(run, tmp_path, monkeypatch, option):
               if k in r]
     assert losses == [row for row in seen if row[0] in ("train/loss", "eval/val_loss")]
     assert not [row for row in seen if row[0] == "train/mfu"]
+
+
+@pytest.mark.parametrize("template, names", [
+    ("gd", []), ("polyak", ["beta", "gamma"]), ("tmm", ["mu", "beta", "gamma", "nu"]),
+    ("imex", ["gamma_a", "gamma_m", "beta"])])
+def test_learned_scalars_are_logged_at_evaluations(run, tmp_path, template, names):
+    """Mapped, by layer and substep."""
+    found = [r for r in run(tmp_path, template=template, learning_rate=0.06) if "scalars" in r]
+    assert [r["iter"] for r in found] == ([0, 3, 6] if names else [])
+    weights = load(tmp_path)["model"]
+    for name in names:
+        values = np.array(found[-1]["scalars"][name])
+        assert values.shape == (2, 1 if template == "imex" else 2)
+        for (layer, k), value in np.ndenumerate(values):
+            raw = weights[f"transformer.h.{layer}.steps.{k}.{name}"].double()
+            exact = raw.sigmoid() if name in ("mu", "beta") else torch.nn.functional.softplus(raw)
+            assert value == pytest.approx(exact.item(), rel=1e-6)
+        assert np.abs(values - np.array(found[0]["scalars"][name])).max() > 1e-3  # they learn
+
+
+def test_a_resumed_runs_clock_goes_on(run, tmp_path):
+    """However long the resumed process takes to its first record."""
+    before = [r["seconds"] for r in run(tmp_path, max_iters=3)[1:]]
+    path = tmp_path / "log.jsonl"
+    path.write_text(path.read_text().replace(f'"seconds": {before[-1]}', '"seconds": 5000.0'))
+    after = [r["seconds"] for r in run(tmp_path, max_iters=5, init_from="resume")[1:]]
+    assert after[:len(before)] == [*before[:-1], 5000.0] and 5000 < after[-1] < 5100

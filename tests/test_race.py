@@ -8,22 +8,13 @@ import sys
 
 import pytest
 import torch
-from conftest import write_data
+from conftest import refused, write_data
 
 import bench
 import train
 from config import read_config
 from model import GPT, GPTConfig
-from support.errors import UserError
 from tools import race
-
-
-def refused(call, *said):
-    """The call is a user error whose lines have these words; returns the lines."""
-    with pytest.raises(UserError) as error:
-        call()
-    assert all(word in str(error.value) for word in said), error.value
-    return str(error.value).splitlines()
 
 
 def test_figures_are_of_the_times(monkeypatch):

@@ -5,22 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from torch.nn import functional as F
 
 import bench
 from model import GPT, GPTConfig
-from support.errors import UserError
 from tools import watch
 
 figures = pytest.importorskip("matplotlib.figure")
-
-
-def refused(call, *said):
-    """The call is a user error whose lines have these words; returns the lines."""
-    with pytest.raises(UserError) as error:
-        call()
-    assert all(word in str(error.value) for word in said), error.value
-    return str(error.value).splitlines()
 
 
 @pytest.fixture

@@ -89,10 +89,10 @@ def on_text(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> list[dict]:
     ids, starts = windows(tokenizer, config, T)
     sizes = np.array([0 if i == tokenizer.eot else len(tokenizer.token_bytes(i))
                       for i in range(tokenizer.n_vocab)])
-    rows = max(1, 4096 // T)
-    batches = [starts[i:i + rows] for i in range(0, len(starts), rows)]
-    if starts[-1] + T >= len(ids):  # the last window is shorter than the others
-        batches[-1:] = [batches[-1][:-1], starts[-1:]] if len(batches[-1]) > 1 else batches[-1:]
+    rows, whole = max(1, 4096 // T), [s for s in starts if s + T < len(ids)]
+    batches = [whole[i:i + rows] for i in range(0, len(whole), rows)]
+    if len(whole) < len(starts):
+        batches.append(starts[-1:])  # a shorter window
     begin, total, n_tokens, n_bytes = time.perf_counter(), 0.0, 0, 0
     for batch in tqdm(batches, desc="predicting", unit="batch"):
         rows = np.stack([ids[s:s + T + 1] for s in batch]).astype(np.int64)  # (B, T + 1)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,6 @@ from support.meta import load_meta
 from support.tokenizer import END_OF_TEXT
 from tools.findings import markdown
 from tools.judge import EvalConfig, judge
-from train import TrainConfig
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -162,14 +162,14 @@ def machine(device: torch.device) -> str:
 
 
 # -----------------------------------------------------------------------------
-# nanoGPT in this process
+# nanoGPT in this process; config: the options of speed, decode or memory in bench.py
 
 
-def nanogpt_model(config: TrainConfig, folder: str) -> torch.nn.Module:
-    """nanoGPT's model of the same shape, from its own model.py, on its device."""
-    path = os.path.join(folder, "model.py")
+def nanogpt_model(config: Any) -> torch.nn.Module:
+    """The model of these options from the model.py in config.nanogpt, on its device."""
+    path = os.path.join(config.nanogpt, "model.py")
     if not os.path.isfile(path):
-        fail(f"nanogpt={folder} has no model.py; git clone nanoGPT, and name its folder")
+        fail(f"nanogpt={config.nanogpt} has no model.py; git clone nanoGPT, and name its folder")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
     with contextlib.redirect_stdout(None):
@@ -179,15 +179,15 @@ def nanogpt_model(config: TrainConfig, folder: str) -> torch.nn.Module:
     return model.to(pick_device(config.device))
 
 
-def nanogpt_args(config: TrainConfig) -> dict:
+def nanogpt_args(config: Any) -> dict:
     """All that nanoGPT's model can be told."""
     return {name: getattr(config, name) for name in (
         "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")}
 
 
-def nanogpt_training(config: TrainConfig, folder: str, steps: int, compiled: bool) -> Variant:
+def nanogpt_training(config: Any, steps: int, compiled: bool) -> Variant:
     """Steps as in nanoGPT's train.py: on a CPU in fp32, on a GPU in bf16 or fp16."""
-    model, device, T = nanogpt_model(config, folder), pick_device(config.device), config.block_size
+    model, device, T = nanogpt_model(config), pick_device(config.device), config.block_size
     dtype = torch.float32
     if device.type != "cpu":
         bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
@@ -232,9 +232,9 @@ def nanogpt_training(config: TrainConfig, folder: str, steps: int, compiled: boo
                    sum(p.numel() for p in model.parameters()), device, flops, tuned=False)
 
 
-def nanogpt_decoding(config, folder: str) -> Variant:
-    """nanoGPT's own continuations of 16 tokens; config: bench.py's for decode."""
-    model, device = nanogpt_model(config, folder).eval(), pick_device(config.device)
+def nanogpt_decoding(config: Any) -> Variant:
+    """nanoGPT's own continuations of 16 tokens."""
+    model, device = nanogpt_model(config).eval(), pick_device(config.device)
     dtype = torch.float32 if device.type == "cpu" else pick_dtype(config.dtype, device)
     prompt = torch.randint(config.vocab_size, (config.num_samples, 16), device=device)
 
@@ -246,7 +246,7 @@ def nanogpt_decoding(config, folder: str) -> Variant:
     return decoding_variant("nanogpt", model, run, config, tuned=False)
 
 
-def decoding_variant(name: str, model: torch.nn.Module, run: Callable[[], None], config,
+def decoding_variant(name: str, model: torch.nn.Module, run: Callable[[], None], config: Any,
                      tuned: bool = True) -> Variant:
     """Of either model, whose parts have the same names."""
     matrices = {*model.transformer.h.parameters(), model.lm_head.weight}
