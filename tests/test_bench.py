@@ -11,6 +11,7 @@ from conftest import refused
 
 import bench
 from model import GPT, GPTConfig
+from tools import race
 from tools.race import HERE
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--vocab_size=64",
@@ -71,6 +72,18 @@ def test_the_step_that_is_measured_trains(monkeypatch):
     monkeypatch.setattr(bench, "random_batches", zeros)
     bench.training("", config, 60).run()
     assert len(losses) == 60 and losses[-1] < 0.1 * losses[0]
+
+
+def test_nanogpts_steps_train_too(tmp_path):
+    (tmp_path / "model.py").write_text(NANOGPT)
+    config = bench.read_options(["speed", *TINY, f"--nanogpt={tmp_path}", "--learning_rate=1e-2"])
+    variant = race.nanogpt_training(config, 3, compiled=False)
+    before = race.nanogpt_model(config).lm_head.weight
+    variant.run()
+    (cell,) = [c.cell_contents for c in variant.run.__closure__
+               if isinstance(c.cell_contents, GPT)][:1]
+    assert (cell.lm_head.weight - before).abs().max() > 1e-3
+    assert variant.tokens == 3 * 2 * 2 * 16 and variant.name == "nanogpt"
 
 
 def test_random_batches_are_like_the_trainers():

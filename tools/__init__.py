@@ -1,2 +1,2 @@
-"""What bench.py does with checkpoints and runs, one file for each: judge (eval), exchange (export,
-convert), watch (plot); options has them all."""
+"""What bench.py offers beyond measuring our model: compare and findings (studies), judge (eval),
+exchange (export, convert), watch (plot), race (taking turns, and nanoGPT beside us)."""

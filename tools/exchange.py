@@ -15,7 +15,7 @@ import torch
 from config import check_rules
 from model import GPT, transposed
 from sample import SampleConfig, load_checkpoint, nanogpt_tokenizer
-from support.checkpoint import model_from, read_pretrained, write_file
+from support.checkpoint import model_from, write_file
 from support.errors import UserError, fail
 from support.meta import TOKENIZER_KEYS
 from support.tokenizer import END_OF_TEXT, Tokenizer
@@ -80,8 +80,6 @@ PLAIN = dict(template="gd", splitting="lie_trotter", attention="causal", ffn="ml
 def load_source(config: ExportConfig) -> tuple[GPT, dict | None]:
     """The model that --ckpt names, on the CPU, and what a checkpoint says of its tokenizer; None
     where that is not known."""
-    if config.ckpt.startswith("gpt2") and not os.path.exists(config.ckpt):
-        return read_pretrained(config.ckpt).eval(), {"tokenizer": "gpt2"}
     checkpoint = load_checkpoint(checkpoint_named(config.ckpt, config.data_dir))
     model, meta = model_from(checkpoint), checkpoint.get("tokenizer")
     if not all(p.isfinite().all() for p in model.parameters()):
