@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import option_words, write_data
-from variants import IDX, VARIANTS, assert_close, build, every_variant, logits, write_checkpoint
+from variants import IDX, VARIANTS, assert_close, build, every_variant, write_checkpoint
 
 import sample
 from sample import DecodingCache, DecodingLinear, draw, store_matrices, stream
