@@ -2,38 +2,33 @@
 on the same windows. What they found is in findings.py."""
 
 import bisect
-import contextlib
 import functools
-import glob
 import hashlib
 import importlib.util
-import itertools
 import json
 import os
-import queue
 import re
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 
 from model import GPT, GPTConfig
 from support.device import pick_device
-from support.errors import UserError, fail, reason
+from support.errors import UserError, fail
 from support.files import locked, rename, sha256
 from support.log import clock
 from support.meta import load_meta
 from tools.findings import draw_study, markdown, pairs, summary
+from tools.judge import EvalConfig, judge
 from tools.race import HERE, machine
 from tools.watch import read_log
 from train import TrainConfig, model_args
@@ -112,18 +107,13 @@ def shape_size(**shape) -> dict[str, int]:
 
 
 def model_size(config: TrainConfig) -> dict[str, int]:
-    """shape_size of a model. Each layer adds the same, so that models of one and two layers tell
-    that of any."""
-    try:
-        one, two = (shape_size(**model_args(config) | {"n_layer": n}) for n in (1, 2))
-    except RuntimeError:
-        fail(f"n_embd={config.n_embd} makes too large a model; choose a smaller one")
+    """shape_size of a model: each layer adds the same, so those of one and two layers tell it."""
+    one, two = (shape_size(**model_args(config) | {"n_layer": n}) for n in (1, 2))
     return {name: one[name] + (config.n_layer - 1) * (two[name] - one[name]) for name in one}
 
 
-def matched(config: CompareConfig, first: CompareConfig) -> CompareConfig:
-    """With the value of `solve` at which `match` comes nearest to that of the first variant.
-    ValueError where that is not near."""
+def matched(label: str, config: CompareConfig, first: CompareConfig) -> CompareConfig:
+    """With the value of `solve` at which `match` comes nearest to that of the first variant."""
     def size(value: int) -> int:
         try:
             return model_size(replace(config, **{config.solve: value}))[SIZES[config.match]]
@@ -132,16 +122,13 @@ def matched(config: CompareConfig, first: CompareConfig) -> CompareConfig:
 
     step = {"n_layer": 1, "ffn_hidden": 4}.get(config.solve) or (
         4 if config.head_dim else config.n_head * (2 if config.position == "rope" else 1))
-    target, most = model_size(first)[SIZES[config.match]], 1
-    while size(most * step) < target and most < 2**12:
-        most *= 2
-    values = range(step, most * step + 1, step)
-    above = bisect.bisect_left(values, target, hi=len(values) - 1, key=size)
+    values = range(step, 4096 * step + 1, step)
+    target = model_size(first)[SIZES[config.match]]
+    above = bisect.bisect_left(values, target, key=size)
     best = min(values[max(0, above - 1):above + 1], key=lambda value: abs(size(value) - target))
     if abs(size(best) / target - 1) > 0.05:
-        raise ValueError(
-            f"match={config.match}: the nearest {config.solve}, {best}, makes {size(best):,} where "
-            f"{target:,} are wanted; choose another --solve or another shape")
+        fail(f"{label}: match={config.match}: the nearest {config.solve}, {best}, makes "
+             f"{size(best):,} where {target:,} are wanted; choose another --solve or another shape")
     return replace(config, **{config.solve: best})
 
 
@@ -152,41 +139,37 @@ def plan(configs: dict[str, CompareConfig], config: CompareConfig, vocab_size: i
     common |= PLACE | {"block_size", "eval_tokens", "eval_iters", "max_iters"}
     planned: dict[str, CompareConfig] = {}
     for label, variant in configs.items():
-        differ = [k for k in sorted(common - {"match", "solve"})
-                  if getattr(variant, k) != getattr(config, k)]
+        differ = [name for name in sorted(common - {"match", "solve"})
+                  if getattr(variant, name) != getattr(config, name)]
         if differ:
             fail(f"{label}: {', '.join(differ)} must be the same in all variants, or they cannot "
                  f"be compared; say it for the study")
-        with naming(label):
-            variant = replace(variant, vocab_size=config.vocab_size or vocab_size, eval_iters=None)
-            if planned and variant.match != "width":
-                variant = matched(variant, next(iter(planned.values())))
+        variant = replace(variant, vocab_size=config.vocab_size or vocab_size, eval_iters=None)
+        if planned and variant.match != "width":
+            variant = matched(label, variant, next(iter(planned.values())))
         planned[label] = variant
     return planned
 
 
-@contextlib.contextmanager
-def naming(label: str) -> Iterator[None]:
-    """A ValueError becomes a UserError of this variant."""
-    try:
-        yield
-    except ValueError as error:
-        fail(*(f"{label}: {line}" for line in str(error).splitlines()))
-
-
-def budgeted(planned: dict[str, CompareConfig], speeds: dict[str, float],
+def budgeted(planned: dict[str, CompareConfig], head: dict, relative_speeds: Callable,
              ) -> dict[str, CompareConfig]:
-    """The variants with as many steps as cost what the first one's cost; speeds: tokens per second
-    over the first one's, of those that are not as fast."""
+    """The variants with as many steps as cost what the first one's cost."""
+    first = next(iter(planned.values()))
+    speeds = dict.fromkeys(planned, 1.0)
+    if first.budget == "seconds":
+        speeds = measured(planned, head, relative_speeds)
+
     def step_cost(config: CompareConfig) -> int:
         tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size
         return tokens * (model_size(config)["flops_per_token"] if config.budget == "flops" else 1)
 
-    first, found = next(iter(planned.values())), {}
+    found = {}
     for label, config in planned.items():
-        steps = first.max_iters * step_cost(first) / step_cost(config) * speeds.get(label, 1.0)
-        with naming(label):
+        steps = first.max_iters * step_cost(first) / step_cost(config) * speeds[label]
+        try:
             found[label] = replace(config, max_iters=max(1, round(steps)))
+        except ValueError as error:  # a schedule longer than these steps
+            fail(*(f"{label}: {line}" for line in str(error).splitlines()))
     return found
 
 
@@ -205,9 +188,22 @@ def measured(planned: dict[str, CompareConfig], head: dict, relative_speeds: Cal
         labels = dict.fromkeys([first, *reversed(new.values())])
         ratios = relative_speeds({label: planned[label] for label in labels})
         known |= {keys[label]: round(ratio, 4) for label, ratio in ratios.items()}
-    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # the runs need it
     return {label: known[key] for label, key in keys.items()}
+
+
+def plan_table(planned: dict[str, CompareConfig]) -> str:
+    rows = []
+    for label, config in planned.items():
+        size = model_size(config)
+        sequences = config.batch_size * config.gradient_accumulation_steps
+        tokens = config.max_iters * sequences * config.block_size
+        rows.append({"variant": label, **{name: f"{n:,}" for name, n in size.items()},
+                     "tokens": f"{tokens:,}",
+                     "total FLOP": f"{tokens * size['flops_per_token']:.2e}",
+                     "found": f"{config.solve}={getattr(config, config.solve)}, "
+                              f"max_iters={config.max_iters}"})
+    return markdown(rows)
 
 
 # -----------------------------------------------------------------------------
@@ -223,42 +219,43 @@ class Cell:
     seed: int
 
     @property
+    def name(self) -> str:
+        return f"{self.label}, seed {self.seed}"
+
+    @property
     def out_dir(self) -> str:
         name = re.sub(r"[^\w.=+-]+", "-", self.label)
         return os.path.join(self.config.out_dir, self.config.study, f"{name}-seed{self.seed}")
 
-    def is_of(self, run: dict) -> bool:
-        """Whether a record of results.json is this cell's, whatever its variant's name."""
-        return (run["options"], run["seed"]) == (options_of(self.config), self.seed)
-
-    def run(self, workers: "Workers") -> dict:
-        """Train it, or train it on; the record of it. UserError if that fails."""
+    def start(self, share: dict[str, str]) -> subprocess.Popen:
+        """Train it, or train it on, with this share of the machine; what train.py says goes to
+        output.txt."""
         os.makedirs(self.out_dir, exist_ok=True)
-        start = {"init_from": "auto"} if self.began() else {"overwrite": True}
-        words = options_of(self.config, without={"overwrite"})
-        workers.launch("train.py", words | {"seed": self.seed, "out_dir": self.out_dir} | start,
-                       self.out_dir)
-        try:
-            record = self.record()
-            if self.config.tasks:
-                record["tasks"] = {"how": self.config.judged_by, "scores": self.judged(workers)}
-        except (KeyError, TypeError, ValueError) as error:
-            fail(f"the log.jsonl or eval.json in {self.out_dir} is damaged: {reason(error)}; "
-                 f"remove that folder")
-        return record
+        options = options_of(self.config, without={"overwrite"})
+        options |= {"seed": self.seed, "out_dir": self.out_dir}
+        options |= {"init_from": "auto"} if self.began() else {"overwrite": True}
+        words = [f"--{name}={value}" for name, value in options.items()]
+        with open(os.path.join(self.out_dir, "output.txt"), "wb") as output:
+            return subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *words],
+                                    env=os.environ | share, stdout=output, stderr=output)
 
     def began(self) -> bool:
         """Whether the checkpoints in the folder are this cell's, and not of an earlier plan."""
         try:
             with open(os.path.join(self.out_dir, "config.json"), encoding="utf-8") as file:
                 stored = json.load(file)
-            return all(stored[f.name] == getattr(self.config, f.name) for f in fields(TrainConfig)
-                       if f.name not in PLACE | ASIDE)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):  # there is none, or it was cut off
             return False
+        return all(stored.get(f.name) == getattr(self.config, f.name) for f in fields(TrainConfig)
+                   if f.name not in PLACE | ASIDE)
 
-    def record(self) -> dict:
-        """What is kept of a finished run."""
+    def record(self, code: int) -> dict:
+        """What is kept of a run that ended with this exit code. UserError if it failed."""
+        if code:
+            with open(os.path.join(self.out_dir, "output.txt"), errors="replace") as file:
+                lines = file.read().strip().splitlines() or [""]
+            errors = [line[7:] for line in lines if line.startswith("error: ")]
+            fail(errors[0] if errors else f"exit code {code}: {lines[-1]}")
         log = read_log(self.out_dir)
         evals = [r for r in log if r["type"] == "eval"]
         last, rates = evals[-1], [r["tokens_per_s"] for r in log if r["type"] == "train"]
@@ -275,82 +272,43 @@ class Cell:
                   "tokens_per_s": round(statistics.median(rates)), "peak_mb": last.get("peak_mb"),
                   "curve": [[r["iter"], round(r["val_loss"], 5)] for r in evals]}
         if "scalars" in last:
-            record["scalars"] = [[r["iter"], rounded(r["scalars"])] for r in evals]
+            record["scalars"] = [
+                [r["iter"], {name: np.round(values, 4).tolist()  # layers -> substeps
+                             for name, values in r["scalars"].items()}] for r in evals]
         return record
 
-    def judged(self, workers: "Workers") -> dict[str, float | None]:
+    def judged(self) -> dict[str, float | None]:
         """Of each task the normalised accuracy of best.pt, the accuracy, or its own metric."""
-        figures = os.path.join(self.out_dir, "eval.json")
-        words = {"ckpt": os.path.join(self.out_dir, "best.pt"), "json": figures}
-        for name in ("tasks", "num_fewshot", "include_path", "limit", "device"):
-            words[name] = getattr(self.config, name) or "auto"
-        workers.launch("bench.py eval", words, self.out_dir)
-        with open(figures, encoding="utf-8") as file:
-            rows = json.load(file)["rows"]
+        config = self.config
+        if not self.began():
+            fail(f"{self.out_dir} has no checkpoints of it; train it again")
+        rows = judge(EvalConfig(
+            os.path.join(self.out_dir, "best.pt"), config.tasks, config.num_fewshot,
+            config.include_path, config.limit, device=config.device))
         about = {"variant", "shots", "items", "items_per_s"}
-        return {row["variant"]: next((row[metric] for metric in ("acc_norm", "acc", *row)
-                                      if metric in row and metric not in about), None)
-                for row in rows}
+        scores = {}
+        for row in rows:
+            metrics = [name for name in ("acc_norm", "acc", *row)
+                       if name in row and name not in about]
+            scores[row["variant"]] = row[metrics[0]] if metrics else None
+        return scores
 
 
-def rounded(x):
-    """Nested numbers with four decimals."""
-    if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items()}
-    return [rounded(v) for v in x] if isinstance(x, list) else round(x, 4)
-
-
-class Workers:
-    """Programs of ours, so many at once, each on its share of the machine: a GPU, where there are
-    several and the device is not one of them, or some of the cores."""
-
-    def __init__(self, device: str | None = None, jobs: int | None = None):
-        cuda = pick_device(device).type == "cuda" and device in (None, "cuda")
-        named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        cards = named.split(",") if named else list(map(str, range(torch.cuda.device_count())))
-        self.cards = cards if cuda and len(cards) > 1 else []
-        self.count = jobs or max(1, len(self.cards))
-        self.threads = max(1, torch.get_num_threads() // self.count)
-        self.free: queue.Queue = queue.Queue()
-        for slot in range(self.count):
-            self.free.put(slot)
-        self.lock, self.stopping = threading.Lock(), False
-        self.running: set[subprocess.Popen] = set()
-
-    def launch(self, program: str, options: dict, out_dir: str) -> None:
-        """Run a program to its end; what it says goes to output.txt. UserError if it fails."""
-        name, *argv = [*program.split(), *(f"--{k}={v}" for k, v in options.items())]
-        environment, slot = dict(os.environ), self.free.get()
-        if self.cards:
-            environment["CUDA_VISIBLE_DEVICES"] = self.cards[slot % len(self.cards)]
-        elif self.count > 1:
-            environment["OMP_NUM_THREADS"] = str(self.threads)
-        try:
-            with open(os.path.join(out_dir, "output.txt"), "ab+") as output:
-                start = output.tell()
-                with self.lock:
-                    if self.stopping:
-                        fail("interrupted")
-                    process = subprocess.Popen(
-                        [sys.executable, os.path.join(HERE, name), *argv], env=environment,
-                        stdout=output, stderr=subprocess.STDOUT)
-                    self.running.add(process)
-                code = process.wait()
-                self.running.discard(process)
-                output.seek(start)
-                lines = output.read().decode(errors="replace").strip().splitlines() or [""]
-        finally:
-            self.free.put(slot)
-        if code:
-            fail(next((line[7:] for line in lines if line.startswith("error: ")),
-                      f"exit code {code}: {lines[-1]}"))
-
-    def stop(self) -> None:
-        """Start nothing more, and end what runs: train.py saves first."""
-        with self.lock:
-            self.stopping = True
-            for process in self.running:
-                process.terminate()
+def shares_of(config: CompareConfig) -> list[dict[str, str]]:
+    """The environments of as many runs as go at once: of each its part of the cores, and a GPU
+    where the device is not a certain one."""
+    cards: list[str] = []
+    if config.device in (None, "cuda") and pick_device(config.device).type == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        cards = (visible.split(",") if visible
+                 else [str(card) for card in range(torch.cuda.device_count())])
+    count = config.jobs or max(1, len(cards))
+    threads = max(1, torch.get_num_threads() // count)
+    shares = [{"OMP_NUM_THREADS": str(threads)} for _ in range(count)]
+    if cards:
+        for i, share in enumerate(shares):
+            share["CUDA_VISIBLE_DEVICES"] = cards[i % len(cards)]
+    return shares
 
 
 # -----------------------------------------------------------------------------
@@ -363,12 +321,14 @@ class Results:
     def __init__(self, config: CompareConfig, data: dict):
         self.folder = os.path.join(config.results, config.study)
         self.path = os.path.join(self.folder, "results.json")
-        self.head: dict = {"study": config.study, "data": data}
+        self.head: dict = {"study": config.study, "data": data}  # what the runs share
         self.runs: list[dict] = []
         if os.path.isfile(self.path):
             try:
-                self.head, self.runs = read_results(self.path)
-            except (ValueError, KeyError, TypeError, AttributeError):
+                with open(self.path, encoding="utf-8") as file:
+                    self.head = json.load(file)
+                self.runs = self.head.pop("runs")
+            except (ValueError, KeyError):
                 fail(f"{self.path} is damaged; mend it, or move it away to begin anew")
             if self.head["data"] != data:
                 fail(f"{self.path} is of other data than those in {config.data_dir}/"
@@ -385,36 +345,11 @@ class Results:
             os.fsync(file.fileno())
         rename(self.path + ".tmp", self.path)
 
-    def borrow(self, cells: list[Cell]) -> None:
-        """Runs of these cells that another study beside this one has: the same options, seed and
-        data."""
-        for path in sorted(glob.glob(os.path.join(os.path.dirname(self.folder), "*/results.json"))):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                head, runs = read_results(path)
-                if path == self.path or head["data"] != self.head["data"]:
-                    continue
-                for cell in cells:
-                    same = next(filter(cell.is_of, runs), None)
-                    if same is not None and self.get(cell) is None:
-                        self.runs.append({"study": head["study"], **same, "variant": cell.label})
-
     def get(self, cell: Cell) -> dict | None:
         """This cell's run, if there is one."""
-        return next((r for r in self.runs if r["variant"] == cell.label and cell.is_of(r)), None)
-
-
-KEPT = {"variant", "seed", "options", "val_loss", "best_val_loss", "curve", "machine", "parameters",
-        "matrices", "flops_per_token", "tokens", "steps", "seconds", "tokens_per_s", "peak_mb"}
-
-
-def read_results(path: str) -> tuple[dict, list[dict]]:
-    """(what the runs share, the runs) of a results.json."""
-    with open(path, encoding="utf-8") as file:
-        head = json.load(file)
-    runs = head.pop("runs")
-    if any(KEPT - run.keys() for run in runs) or {"data", "study"} - head.keys():
-        raise ValueError("something is missing")
-    return head, runs
+        wanted = cell.label, cell.seed, options_of(cell.config)
+        return next((r for r in self.runs if (r["variant"], r["seed"], r["options"]) == wanted),
+                    None)
 
 
 # -----------------------------------------------------------------------------
@@ -433,50 +368,27 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
     for split in ("train", "val"):
         data[f"{split}_sha256"] = meta[split].get("sha256") or sha256(
             os.path.join(folder, f"{split}.bin"))
-    workers = Workers(config.device, config.jobs)
-    torch.set_num_threads(workers.threads)
-    where = f"{machine(pick_device(config.device))}, {workers.count} at a time"
+    shares = shares_of(config)
+    torch.set_num_threads(int(shares[0]["OMP_NUM_THREADS"]))
+    where = f"{machine(pick_device(config.device))}, {len(shares)} at a time"
     print(where)
     planned = plan(configs, config, meta["padded_vocab_size"])
-    results, speeds = Results(config, data), {}
-    if config.budget == "seconds":
-        speeds = measured(planned, results.head, relative_speeds)
-    planned = budgeted(planned, speeds)
-    for one, two in itertools.combinations(planned, 2):
-        if options_of(planned[one]) == options_of(planned[two]):
-            fail(f"{names([one, two])} are the same; a variant is matched to the first one: which "
-                 f"is that to be?")
-    print(markdown([plan_row(label, variant) for label, variant in planned.items()]), flush=True)
+    results = Results(config, data)
+    planned = budgeted(planned, results.head, relative_speeds)
+    print(plan_table(planned), flush=True)
     if config.dry_run:
         return
-    new = not os.path.isdir(results.folder)
     os.makedirs(results.folder, exist_ok=True)
-    try:
-        with locked(results.folder, f"another command is writing to {results.folder}; stop it or "
-                                    f"choose another --study"):
-            results.runs = Results(config, data).runs  # another command may have just ended
-            failed = run_missing(planned, config, results, workers, where)
-            report(results, planned, config, argv)
-    finally:
-        if new and os.listdir(results.folder) in ([], [".lock"]):
-            shutil.rmtree(results.folder)
+    with locked(results.folder, f"another command is writing to {results.folder}; stop it or "
+                                f"choose another --study"):
+        results.runs = Results(config, data).runs  # another command may have just ended
+        cells = cells_of(planned, config, results)
+        failed = run_cells(cells, results, list(planned), shares, where)
+        failed += judge_cells(cells, results, list(planned))
+        report(results, planned, config, argv)
     if failed:
         fail(*failed, "the same command tries these again, and what they said is in their "
                       "output.txt")
-
-
-def names(labels: Iterable[str]) -> str:
-    """Labels, which may have commas."""
-    return ", ".join(f'"{label}"' for label in dict.fromkeys(labels))
-
-
-def plan_row(label: str, config: CompareConfig) -> dict[str, str]:
-    """A variant in the table of the plan."""
-    size, sequences = model_size(config), config.batch_size * config.gradient_accumulation_steps
-    tokens = config.max_iters * sequences * config.block_size
-    return {"variant": label, **{k: f"{n:,}" for k, n in size.items()}, "tokens": f"{tokens:,}",
-            "total FLOP": f"{tokens * size['flops_per_token']:.2e}", "found": f"{config.solve}="
-            f"{getattr(config, config.solve)}, max_iters={config.max_iters}"}
 
 
 def check(configs: dict[str, CompareConfig], config: CompareConfig) -> None:
@@ -488,78 +400,87 @@ def check(configs: dict[str, CompareConfig], config: CompareConfig) -> None:
         fail('say what to compare: --variants "GPT: template=gd" "YuriiFormer: template=nesterov"')
     if config.tasks and importlib.util.find_spec("lm_eval") is None:  # not after days of training
         fail("tasks need lm-eval: pip install lm-eval")
-    for option in ("only", "published"):
-        labels = getattr(config, option)
-        if option == "published":
-            labels = [text.rpartition(":")[0] for text in labels]
-        if unknown := [label for label in labels if label not in configs]:
-            fail(f"{option}={', '.join(unknown)}: the variants are {names(configs)}")
-    folders = {Cell(label, config, 0).out_dir.lower() for label in configs}
-    if len(folders) < len(configs):
-        fail(f"two of {names(configs)} would train in one folder; name them otherwise")
+    labels = {"only": config.only,
+              "published": [text.rpartition(":")[0] for text in config.published]}
+    for option in labels:
+        if unknown := set(labels[option]) - set(configs):
+            fail(f"{option}={', '.join(unknown)}: the variants are {quoted(configs)}")
 
 
-def run_missing(planned: dict[str, CompareConfig], config: CompareConfig, results: Results,
-                workers: Workers, where: str) -> list[str]:
-    """Run the cells of the plan that the results lack. What failed, a line each."""
-    chosen = {label: variant for label, variant in planned.items()
-              if not config.only or label in config.only}
-    cells = [Cell(label, variant, seed) for seed in range(1, config.seeds + 1)
-             for label, variant in chosen.items()]
+def quoted(labels: Iterable[str]) -> str:
+    """Labels may have commas."""
+    return ", ".join(f'"{label}"' for label in labels)
+
+
+def cells_of(planned: dict[str, CompareConfig], config: CompareConfig, results: Results,
+             ) -> list[Cell]:
+    """The cells of the plan that are chosen, whose runs of other options leave the results."""
+    chosen = {label: planned[label] for label in config.only or planned}
     stale = [r for r in results.runs if r["variant"] in chosen
              and r["options"] != options_of(chosen[r["variant"]])]
     if stale and not config.overwrite:
-        fail(f"{results.path} has runs of {names(r['variant'] for r in stale)} "
+        fail(f"{results.path} has runs of {quoted(dict.fromkeys(r['variant'] for r in stale))} "
              f"with other options; add --overwrite to replace them, or choose another --study")
     results.runs = [r for r in results.runs if r not in stale]
-    results.borrow(cells)
-    missing = []
-    for cell in cells:
-        tasks = (results.get(cell) or {}).get("tasks", {})
-        if results.get(cell) is None or (config.tasks and tasks.get("how") != config.judged_by):
-            missing.append(cell)
-    print(f"{len(missing)} runs to do, {len(cells) - len(missing)} there, {workers.count} at a "
-          f"time", flush=True)
-    failed = run_cells(missing, results, list(planned), workers, where)
-    results.write(list(planned))
+    return [Cell(label, variant, seed) for seed in range(1, config.seeds + 1)
+            for label, variant in chosen.items()]
+
+
+def run_cells(cells: list[Cell], results: Results, order: list[str], shares: list[dict[str, str]],
+              where: str) -> list[str]:
+    """Run those that the results lack, as many at once as there are shares. What failed, a line
+    each. SIGTERM is as Ctrl-C: train.py saves."""
+    waiting = [cell for cell in cells if results.get(cell) is None]
+    missing, free, began = len(waiting), list(shares), time.time()
+    print(f"{missing} runs to do, {len(cells) - missing} there, {len(shares)} at a time",
+          flush=True)
+    running: dict[subprocess.Popen, tuple[Cell, dict[str, str]]] = {}
+    failed: list[str] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while waiting or running:
+            while waiting and free:
+                cell, share = waiting.pop(0), free.pop(0)
+                running[cell.start(share)] = cell, share
+            ended = [process for process in running if process.poll() is not None]
+            for process in ended:
+                cell, share = running.pop(process)
+                free.append(share)
+                done = missing - len(waiting) - len(running)
+                try:
+                    run = cell.record(process.returncode)
+                except UserError as error:
+                    failed.append(f"{cell.name}: {error}")
+                    print(f"[{done}/{missing}] {failed[-1]}", flush=True)
+                    continue
+                results.runs.append(run | {"machine": where})
+                results.write(order)
+                left = (time.time() - began) / done * (missing - done)
+                print(f"[{done}/{missing}] {cell.name}: {run['val_loss']:.4f} after "
+                      f"{clock(run['seconds'])}; eta {clock(left)}", flush=True)
+            if not ended:
+                time.sleep(0.1)
+    except BaseException:
+        print("stopping; the same command goes on", flush=True)
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        raise
     return failed
 
 
-def run_cells(cells: list[Cell], results: Results, order: list[str], workers: Workers,
-              where: str) -> list[str]:
-    """Cell after cell, or as many at once as there are workers. What failed, a line each."""
-    def interrupt(*_) -> None:
-        raise KeyboardInterrupt
-
-    failed, began = [], time.time()
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, interrupt) if main_thread else None
-    with ThreadPoolExecutor(workers.count) as pool:
-        futures = {pool.submit(cell.run, workers): cell for cell in cells}
-        try:
-            for done, future in enumerate(as_completed(futures), 1):
-                cell = futures[future]
-                name, count = f"{cell.label}, seed {cell.seed}", f"[{done}/{len(cells)}]"
-                try:
-                    run = future.result()
-                except (UserError, OSError) as error:
-                    failed.append(f"{name}: {error}")
-                    print(f"{count} {failed[-1]}", flush=True)
-                    continue
-                results.runs = [r for r in results.runs if r is not results.get(cell)]
-                results.runs.append(run | {"machine": where})
+def judge_cells(cells: list[Cell], results: Results, order: list[str]) -> list[str]:
+    """Add to the runs the scores of the tasks that they lack. What failed, a line each."""
+    failed = []
+    for cell in cells:
+        run, how = results.get(cell), cell.config.judged_by
+        if cell.config.tasks and run and run.get("tasks", {}).get("how") != how:
+            try:
+                run["tasks"] = {"how": how, "scores": cell.judged()}
                 results.write(order)
-                left = (time.time() - began) / done * (len(cells) - done)
-                print(f"{count} {name}: {run['val_loss']:.4f} after {clock(run['seconds'])}; eta "
-                      f"{clock(left)}", flush=True)
-        except BaseException:
-            print("stopping; the same command goes on", flush=True)
-            pool.shutdown(wait=False, cancel_futures=True)
-            workers.stop()
-            raise
-        finally:
-            if main_thread:
-                signal.signal(signal.SIGTERM, before)
+            except UserError as error:
+                failed.append(f"{cell.name}: {error}")
     return failed
 
 
