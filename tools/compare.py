@@ -2,7 +2,6 @@
 on the same windows. What they found is in findings.py."""
 
 import bisect
-import functools
 import hashlib
 import importlib.util
 import json
@@ -95,21 +94,17 @@ def options_of(config: TrainConfig, without: Iterable[str] = PLACE | ASIDE) -> d
             if f.name not in without and getattr(config, f.name) != f.default}
 
 
-@functools.cache
-def shape_size(**shape) -> dict[str, int]:
-    """Parameters, matrices (parameters without tables, norms, scalars) and training FLOPs per token
-    of a GPTConfig."""
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**shape))
-    matrices = sum(p.numel() for p in model.parameter_roles()["matrix"].values())
-    return {"parameters": model.get_num_params(False), "matrices": matrices,
-            "flops_per_token": model.flops_per_token()}
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def model_size(config: TrainConfig) -> dict[str, int]:
-    """shape_size of a model: each layer adds the same, so those of one and two layers tell it."""
-    one, two = (shape_size(**model_args(config) | {"n_layer": n}) for n in (1, 2))
-    return {name: one[name] + (config.n_layer - 1) * (two[name] - one[name]) for name in one}
+    """Parameters, matrices (without tables, norms, scalars) and training FLOPs per token."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**model_args(config)))
+    matrices = sum(p.numel() for p in model.parameter_roles()["matrix"].values())
+    return {"parameters": model.get_num_params(False), "matrices": matrices,
+            "flops_per_token": model.flops_per_token()}
 
 
 def matched(label: str, config: CompareConfig, first: CompareConfig) -> CompareConfig:
@@ -120,9 +115,10 @@ def matched(label: str, config: CompareConfig, first: CompareConfig) -> CompareC
         except ValueError:  # narrower than its attention, say
             return 0
 
-    step = {"n_layer": 1, "ffn_hidden": 4}.get(config.solve) or (
-        4 if config.head_dim else config.n_head * (2 if config.position == "rope" else 1))
-    values = range(step, 4096 * step + 1, step)
+    step = {"n_layer": 1, "ffn_hidden": 4, "n_embd": 4}[config.solve]
+    if config.solve == "n_embd" and not config.head_dim:  # all heads grow
+        step = config.n_head * (2 if config.position == "rope" else 1)
+    values = range(step, step * (256 if config.solve == "n_layer" else 8192), step)
     target = model_size(first)[SIZES[config.match]]
     above = bisect.bisect_left(values, target, key=size)
     best = min(values[max(0, above - 1):above + 1], key=lambda value: abs(size(value) - target))
@@ -137,10 +133,10 @@ def plan(configs: dict[str, CompareConfig], config: CompareConfig, vocab_size: i
     """The variants as they will run, but for their budgets, with the data's vocabulary."""
     common = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(TrainConfig)}
     common |= PLACE | {"block_size", "eval_tokens", "eval_iters", "max_iters"}
+    common -= {"match", "solve"}
     planned: dict[str, CompareConfig] = {}
     for label, variant in configs.items():
-        differ = [name for name in sorted(common - {"match", "solve"})
-                  if getattr(variant, name) != getattr(config, name)]
+        differ = [k for k in sorted(common) if getattr(variant, k) != getattr(config, k)]
         if differ:
             fail(f"{label}: {', '.join(differ)} must be the same in all variants, or they cannot "
                  f"be compared; say it for the study")
@@ -151,21 +147,22 @@ def plan(configs: dict[str, CompareConfig], config: CompareConfig, vocab_size: i
     return planned
 
 
+def tokens_per_step(config: TrainConfig) -> int:
+    return config.batch_size * config.gradient_accumulation_steps * config.block_size
+
+
 def budgeted(planned: dict[str, CompareConfig], head: dict, relative_speeds: Callable,
              ) -> dict[str, CompareConfig]:
     """The variants with as many steps as cost what the first one's cost."""
-    first = next(iter(planned.values()))
-    speeds = dict.fromkeys(planned, 1.0)
+    def step_cost(config: CompareConfig) -> int:
+        flops = model_size(config)["flops_per_token"]
+        return tokens_per_step(config) * (flops if config.budget == "flops" else 1)
+
+    first, speeds, found = next(iter(planned.values())), {}, {}
     if first.budget == "seconds":
         speeds = measured(planned, head, relative_speeds)
-
-    def step_cost(config: CompareConfig) -> int:
-        tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size
-        return tokens * (model_size(config)["flops_per_token"] if config.budget == "flops" else 1)
-
-    found = {}
     for label, config in planned.items():
-        steps = first.max_iters * step_cost(first) / step_cost(config) * speeds[label]
+        steps = first.max_iters * step_cost(first) / step_cost(config) * speeds.get(label, 1.0)
         try:
             found[label] = replace(config, max_iters=max(1, round(steps)))
         except ValueError as error:  # a schedule longer than these steps
@@ -177,17 +174,18 @@ def measured(planned: dict[str, CompareConfig], head: dict, relative_speeds: Cal
              ) -> dict[str, float]:
     """Tokens per second over the first one's: measured once for all that are equally fast, then
     kept with the results, in their head."""
-    first = next(iter(planned))
+    first, *_ = planned
     options = {label: json.dumps(options_of(config, PLACE | ASIDE | SAME_SPEED))
                for label, config in planned.items()}
-    keys = {label: hashlib.sha256(f"{options[first]} {options[label]}".encode()).hexdigest()[:16]
-            for label in planned}
+    keys = {label: digest(f"{options[first]} {options[label]}") for label in planned}
     known = head.setdefault("speeds", {})
-    new = {keys[label]: label for label in reversed(planned) if keys[label] not in known}
-    if new:
-        labels = dict.fromkeys([first, *reversed(new.values())])
-        ratios = relative_speeds({label: planned[label] for label in labels})
-        known |= {keys[label]: round(ratio, 4) for label, ratio in ratios.items()}
+    new = {keys[first]: first}
+    for label, key in keys.items():
+        if key not in known:
+            new.setdefault(key, label)
+    if not keys.values() <= known.keys():
+        ratios = relative_speeds({label: planned[label] for label in new.values()})
+        known |= {key: round(ratios[label], 4) for key, label in new.items()}
         torch.cuda.empty_cache()  # the runs need it
     return {label: known[key] for label, key in keys.items()}
 
@@ -195,14 +193,12 @@ def measured(planned: dict[str, CompareConfig], head: dict, relative_speeds: Cal
 def plan_table(planned: dict[str, CompareConfig]) -> str:
     rows = []
     for label, config in planned.items():
-        size = model_size(config)
-        sequences = config.batch_size * config.gradient_accumulation_steps
-        tokens = config.max_iters * sequences * config.block_size
+        size, tokens = model_size(config), config.max_iters * tokens_per_step(config)
+        solved = f"{config.solve}={getattr(config, config.solve)}"
         rows.append({"variant": label, **{name: f"{n:,}" for name, n in size.items()},
                      "tokens": f"{tokens:,}",
                      "total FLOP": f"{tokens * size['flops_per_token']:.2e}",
-                     "found": f"{config.solve}={getattr(config, config.solve)}, "
-                              f"max_iters={config.max_iters}"})
+                     "found": f"{solved}, max_iters={config.max_iters}"})
     return markdown(rows)
 
 
@@ -218,52 +214,38 @@ class Cell:
     config: CompareConfig
     seed: int
 
-    @property
-    def name(self) -> str:
+    def __str__(self) -> str:
         return f"{self.label}, seed {self.seed}"
 
     @property
     def out_dir(self) -> str:
+        """Other options, another folder: what is in it can be gone on with."""
         name = re.sub(r"[^\w.=+-]+", "-", self.label)
-        return os.path.join(self.config.out_dir, self.config.study, f"{name}-seed{self.seed}")
+        options = digest(json.dumps(options_of(self.config)))[:6]
+        return os.path.join(self.config.out_dir, self.config.study,
+                            f"{name}-{options}-seed{self.seed}")
 
     def start(self, share: dict[str, str]) -> subprocess.Popen:
-        """Train it, or train it on, with this share of the machine; what train.py says goes to
-        output.txt."""
+        """Train it, or train it on, with this share of the machine."""
         os.makedirs(self.out_dir, exist_ok=True)
         options = options_of(self.config, without={"overwrite"})
-        options |= {"seed": self.seed, "out_dir": self.out_dir}
-        options |= {"init_from": "auto"} if self.began() else {"overwrite": True}
+        options |= {"seed": self.seed, "out_dir": self.out_dir, "init_from": "auto"}
         words = [f"--{name}={value}" for name, value in options.items()]
         with open(os.path.join(self.out_dir, "output.txt"), "wb") as output:
             return subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *words],
                                     env=os.environ | share, stdout=output, stderr=output)
 
-    def began(self) -> bool:
-        """Whether the checkpoints in the folder are this cell's, and not of an earlier plan."""
-        try:
-            with open(os.path.join(self.out_dir, "config.json"), encoding="utf-8") as file:
-                stored = json.load(file)
-        except (OSError, ValueError):  # there is none, or it was cut off
-            return False
-        return all(stored.get(f.name) == getattr(self.config, f.name) for f in fields(TrainConfig)
-                   if f.name not in PLACE | ASIDE)
-
     def record(self, code: int) -> dict:
         """What is kept of a run that ended with this exit code. UserError if it failed."""
         if code:
             with open(os.path.join(self.out_dir, "output.txt"), errors="replace") as file:
-                lines = file.read().strip().splitlines() or [""]
-            errors = [line[7:] for line in lines if line.startswith("error: ")]
-            fail(errors[0] if errors else f"exit code {code}: {lines[-1]}")
+                said = file.read().splitlines() or [""]
+            fail(f"exit code {code}: {said[-1].removeprefix('error: ')}")
         log = read_log(self.out_dir)
         evals = [r for r in log if r["type"] == "eval"]
         last, rates = evals[-1], [r["tokens_per_s"] for r in log if r["type"] == "train"]
-        if last["iter"] != self.config.max_iters:
-            fail(f"it ended at step {last['iter']}")
-        if last["val_loss"] is None:
-            fail("its last loss is not finite")
-        evals = [r for r in evals if r["val_loss"] is not None]
+        if last["iter"] != self.config.max_iters or last["val_loss"] is None:
+            fail(f"it ended at step {last['iter']} with the loss {last['val_loss']}")
         record = {"variant": self.label, "seed": self.seed, "options": options_of(self.config),
                   **model_size(self.config), "tokens": last["tokens"], "steps": last["iter"],
                   "val_loss": round(last["val_loss"], 5),
@@ -277,22 +259,6 @@ class Cell:
                              for name, values in r["scalars"].items()}] for r in evals]
         return record
 
-    def judged(self) -> dict[str, float | None]:
-        """Of each task the normalised accuracy of best.pt, the accuracy, or its own metric."""
-        config = self.config
-        if not self.began():
-            fail(f"{self.out_dir} has no checkpoints of it; train it again")
-        rows = judge(EvalConfig(
-            os.path.join(self.out_dir, "best.pt"), config.tasks, config.num_fewshot,
-            config.include_path, config.limit, device=config.device))
-        about = {"variant", "shots", "items", "items_per_s"}
-        scores = {}
-        for row in rows:
-            metrics = [name for name in ("acc_norm", "acc", *row)
-                       if name in row and name not in about]
-            scores[row["variant"]] = row[metrics[0]] if metrics else None
-        return scores
-
 
 def shares_of(config: CompareConfig) -> list[dict[str, str]]:
     """The environments of as many runs as go at once: of each its part of the cores, and a GPU
@@ -300,13 +266,11 @@ def shares_of(config: CompareConfig) -> list[dict[str, str]]:
     cards: list[str] = []
     if config.device in (None, "cuda") and pick_device(config.device).type == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        cards = (visible.split(",") if visible
-                 else [str(card) for card in range(torch.cuda.device_count())])
-    count = config.jobs or max(1, len(cards))
-    threads = max(1, torch.get_num_threads() // count)
-    shares = [{"OMP_NUM_THREADS": str(threads)} for _ in range(count)]
-    if cards:
-        for i, share in enumerate(shares):
+        cards = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+    shares = [{} for _ in range(config.jobs or len(cards) or 1)]
+    for i, share in enumerate(shares):
+        share["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // len(shares)))
+        if cards:
             share["CUDA_VISIBLE_DEVICES"] = cards[i % len(cards)]
     return shares
 
@@ -322,34 +286,38 @@ class Results:
         self.folder = os.path.join(config.results, config.study)
         self.path = os.path.join(self.folder, "results.json")
         self.head: dict = {"study": config.study, "data": data}  # what the runs share
-        self.runs: list[dict] = []
+        self.order: list[str] = []  # of the variants
+        self.runs: dict[tuple[str, int], dict] = {}  # by variant and seed
         if os.path.isfile(self.path):
             try:
                 with open(self.path, encoding="utf-8") as file:
                     self.head = json.load(file)
-                self.runs = self.head.pop("runs")
+                self.runs = {(r["variant"], r["seed"]): r for r in self.head.pop("runs")}
             except (ValueError, KeyError):
                 fail(f"{self.path} is damaged; mend it, or move it away to begin anew")
             if self.head["data"] != data:
                 fail(f"{self.path} is of other data than those in {config.data_dir}/"
                      f"{config.dataset} now; choose another --study, or prepare the data as before")
 
-    def write(self, order: list[str]) -> None:
-        """Whole, beside the old one, then in its place; the runs in the order of the variants."""
-        place = {label: i for i, label in enumerate(order)}
-        self.runs.sort(key=lambda r: (place.get(r["variant"], len(place)), r["seed"]))
-        lines = ",\n".join(json.dumps(run) for run in self.runs)
+    def get(self, cell: Cell) -> dict | None:
+        """This cell's run, if there is one of its options."""
+        run = self.runs.get((cell.label, cell.seed))
+        return run if run and run["options"] == options_of(cell.config) else None
+
+    def sorted(self) -> list[dict]:
+        """The runs in the order of the variants."""
+        place = {label: i for i, label in enumerate(self.order)}
+        return sorted(self.runs.values(),
+                      key=lambda r: (place.get(r["variant"], len(place)), r["seed"]))
+
+    def write(self) -> None:
+        """Whole, beside the old one, then in its place."""
+        lines = ",\n".join(map(json.dumps, self.sorted()))
         with open(self.path + ".tmp", "w", encoding="utf-8") as file:
             file.write(f'{json.dumps(self.head)[:-1]}, "runs": [\n{lines}\n]}}\n')
             file.flush()
             os.fsync(file.fileno())
         rename(self.path + ".tmp", self.path)
-
-    def get(self, cell: Cell) -> dict | None:
-        """This cell's run, if there is one."""
-        wanted = cell.label, cell.seed, options_of(cell.config)
-        return next((r for r in self.runs if (r["variant"], r["seed"], r["options"]) == wanted),
-                    None)
 
 
 # -----------------------------------------------------------------------------
@@ -375,6 +343,7 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
     planned = plan(configs, config, meta["padded_vocab_size"])
     results = Results(config, data)
     planned = budgeted(planned, results.head, relative_speeds)
+    results.order = list(planned)
     print(plan_table(planned), flush=True)
     if config.dry_run:
         return
@@ -382,10 +351,20 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
     with locked(results.folder, f"another command is writing to {results.folder}; stop it or "
                                 f"choose another --study"):
         results.runs = Results(config, data).runs  # another command may have just ended
-        cells = cells_of(planned, config, results)
-        failed = run_cells(cells, results, list(planned), shares, where)
-        failed += judge_cells(cells, results, list(planned))
+        cells = [Cell(label, planned[label], seed) for seed in range(1, config.seeds + 1)
+                 for label in config.only or planned]
+        missing = [cell for cell in cells if results.get(cell) is None]
+        changed = {cell.label for cell in missing if (cell.label, cell.seed) in results.runs}
+        if changed and not config.overwrite:
+            fail(f"{results.path} has runs of {sorted(changed)} with other options; add "
+                 f"--overwrite to replace them, or choose another --study")
+        print(f"{len(missing)} runs to do, {len(cells) - len(missing)} there, {len(shares)} at a "
+              f"time", flush=True)
+        failed = run_cells(missing, results, shares, where)
         report(results, planned, config, argv)
+        if config.tasks:
+            judge_cells(cells, results)
+            report(results, planned, config, argv)
     if failed:
         fail(*failed, "the same command tries these again, and what they said is in their "
                       "output.txt")
@@ -400,40 +379,15 @@ def check(configs: dict[str, CompareConfig], config: CompareConfig) -> None:
         fail('say what to compare: --variants "GPT: template=gd" "YuriiFormer: template=nesterov"')
     if config.tasks and importlib.util.find_spec("lm_eval") is None:  # not after days of training
         fail("tasks need lm-eval: pip install lm-eval")
-    labels = {"only": config.only,
-              "published": [text.rpartition(":")[0] for text in config.published]}
-    for option in labels:
-        if unknown := set(labels[option]) - set(configs):
-            fail(f"{option}={', '.join(unknown)}: the variants are {quoted(configs)}")
+    if unknown := set(config.only) - set(configs):
+        fail(f"only={', '.join(unknown)}: the variants are {list(configs)}")
 
 
-def quoted(labels: Iterable[str]) -> str:
-    """Labels may have commas."""
-    return ", ".join(f'"{label}"' for label in labels)
-
-
-def cells_of(planned: dict[str, CompareConfig], config: CompareConfig, results: Results,
-             ) -> list[Cell]:
-    """The cells of the plan that are chosen, whose runs of other options leave the results."""
-    chosen = {label: planned[label] for label in config.only or planned}
-    stale = [r for r in results.runs if r["variant"] in chosen
-             and r["options"] != options_of(chosen[r["variant"]])]
-    if stale and not config.overwrite:
-        fail(f"{results.path} has runs of {quoted(dict.fromkeys(r['variant'] for r in stale))} "
-             f"with other options; add --overwrite to replace them, or choose another --study")
-    results.runs = [r for r in results.runs if r not in stale]
-    return [Cell(label, variant, seed) for seed in range(1, config.seeds + 1)
-            for label, variant in chosen.items()]
-
-
-def run_cells(cells: list[Cell], results: Results, order: list[str], shares: list[dict[str, str]],
-              where: str) -> list[str]:
-    """Run those that the results lack, as many at once as there are shares. What failed, a line
-    each. SIGTERM is as Ctrl-C: train.py saves."""
-    waiting = [cell for cell in cells if results.get(cell) is None]
-    missing, free, began = len(waiting), list(shares), time.time()
-    print(f"{missing} runs to do, {len(cells) - missing} there, {len(shares)} at a time",
-          flush=True)
+def run_cells(cells: list[Cell], results: Results, shares: list[dict[str, str]], where: str,
+              ) -> list[str]:
+    """Run them, one on each share at a time. What failed, a line each. SIGTERM is as Ctrl-C: the
+    runs are stopped, and train.py saves."""
+    waiting, free = list(cells), list(shares)
     running: dict[subprocess.Popen, tuple[Cell, dict[str, str]]] = {}
     failed: list[str] = []
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -446,18 +400,16 @@ def run_cells(cells: list[Cell], results: Results, order: list[str], shares: lis
             for process in ended:
                 cell, share = running.pop(process)
                 free.append(share)
-                done = missing - len(waiting) - len(running)
                 try:
                     run = cell.record(process.returncode)
                 except UserError as error:
-                    failed.append(f"{cell.name}: {error}")
-                    print(f"[{done}/{missing}] {failed[-1]}", flush=True)
+                    failed.append(f"{cell}: {error}")
+                    print(failed[-1], flush=True)
                     continue
-                results.runs.append(run | {"machine": where})
-                results.write(order)
-                left = (time.time() - began) / done * (missing - done)
-                print(f"[{done}/{missing}] {cell.name}: {run['val_loss']:.4f} after "
-                      f"{clock(run['seconds'])}; eta {clock(left)}", flush=True)
+                results.runs[cell.label, cell.seed] = run | {"machine": where}
+                results.write()
+                print(f"{cell}: {run['val_loss']:.4f} after {clock(run['seconds'])}; "
+                      f"{len(waiting) + len(running)} to go", flush=True)
             if not ended:
                 time.sleep(0.1)
     except BaseException:
@@ -470,18 +422,22 @@ def run_cells(cells: list[Cell], results: Results, order: list[str], shares: lis
     return failed
 
 
-def judge_cells(cells: list[Cell], results: Results, order: list[str]) -> list[str]:
-    """Add to the runs the scores of the tasks that they lack. What failed, a line each."""
-    failed = []
+def judge_cells(cells: list[Cell], results: Results) -> None:
+    """Add the scores that the runs lack: of each task the normalised accuracy of best.pt, the
+    accuracy, or its own metric."""
+    about = {"variant", "shots", "items", "items_per_s"}
     for cell in cells:
-        run, how = results.get(cell), cell.config.judged_by
-        if cell.config.tasks and run and run.get("tasks", {}).get("how") != how:
-            try:
-                run["tasks"] = {"how": how, "scores": cell.judged()}
-                results.write(order)
-            except UserError as error:
-                failed.append(f"{cell.name}: {error}")
-    return failed
+        run, config = results.get(cell), cell.config
+        if run is None or run.get("tasks", {}).get("how") == config.judged_by:
+            continue
+        rows = judge(EvalConfig(
+            os.path.join(cell.out_dir, "best.pt"), config.tasks, config.num_fewshot,
+            config.include_path, config.limit, device=config.device))
+        scores = {row["variant"]: next((row[metric] for metric in ("acc_norm", "acc", *row)
+                                        if metric in row and metric not in about), None)
+                  for row in rows}
+        run["tasks"] = {"how": config.judged_by, "scores": scores}
+        results.write()
 
 
 NOTES = """\
@@ -495,7 +451,7 @@ tables, norms and scalars; FLOPs are those of training."""
 def report(results: Results, planned: dict[str, CompareConfig], config: CompareConfig,
            argv: list[str]) -> None:
     """table.md and the pictures, of the runs of this plan."""
-    runs = [r for r in results.runs if r["variant"] in planned
+    runs = [r for r in results.sorted() if r["variant"] in planned
             and r["options"] == options_of(planned[r["variant"]])]
     first = next(iter(planned))
     if not runs or runs[0]["variant"] != first:
