@@ -10,11 +10,11 @@ import re
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from subprocess import Popen
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -179,13 +179,13 @@ def measured(planned: dict[str, CompareConfig], head: dict, relative_speeds: Cal
                for label, config in planned.items()}
     keys = {label: digest(f"{options[first]} {options[label]}") for label in planned}
     known = head.setdefault("speeds", {})
-    new = {keys[first]: first}
-    for label, key in keys.items():
-        if key not in known:
-            new.setdefault(key, label)
-    if not keys.values() <= known.keys():
-        ratios = relative_speeds({label: planned[label] for label in new.values()})
-        known |= {key: round(ratios[label], 4) for key, label in new.items()}
+    new = [label for label in planned if keys[label] not in known]
+    if new:
+        once = {keys[first]: first}
+        for label in new:
+            once.setdefault(keys[label], label)
+        ratios = relative_speeds({label: planned[label] for label in once.values()})
+        known |= {key: round(ratios[label], 4) for key, label in once.items()}
         torch.cuda.empty_cache()  # the runs need it
     return {label: known[key] for label, key in keys.items()}
 
@@ -225,14 +225,14 @@ class Cell:
         return os.path.join(self.config.out_dir, self.config.study,
                             f"{name}-{options}-seed{self.seed}")
 
-    def start(self, share: dict[str, str]) -> subprocess.Popen:
+    def start(self, share: dict[str, str]) -> Popen:
         """Train it, or train it on, with this share of the machine."""
         os.makedirs(self.out_dir, exist_ok=True)
         options = options_of(self.config, without={"overwrite"})
         options |= {"seed": self.seed, "out_dir": self.out_dir, "init_from": "auto"}
         words = [f"--{name}={value}" for name, value in options.items()]
         with open(os.path.join(self.out_dir, "output.txt"), "wb") as output:
-            return subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *words],
+            return Popen([sys.executable, os.path.join(HERE, "train.py"), *words],
                                     env=os.environ | share, stdout=output, stderr=output)
 
     def record(self, code: int) -> dict:
@@ -388,7 +388,7 @@ def run_cells(cells: list[Cell], results: Results, shares: list[dict[str, str]],
     """Run them, one on each share at a time. What failed, a line each. SIGTERM is as Ctrl-C: the
     runs are stopped, and train.py saves."""
     waiting, free = list(cells), list(shares)
-    running: dict[subprocess.Popen, tuple[Cell, dict[str, str]]] = {}
+    running: dict[Popen, tuple[Cell, dict[str, str]]] = {}
     failed: list[str] = []
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
