@@ -15,7 +15,7 @@ demo: .venv/demo
 	@echo "The loss curve: out-pydoc-demo/loss.png"
 
 test: .venv/test
-	$(BIN)/python -m pytest -n logical --maxprocesses=8
+	$(BIN)/python -m pytest -n logical --maxprocesses=8 --dist loadfile
 
 torture: .venv/test
 	$(BIN)/python -m pytest -m torture -s

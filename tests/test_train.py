@@ -30,6 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import bench
 import model
 import sample
 import train
@@ -365,6 +366,8 @@ def test_out_of_memory_says_what_to_halve(run, tmp_path, monkeypatch, error):
     refused(lambda: run(tmp_path / "new"), "halve --batch_size", "--gradient_accumulation_steps",
             "--activation_checkpointing")
     refused(lambda: sample.main([f"--out_dir={tmp_path}/run"]), "halve --num_samples")
+    refused(lambda: bench.main(["speed", "--device=cpu", "--n_layer=1", "--n_embd=12",
+                                "--block_size=8", "--vocab_size=32"]), "halve --batch_size")
 
 
 def test_other_errors_keep_their_traceback(run, tmp_path, monkeypatch):
