@@ -119,8 +119,8 @@ def draw_losses(runs: Iterable[str], path: str, x: str) -> None:
                     xs, losses = zip(*points, strict=True)
                     axes.plot(xs, losses, color=color, label=f"{name}, {kind}: {losses[-1]:.4f}",
                               **style)
-                    if kind == "eval":
-                        top = max(top, *losses[1:2], 0.0)
+                    if kind == "eval" and len(losses) > 1:
+                        top = max(top, losses[1])
         axes.set_ylim(top=1.05 * top or None)
         axes.legend(fontsize="small")
 
