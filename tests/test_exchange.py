@@ -348,8 +348,7 @@ def test_it_learns_on(tmp_path, run, raw):
     ("export --ckpt=a.pt --out=a.pt/b", "mend the path"),
     ("export --ckpt=a.pt --out=b --format=gguf", "format=gguf"),
     ("CONVERT --template=gd", "template=gd"), ("CONVERT --out=b", "FILE.pt"),
-    ("CONVERT --velocity_norm=update", "add --velocity_norm=none"),
-    ("CONVERT --velocity_norm=read", "velocity_norm=read"),
+    ("CONVERT --velocity_norm=update", "velocity_norm=update: expected none"),
     ("CONVERT --out=a.pt", "is there already"), ("CONVERT --out=none/b.pt", "none/b.pt"),
     ("CONVERT --raw_init=5", "raw_init=5"), ("CONVERT --n_layer=7", "unknown option n_layer"),
     ("CONVERT --ckpt=v.pt", "template=polyak"), ("CONVERT --ckpt=add.pt", "velocity_init=add")])

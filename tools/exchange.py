@@ -46,7 +46,7 @@ class ConvertConfig(ExportConfig):
 
     out: str | None = None  # the .pt file to write
     template: Literal["nesterov", "polyak", "tmm"] = "nesterov"  # the momentum model's
-    velocity_norm: str = "update"  # none, which alone leaves the logits as they are
+    velocity_norm: Literal["none"] = "none"  # N_v would rescale every step, and change the logits
     velocity_init: Literal["embed", "zero"] = "embed"  # how the velocity starts
     scalar_map: Literal["sigmoid", "softplus"] = "sigmoid"  # range of mu and beta: (0, 1), (0, inf)
     raw_init: float = -20.0  # raw mu and beta; -10 learns faster, from less exact logits
@@ -54,9 +54,6 @@ class ConvertConfig(ExportConfig):
 
     def rules(self, rule: Callable[[bool, str], None]) -> None:
         super().rules(rule)
-        rule(self.velocity_norm == "none",
-             f"velocity_norm={self.velocity_norm}: N_v rescales every step, so that the logits "
-             f"cannot stay; add --velocity_norm=none")
         rule((self.out or ".pt").endswith(".pt"), "say where to: --out=FILE.pt")
         rule(self.raw_init <= -4,
              f"raw_init={self.raw_init}: mu and beta begin near 0, so that the logits stay; choose "
@@ -191,8 +188,9 @@ def convert(config: ConvertConfig) -> None:
         fail(f"{config.ckpt} has template={old.config.template}, velocity_init="
              f"{old.config.velocity_init}: only template=gd without second tables is converted")
     torch.manual_seed(config.seed)
-    new = GPT(replace(old.config, template=config.template, velocity_norm="none",
-                      velocity_init=config.velocity_init, scalar_map=config.scalar_map))
+    new = GPT(replace(old.config, template=config.template,
+                      velocity_norm=config.velocity_norm, velocity_init=config.velocity_init,
+                      scalar_map=config.scalar_map))
     new.to(old.lm_head.weight.dtype).load_state_dict(old.state_dict(), strict=False)
     with torch.no_grad():
         for block in new.transformer.h:

@@ -54,8 +54,6 @@ class EvalConfig:
         for name in ("limit", "eval_tokens", "batch_size"):
             count = getattr(self, name)
             rule(count is None or count >= 1, f"{name}={count}: must be at least 1; choose more")
-        rule(not self.data or not self.limit,
-             f"limit={self.limit} is of tasks; for text use --eval_tokens")
 
 
 def judge(config: EvalConfig) -> list[dict]:

@@ -62,12 +62,12 @@ def plot(config: PlotConfig) -> None:
 
 
 @contextlib.contextmanager
-def picture(path: str, width: float, height: float, dpi: int = 120) -> Iterator:
+def picture(path: str, width: float, height: float) -> Iterator:
     """A matplotlib figure, in inches, that becomes a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     yield figure
     for axes in figure.axes:
         axes.grid(alpha=0.3)
@@ -151,8 +151,7 @@ def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
 
     logs: name of a run -> records of its step and, by name, its scalars: layers -> substeps."""
     names = list(dict.fromkeys(k for log in logs.values() for r in log for k in r if k != "step"))
-    dpi = 120 if len(names) < 5 else 80  # a file of moderate size
-    with picture(path, 9, 2.2 * len(names) + 0.6, dpi) as figure:
+    with picture(path, 9, 2.2 * len(names) + 0.6) as figure:
         grid = figure.subplots(len(names), 2, squeeze=False)
         for name, (by_layer, over_time) in zip(names, grid, strict=True):
             by_layer.set(ylabel=name, xlabel="layer")
