@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ from support.device import (
     try_compile,
     tune_allocator,
 )
-from support.errors import UserError, cli, explained, fail
+from support.errors import cli, explained, fail
 from tools import race
 from tools.compare import CompareConfig, compare
 from tools.exchange import ConvertConfig, ExportConfig, convert, export
@@ -195,20 +196,15 @@ def memory(config: MemoryConfig, configs: dict[str, MemoryConfig]) -> list[dict]
         jobs.append(("nanogpt", config, True))
     rows: list[dict] = []
     for name, c, nanogpt in jobs:
-        peak, parameters = in_a_process(peak_memory, c, nanogpt)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                peak, parameters = pool.submit(peak_memory, c, nanogpt).result()
+            except BrokenProcessPool:
+                fail("the process that measured was killed, perhaps because this machine's memory "
+                     "was full; choose smaller sizes")
         rows.append({"variant": name, "parameters": parameters, "peak_mb": peak})
-        rows[-1]["ratio"] = rows[-1]["peak_mb"] / (rows[0]["peak_mb"] or 1.0)
+        rows[-1]["ratio"] = peak / (rows[0]["peak_mb"] or 1)
     return rows
-
-
-def in_a_process(function: Callable, *args):
-    """function(*args), called in a process of its own. UserError if that is killed."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *args).result()
-        except BrokenProcessPool:
-            fail("the process that measured was killed, perhaps because this machine's memory was "
-                 "full; choose smaller sizes")
 
 
 def peak_memory(config: MemoryConfig, nanogpt: bool) -> tuple[int, int]:
@@ -217,8 +213,7 @@ def peak_memory(config: MemoryConfig, nanogpt: bool) -> tuple[int, int]:
     if (before := peak_mb(device)) is None:
         fail("bench.py memory cannot tell a process's memory on this system")
     if nanogpt:
-        compiled = can_compile(config.compile, device)  # as ours
-        variant = race.nanogpt_training(config, 2, compiled)
+        variant = race.nanogpt_training(config, 2, can_compile(config.compile, device))
     else:
         tune_allocator()  # as train.py does
         variant = training("", config, 2)
@@ -230,20 +225,11 @@ def peak_memory(config: MemoryConfig, nanogpt: bool) -> tuple[int, int]:
 # The command line
 
 
-def run_all(config: race.AllConfig) -> None:
-    for argv in race.table_commands(config):
-        print(f"\npython bench.py {shlex.join(argv)}", flush=True)
-        try:
-            run(argv)
-        except UserError as error:
-            print(f"not measured: {error}")
-
-
 COMMANDS = {  # name -> its options, what it does
     "speed": (SpeedConfig, speed), "decode": (DecodeConfig, decode),
     "memory": (MemoryConfig, memory), "loss": (race.LossConfig, race.time_to_loss),
-    "prepare": (race.PreparingConfig, race.preparing), "all": (race.AllConfig, run_all),
-    "compare": (CompareConfig, compare), "plot": (PlotConfig, plot), "eval": (EvalConfig, judge),
+    "prepare": (race.PreparingConfig, race.preparing), "eval": (EvalConfig, judge),
+    "compare": (CompareConfig, compare), "plot": (PlotConfig, plot),
     "export": (ExportConfig, export), "convert": (ConvertConfig, convert)}
 
 
@@ -269,12 +255,11 @@ def named_variants(argv: list[str], config: MeasureConfig | CompareConfig) -> di
     """Label -> options of every variant. A word is "label: options", or options alone."""
     configs: dict[str, MeasureConfig | CompareConfig] = {}
     for word in config.variants:
-        label, colon, options = f"{word} ".partition(": ")
-        if not colon:
-            label, options = word or "nanoYurii", word
+        label, _, options = word.rpartition(": ")
+        label = label or options or "nanoYurii"
         if label in configs:
             fail(f"two variants have the name {label}; put another before a colon: \"{label} 2: "
-                 f"{options.strip()}\"")
+                 f"{options}\"")
         try:
             more = [f"--{option.removeprefix('--')}" for option in shlex.split(options)]
         except ValueError as error:
@@ -283,14 +268,8 @@ def named_variants(argv: list[str], config: MeasureConfig | CompareConfig) -> di
     return configs
 
 
-def run(argv: list[str]) -> None:
-    """Measure, print and write down; or what else the command is."""
-    config = read_options(argv)
-    _, function = COMMANDS[argv[0]]
-    if isinstance(config, (PlotConfig, ExportConfig, race.AllConfig)):
-        return function(config)
-    if isinstance(config, CompareConfig):
-        return compare(named_variants(argv, config), config, argv, relative_speeds)
+def measure(argv: list[str], config: Any, function: Callable[..., list[dict]]) -> None:
+    """Print the figures of a command, and write them down."""
     if config.json and not os.path.isdir(folder := os.path.dirname(config.json) or "."):
         fail(f"json={config.json}: there is no folder {folder}; make it first")
     machine = race.machine(pick_device(config.device))
@@ -306,8 +285,15 @@ def run(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    config = read_options(argv)
+    _, function = COMMANDS[argv[0]]
     with explained("", "mend the path", "halve --batch_size (or, for decode, --num_samples)"):
-        run(argv)
+        if argv[0] in ("plot", "export", "convert"):
+            function(config)
+        elif argv[0] == "compare":
+            compare(named_variants(argv, config), config, argv, relative_speeds)
+        else:
+            measure(argv, config, function)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from typing import Any, Literal
 import numpy as np
 
 from config import read_config
-from support.errors import UserError, cli, fail, reason
+from support.errors import UserError, cli, explained, fail, reason
 from support.files import locked, rename, sha256, write_json
 from support.meta import SPLITS, load_meta
 from support.text import Piece, cut_in_two, dataset_pieces, file_pieces, list_files, record_pieces
@@ -451,12 +451,11 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     config, _ = read_config(PrepareConfig, argv, positional="corpus", usage=__doc__)
     try:
-        prepare(config)
+        with explained(config.data_dir, "once that is mended, the same command continues",
+                       "lower --num_proc; the same command continues"):
+            prepare(config)
     except KeyboardInterrupt:
         fail("interrupted; the same command continues")
-    except OSError as error:
-        fail(f"{error.filename or config.data_dir}: {error.strerror or error}; once that is "
-             f"mended, the same command continues")
 
 
 if __name__ == "__main__":

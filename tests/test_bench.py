@@ -94,7 +94,7 @@ def test_random_batches_are_like_the_trainers():
 
 @pytest.mark.parametrize("argv, said", [
     ([], ["speed | decode"]), (["sped"], ["no command sped", "speed"]),
-    (["decode", *TINY, "--nanogpt=nowhere"], ["nowhere has no model.py"]),
+    (["decode", *TINY, "--nanogpt=nowhere"], ["nowhere/model.py", "No such file"]),
     (["speed", *TINY, "--variants", "n_layr=1"], ["n_layr", "n_layer"]),
     (["speed", "--repeats=0"], ["repeats=0", "at least 1"]),
     (["speed", "--max_new_tokens=3"], ["unknown option max_new_tokens"]),
@@ -118,14 +118,21 @@ def test_help_is_of_the_command(capsys):
                        "decode": (False, True, True)}[argv[0]]
 
 
-def test_a_measuring_process_that_is_killed_is_one_line():
-    refused(lambda: bench.in_a_process(os._exit, 137), "was killed")
+def killed(*_):
+    os._exit(137)
+
+
+def test_a_measuring_process_that_is_killed_is_one_line(monkeypatch):
+    monkeypatch.setattr(bench, "peak_memory", killed)
+    refused(lambda: bench.main(["memory", *TINY]), "was killed")
 
 
 def test_memory_does_not_count_what_the_parent_had(tmp_path):
-    """Linux carries getrusage's maximum over to a started process."""
+    """Linux carries getrusage's maximum over to a started process. Nothing is imported before it is
+    needed."""
     program = """
 import sys, bench
+assert not {"lm_eval", "transformers", "datasets", "matplotlib"} & set(sys.modules)
 if __name__ == "__main__":
     held = bytearray(2 * 10**9)
     del held

@@ -45,8 +45,8 @@ class ConvertConfig(ExportConfig):
     """Make a momentum model of a trained GPT: same logits, to train on."""
 
     out: str | None = None  # the .pt file to write
-    template: str = "gd"  # polyak, nesterov or tmm
-    velocity_norm: str = "update"  # none, which alone leaves the logits as they are
+    template: Literal["nesterov", "polyak", "tmm"] = "nesterov"  # the momentum model's
+    velocity_norm: Literal["none"] = "none"  # N_v would rescale every step, and change the logits
     velocity_init: Literal["embed", "zero"] = "embed"  # how the velocity starts
     scalar_map: Literal["sigmoid", "softplus"] = "sigmoid"  # range of mu and beta: (0, 1), (0, inf)
     raw_init: float = -20.0  # raw mu and beta; -10 learns faster, from less exact logits
@@ -54,20 +54,13 @@ class ConvertConfig(ExportConfig):
 
     def rules(self, rule: Callable[[bool, str], None]) -> None:
         super().rules(rule)
-        rule(self.template in ("polyak", "nesterov", "tmm"),
-             f"template={self.template}: convert makes polyak, nesterov or tmm; name one of them")
-        rule(self.velocity_norm == "none",
-             f"velocity_norm={self.velocity_norm}: N_v rescales every step, so that the logits "
-             f"cannot stay; add --velocity_norm=none")
         rule((self.out or ".pt").endswith(".pt"), "say where to: --out=FILE.pt")
-        folder = os.path.dirname(self.out or "") or "."
-        rule(os.path.isdir(folder), f"out={self.out}: there is no folder {folder}; make it first")
         rule(self.raw_init <= -4,
              f"raw_init={self.raw_init}: mu and beta begin near 0, so that the logits stay; choose "
              f"from -20 (exact) to -4")
 
 
-def checkpoint_named(ckpt: str, data_dir: str) -> SampleConfig:
+def checkpoint_named(ckpt: str, data_dir: str = "data") -> SampleConfig:
     """--ckpt as sample.py has it: the out_dir of a run, or what init_from can be."""
     a_run = any(os.path.isfile(os.path.join(ckpt, name)) for name in ("ckpt.pt", "best.pt"))
     return SampleConfig(data_dir=data_dir, **{"out_dir" if a_run else "init_from": ckpt})
@@ -77,18 +70,15 @@ PLAIN = dict(template="gd", splitting="lie_trotter", attention="causal", ffn="ml
              norm="layernorm", position="learned", qk_norm=False)  # what GPT-2 is
 
 
-def load_source(config: ExportConfig) -> tuple[GPT, dict | None]:
-    """The model that --ckpt names, on the CPU, and what a checkpoint says of its tokenizer; None
+def load_source(config: ExportConfig) -> tuple[GPT, dict]:
+    """The model that --ckpt names, on the CPU, and what a checkpoint says of its tokenizer: nothing
     where that is not known."""
     checkpoint = load_checkpoint(checkpoint_named(config.ckpt, config.data_dir))
-    model, meta = model_from(checkpoint), checkpoint.get("tokenizer")
-    if not all(p.isfinite().all() for p in model.parameters()):
-        fail(f"the weights of {config.ckpt} are nan or infinite: its run broke; use another one")
+    meta = checkpoint.get("tokenizer") or {}
     if not meta:
         with contextlib.suppress(UserError):
-            meta = Tokenizer.from_meta(nanogpt_tokenizer(checkpoint, config.data_dir)).to_meta()
-            meta = {k: meta[k] for k in TOKENIZER_KEYS if meta.get(k)}
-    return model.eval(), meta or None
+            meta = nanogpt_tokenizer(checkpoint, config.data_dir)
+    return model_from(checkpoint).eval(), {k: meta[k] for k in TOKENIZER_KEYS if meta.get(k)}
 
 
 @contextlib.contextmanager
@@ -103,41 +93,44 @@ def new_folder(path: str, overwrite: bool) -> Iterator[str]:
         fail(f"{path} is there already; choose another --out{also}")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix=".partial-") as folder:
-        new, old = os.path.join(folder, "new"), os.path.join(folder, "old")
-        os.mkdir(new)
-        yield new
-        if os.path.lexists(path):
-            os.rename(path, old)
-        os.rename(new, path)
+        os.mkdir(f"{folder}/new")
+        yield f"{folder}/new"
+        if exported:
+            os.rename(path, f"{folder}/old")
+        os.rename(f"{folder}/new", path)
 
 
 def export(config: ExportConfig) -> None:
     """Write a model to a folder."""
     model, meta = load_source(config)
+    write = to_hf if config.format == "hf" else to_safetensors
     with new_folder(config.out, config.overwrite) as folder:
-        write = to_hf if config.format == "hf" else to_safetensors
         try:
-            notes = write(model, meta, folder)
+            note = write(model, meta, folder)
         except ImportError:
             fail(f"--format={config.format} needs a package: pip install transformers safetensors")
         weights = os.path.join(folder, "model.safetensors")
         shutil.copymode(os.path.join(folder, "config.json"), weights)  # safetensors' is 0600
-    print(f"{config.out}: {model.get_num_params(False):,} parameters", *notes, sep="\n")
+    print(f"{config.out}: {model.get_num_params(False):,} parameters\n{note}")
 
 
-def to_safetensors(model: GPT, meta: dict | None, folder: str) -> list[str]:
+def about(model: GPT, meta: dict) -> dict:
+    """What a checkpoint of ours says beside its weights."""
+    return {"model_args": asdict(model.config)} | ({"tokenizer": meta} if meta else {})
+
+
+def to_safetensors(model: GPT, meta: dict, folder: str) -> str:
     """The weights as they are, the tied ones once; model_args and tokenizer in config.json."""
     from safetensors.torch import save_file
 
     weights = {n: w.contiguous() for n, w in model.state_dict().items() if n != "lm_head.weight"}
     save_file(weights, os.path.join(folder, "model.safetensors"), {"format": "pt"})
-    about = {"model_args": asdict(model.config)} | ({"tokenizer": meta} if meta else {})
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(about, file, indent=1)
-    return [f"tokenizer {meta['tokenizer']}" if meta else "its tokenizer is not known: left out"]
+        json.dump(about(model, meta), file, indent=1)
+    return f"tokenizer {meta['tokenizer']}" if meta else "its tokenizer is not known: left out"
 
 
-def to_hf(model: GPT, meta: dict | None, folder: str) -> list[str]:
+def to_hf(model: GPT, meta: dict, folder: str) -> str:
     """A plain GPT as a GPT-2 of transformers; biases that it does not have are zeros."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -159,18 +152,16 @@ def to_hf(model: GPT, meta: dict | None, folder: str) -> list[str]:
     hf.to(model.lm_head.weight.dtype)
     ours = transposed(model.state_dict())
     hf.load_state_dict({n: ours.get(n, torch.zeros_like(w)) for n, w in hf.state_dict().items()})
-    notes, used = [], m.vocab_used or m.vocab_size
-    if used < m.vocab_size:
-        hf.generation_config.suppress_tokens = list(range(used, m.vocab_size))
-        notes = [f"vocab_size {m.vocab_size}: the padding from {used} on stays, so that the logits "
-                 f"are the same; generate() never draws it"]
+    padding = range(m.vocab_used or m.vocab_size, m.vocab_size)
+    if padding:  # stays, so that the logits are the same, and is never drawn
+        hf.generation_config.suppress_tokens = list(padding)
     hf.save_pretrained(folder, max_shard_size="1TB")
-    if meta and meta["tokenizer"] in ("gpt2", "r50k_base"):
-        save_tokenizer(meta["tokenizer"], m.block_size, folder)
-        return [*notes, "with its tokenizer, GPT-2's"]
-    name = meta["tokenizer"] if meta else "unknown"
-    return [*notes, f"without its tokenizer ({name}): only GPT-2's is exported; for sample.py use "
-                    f"--format=safetensors"]
+    name = meta.get("tokenizer", "unknown")
+    if name in ("gpt2", "r50k_base"):
+        save_tokenizer(name, m.block_size, folder)
+        return "with its tokenizer, GPT-2's"
+    return f"without its tokenizer ({name}): only GPT-2's is exported; for sample.py use " \
+           f"--format=safetensors"
 
 
 def save_tokenizer(name: str, block_size: int, folder: str) -> None:
@@ -197,8 +188,9 @@ def convert(config: ConvertConfig) -> None:
         fail(f"{config.ckpt} has template={old.config.template}, velocity_init="
              f"{old.config.velocity_init}: only template=gd without second tables is converted")
     torch.manual_seed(config.seed)
-    new = GPT(replace(old.config, template=config.template, velocity_norm="none",
-                      velocity_init=config.velocity_init, scalar_map=config.scalar_map))
+    new = GPT(replace(old.config, template=config.template,
+                      velocity_norm=config.velocity_norm, velocity_init=config.velocity_init,
+                      scalar_map=config.scalar_map))
     new.to(old.lm_head.weight.dtype).load_state_dict(old.state_dict(), strict=False)
     with torch.no_grad():
         for block in new.transformer.h:
@@ -209,8 +201,7 @@ def convert(config: ConvertConfig) -> None:
         size = old.config.vocab_used or old.config.vocab_size
         idx = torch.randint(size, (1, min(old.config.block_size, 256)))
         logits, converted = (model.eval()(idx, idx)[0] for model in (old, new))
-    about = {"model_args": asdict(new.config)} | ({"tokenizer": meta} if meta else {})
-    write_file({"model": new.state_dict()} | about, config.out)
+    write_file({"model": new.state_dict()} | about(new, meta), config.out)
     tokenizer = f"the {meta['tokenizer']} tokenizer's" if meta else "its"
     print(f"{config.out}: {config.template}, {new.get_num_params(False):,} parameters\n"
           f"on random tokens the logits, of up to {logits.abs().max():.3g}, changed by up to "

@@ -14,16 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from config import check_rules
 from model import GPT, GPTConfig
-from support.checkpoint import model_from, read_checkpoint
 from support.device import autocast, pick_device, pick_dtype, tune_allocator
 from support.errors import fail
 from support.meta import load_meta
@@ -36,12 +35,12 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @dataclass
 class RaceConfig:
-    """What loss, prepare and all share."""
+    """What loss and prepare share."""
 
     nanogpt: str | None = None  # folder of nanoGPT's code, to run beside ours
     repeats: int = 5  # measurements of each
     device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
-    data_dir: str = "data"  # where the data folders are
+    json: str | None = None  # a file to write the figures to
 
     def __post_init__(self) -> None:
         check_rules(self)
@@ -54,21 +53,18 @@ class RaceConfig:
 class LossConfig(RaceConfig):
     """Wall time to nanoGPT's loss on Shakespeare's characters (TinyStories on a GPU)."""
 
-    json: str | None = None  # a file to write the figures to
+    data_dir: str = "data"  # where the data folders are
 
 
 @dataclass
-class PreparingConfig(LossConfig):
+class PreparingConfig(RaceConfig):
     """Preparing data: tokens per second and core, resident memory of all processes together."""
 
     input: str | None = None  # a text file of documents, with <|endoftext|> between them
 
-
-@dataclass
-class AllConfig(RaceConfig):
-    """The README's whole table for this machine, one command after the other."""
-
-    input: str | None = None  # prepare: a text file of documents
+    def rules(self, rule: Callable[[bool, str], None]) -> None:
+        super().rules(rule)
+        rule(self.input is not None, "name a text file of documents: --input=FILE")
 
 
 # -----------------------------------------------------------------------------
@@ -91,27 +87,25 @@ class Variant:
 
 def seconds(run: Callable[[], None], device: torch.device) -> float:
     """How long run() takes, to the end of what it started on the device."""
-    def synchronise() -> None:
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-
-    synchronise()
     start = time.perf_counter()
     run()
-    synchronise()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - start
 
 
 def alternate(variants: list[Variant], repeats: int) -> list[dict]:
     """Rows of figures. Each variant warms up twice, which compiles it, then all take turns."""
-    def turn(variant: Variant) -> float:
-        tune_allocator(variant.tuned)
-        return seconds(variant.run, variant.device)
+    def turns() -> list[float]:
+        took = []
+        for variant in variants:
+            tune_allocator(variant.tuned)
+            took.append(seconds(variant.run, variant.device))
+        return took
 
-    warm_up = [turn(variant) for variant in variants]
-    for variant in variants:
-        variant.run()
-    rates = [[variant.tokens / turn(variant) for variant in variants] for _ in range(repeats)]
+    warm_up, _ = turns(), turns()
+    rates = [[variant.tokens / took for variant, took in zip(variants, turns(), strict=True)]
+             for _ in range(repeats)]
     rows = [{"variant": variant.name, "parameters": variant.parameters, "warm_up_s": first}
             for variant, first in zip(variants, warm_up, strict=True)]
     return medians(rows, "tokens_per_s", rates)
@@ -167,10 +161,8 @@ def machine(device: torch.device) -> str:
 
 def nanogpt_model(config: Any) -> torch.nn.Module:
     """The model of these options from the model.py in config.nanogpt, on its device."""
-    path = os.path.join(config.nanogpt, "model.py")
-    if not os.path.isfile(path):
-        fail(f"nanogpt={config.nanogpt} has no model.py; git clone nanoGPT, and name its folder")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    spec = importlib.util.spec_from_file_location(
+        "nanogpt_model", os.path.join(config.nanogpt, "model.py"))
     module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
     with contextlib.redirect_stdout(None):
         spec.loader.exec_module(module)
@@ -185,30 +177,31 @@ def nanogpt_args(config: Any) -> dict:
         "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")}
 
 
+def nanogpt_dtype(config: Any) -> torch.dtype:
+    """nanoGPT computes in fp32 on a CPU, in bf16 or fp16 on a GPU."""
+    device = pick_device(config.device)
+    return torch.float32 if device.type == "cpu" else pick_dtype(config.dtype, device)
+
+
 def nanogpt_training(config: Any, steps: int, compiled: bool) -> Variant:
-    """Steps as in nanoGPT's train.py: on a CPU in fp32, on a GPU in bf16 or fp16."""
+    """Steps as in nanoGPT's train.py."""
     model, device, T = nanogpt_model(config), pick_device(config.device), config.block_size
-    dtype = torch.float32
-    if device.type != "cpu":
-        bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
-        dtype = torch.bfloat16 if bf16 else torch.float16
+    dtype, micro_steps = nanogpt_dtype(config), config.gradient_accumulation_steps
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     with contextlib.redirect_stdout(None):
         optimizer = model.configure_optimizers(
             config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type)
     trained = torch.compile(model) if compiled else model
-    data = np.random.default_rng(0).integers(config.vocab_size, size=2_000_000).astype(np.uint16)
+    data = torch.randint(config.vocab_size, (2_000_000,))
 
     def batch() -> list[torch.Tensor]:
-        starts = torch.randint(len(data) - T, (config.batch_size,))
-        rows = [torch.stack([torch.from_numpy(data[i + k:i + k + T].astype(np.int64))
-                             for i in starts]) for k in (0, 1)]
+        starts = torch.randint(len(data) - T, (config.batch_size,)).tolist()
+        rows = [torch.stack([data[i + k:i + k + T] for i in starts]) for k in (0, 1)]
         if device.type == "cuda":
             rows = [row.pin_memory() for row in rows]
         return [row.to(device, non_blocking=True) for row in rows]
 
     ahead = [batch()]
-    micro_steps = config.gradient_accumulation_steps
 
     def run() -> None:
         for _ in range(steps):
@@ -216,7 +209,7 @@ def nanogpt_training(config: Any, steps: int, compiled: bool) -> Variant:
                 x, y = ahead.pop()
                 with autocast(device, dtype):
                     loss = trained(x, y)[1] / micro_steps
-                ahead.append(batch())
+                ahead.append(batch())  # while the device computes
                 scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or torch.inf)
@@ -235,12 +228,11 @@ def nanogpt_training(config: Any, steps: int, compiled: bool) -> Variant:
 def nanogpt_decoding(config: Any) -> Variant:
     """nanoGPT's own continuations of 16 tokens."""
     model, device = nanogpt_model(config).eval(), pick_device(config.device)
-    dtype = torch.float32 if device.type == "cpu" else pick_dtype(config.dtype, device)
     prompt = torch.randint(config.vocab_size, (config.num_samples, 16), device=device)
 
     @torch.no_grad()
     def run() -> None:
-        with autocast(device, dtype):  # of which its sample.py has none on a CPU
+        with autocast(device, nanogpt_dtype(config)):
             model.generate(prompt, config.max_new_tokens, temperature=0.8, top_k=200)
 
     return decoding_variant("nanogpt", model, run, config, tuned=False)
@@ -262,22 +254,18 @@ def decoding_variant(name: str, model: torch.nn.Module, run: Callable[[], None],
 
 def program(*argv: str, cwd: str = HERE, **environment: str) -> tuple[float, float]:
     """Run Python to its end: (wall seconds, the largest resident MB of all its processes together
-    where /proc tells). UserError if it fails."""
+    where /proc tells). UserError if it fails; its errors are printed as they come."""
     environment = os.environ | environment
     environment.pop("THP_MEM_ALLOC_ENABLE", None)  # which tune_allocator sets, for this process
-    with tempfile.TemporaryFile() as output:
-        start, most = time.perf_counter(), 0
-        process = subprocess.Popen([sys.executable, *argv], cwd=cwd, stdout=output,
-                                   stderr=subprocess.STDOUT, env=environment)
-        while process.poll() is None:
-            most = max(most, resident(process.pid))
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.02)
-        took = time.perf_counter() - start
-        output.seek(0)
-        lines = output.read().decode(errors="replace").strip().splitlines()
+    start, most = time.perf_counter(), 0
+    process = subprocess.Popen([sys.executable, *argv], cwd=cwd, env=environment,
+                               stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        most = max(most, resident(process.pid))
+        time.sleep(0.01)
+    took = time.perf_counter() - start
     if process.returncode:
-        fail(f"{shlex.join(argv)} failed: {lines[-1] if lines else ''}")
+        fail(f"{shlex.join(argv)} failed, as it says above")
     return took, most / 1e6
 
 
@@ -307,110 +295,69 @@ def time_to_loss(config: LossConfig) -> list[dict]:
     kind = "cuda" if pick_device(config.device).type == "cuda" else "cpu"
     dataset, preset, nanogpt_options = RECIPES[kind]
     data_dir = os.path.abspath(config.data_dir)
-    data = os.path.join(data_dir, dataset)
-    if not os.path.isfile(os.path.join(data, "meta.json")):
-        fail(f"there is no {data}; make it: python prepare.py {dataset}")
+    load_meta(os.path.join(data_dir, dataset))  # or it says how to make them
     with tempfile.TemporaryDirectory() as folder:
-        ours = ["train.py", f"config/{preset}.py", f"--data_dir={data_dir}", "--overwrite",
-                f"--out_dir={folder}/out", f"--device={config.device or 'auto'}"]
-        runs = {preset: (ours, HERE, folder)}  # name -> command, where it runs, where its out is
+        code, commands = os.path.join(folder, "nanogpt"), {}
         if config.nanogpt:
-            code = os.path.join(folder, "nanogpt")
-            copy_nanogpt(config.nanogpt, code, data)
-            argv = ["train.py", "config/train_shakespeare_char.py", *nanogpt_options.split()]
-            runs = {"nanogpt": ([*argv, "--out_dir=out"], code, code), **runs}
-        turns = [[program(*argv, cwd=cwd)[0] for argv, cwd, _ in runs.values()]
-                 for _ in range(config.repeats)]
+            copy_nanogpt(config.nanogpt, code, os.path.join(data_dir, dataset))
+            commands["nanogpt"] = ["train.py", "config/train_shakespeare_char.py",
+                                   *nanogpt_options.split()]
+        commands[preset] = ["train.py", f"config/{preset}.py", f"--data_dir={data_dir}",
+                            "--overwrite", f"--device={config.device or 'auto'}"]
+        turns = [[program(*argv, f"--out_dir={folder}/out-{name}",
+                          cwd=code if name == "nanogpt" else HERE)[0]
+                  for name, argv in commands.items()] for _ in range(config.repeats)]
         rows = []
-        for name, (_, _, place) in runs.items():
-            ckpt = os.path.join(place, "out", "ckpt.pt")
-            (evaluated,) = judge(EvalConfig(ckpt=ckpt, data=dataset, data_dir=data_dir,
-                                            eval_tokens=2**62, device=config.device))
-            rows.append({"variant": name, "val_loss": evaluated["nats"],
-                         "parameters": model_from(read_checkpoint(ckpt)).get_num_params(False)})
+        for name in commands:
+            (evaluated,) = judge(EvalConfig(ckpt=f"{folder}/out-{name}/ckpt.pt", data=dataset,
+                                            data_dir=data_dir, eval_tokens=2**62,
+                                            device=config.device))
+            rows.append({"variant": name, "val_loss": evaluated["nats"]})
     return medians(rows, "seconds", turns)
 
 
 def copy_nanogpt(source: str, target: str, data: str) -> None:
     """nanoGPT's code with our data."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".git", "assets"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".git", "assets", "*.bin"))
     folder = os.path.join(target, "data", os.path.basename(data))
-    os.makedirs(folder, exist_ok=True)
-    for split in ("train", "val"):
-        shutil.copy(os.path.join(data, f"{split}.bin"), folder)
+    shutil.copytree(data, folder, dirs_exist_ok=True)
     with open(os.path.join(folder, "meta.pkl"), "wb") as file:
         pickle.dump({"vocab_size": load_meta(data)["padded_vocab_size"]}, file)
 
 
 def preparing(config: PreparingConfig) -> list[dict]:
-    if config.input is None:
-        fail("name a text file of documents: --input=FILE")
     with tempfile.TemporaryDirectory() as folder:
-        runs = {"prepare.py": ["prepare.py", "openwebtext", f"--data_dir={folder}", "--overwrite",
-                               f"--input={os.path.abspath(config.input)}"]}
-        bins = {"prepare.py": os.path.join(folder, "openwebtext")}
+        commands = {}
         if config.nanogpt:
-            bins["nanogpt"] = os.path.join(folder, "nanogpt")
-            runs = {"nanogpt": [write_nanogpt_script(config, folder, bins["nanogpt"])], **runs}
-        rows, turns = [{"variant": name, "peak_mb": 0.0} for name in runs], []
+            commands["nanogpt"] = [nanogpt_script(config, folder)]
+        commands["prepare.py"] = ["prepare.py", "openwebtext", "--overwrite",
+                                  f"--data_dir={folder}/prepare.py",
+                                  f"--input={os.path.abspath(config.input)}"]
+        rows, turns = [{"variant": name, "peak_mb": 0.0} for name in commands], []
         for _ in range(config.repeats):
             turns.append([])
             for row in rows:
-                cache = os.path.join(folder, "cache")
+                name, cache = row["variant"], os.path.join(folder, "cache")
                 shutil.rmtree(cache, ignore_errors=True)
-                took, peak_mb = program(*runs[row["variant"]], HF_HOME=cache)
+                took, peak_mb = program(*commands[name], HF_HOME=cache)
                 row["peak_mb"] = max(row["peak_mb"], peak_mb)
-                row["tokens"] = sum(os.path.getsize(f"{bins[row['variant']]}/{split}.bin") // 2
-                                    for split in ("train", "val"))
+                bins = Path(folder, name).rglob("*.bin")
+                row["tokens"] = sum(path.stat().st_size // 2 for path in bins)
                 turns[-1].append(row["tokens"] / took / (os.cpu_count() or 1))
     return medians(rows, "tokens_per_s_core", turns)
 
 
-def write_nanogpt_script(config: PreparingConfig, folder: str, bins: str) -> str:
-    """nanoGPT's OpenWebText script for the documents of a file; returns its path, in `bins`."""
-    documents, path = os.path.join(folder, "documents.jsonl"), os.path.join(bins, "prepare.py")
-    with open(config.input, encoding="utf-8") as text, open(documents, "w") as file:
-        for document in text.read().split(END_OF_TEXT):
-            if document.strip():
-                file.write(json.dumps({"text": document.strip("\n")}) + "\n")
-    with open(os.path.join(config.nanogpt, "data", "openwebtext", "prepare.py")) as file:
-        script = file.read()
+def nanogpt_script(config: PreparingConfig, folder: str) -> str:
+    """nanoGPT's OpenWebText script for the documents of a file; its path, in folder/nanogpt."""
+    path, documents = Path(folder, "nanogpt", "prepare.py"), Path(folder, "documents.jsonl")
+    texts = Path(config.input).read_text(encoding="utf-8").split(END_OF_TEXT)
+    documents.write_text("".join(json.dumps({"text": text.strip("\n")}) + "\n"
+                                 for text in texts if text.strip()))
+    script = Path(config.nanogpt, "data", "openwebtext", "prepare.py").read_text()
     script = script.replace("num_proc = 8", f"num_proc = {os.cpu_count()}")
     script = script.replace('load_dataset("openwebtext", num_proc=num_proc_load_dataset)',
                             f'load_dataset("json", data_files="{documents}")')
     script = script.replace("total_batches = 1024", "total_batches = min(1024, len(dset))")
-    os.mkdir(bins)
-    with open(path, "w") as file:
-        file.write(script)
-    return path
-
-
-# -----------------------------------------------------------------------------
-# All of them
-
-
-CHAR = "config/shakespeare_char.py --vocab_size=65 --dropout=0 --batch_size=16"
-SMALL = "config/gpt2_124m.py"
-TABLE = (  # MODEL: the first on a CPU, the second on a GPU
-    "speed MODEL ONCE REPEATS NANOGPT",
-    "speed MODEL ONCE REPEATS --compile=True --variants template=gd template=nesterov template=tmm",
-    "speed MODEL ONCE REPEATS --compile=True --norm=rmsnorm "
-    "--variants 'ffn=swiglu ffn_hidden=1024' 'ffn=hourglass ffn_hidden=256'",
-    "prepare INPUT REPEATS NANOGPT",
-    f"decode {SMALL} REPEATS NANOGPT "
-    "--variants template=gd template=nesterov 'template=gd compile=True'",
-    f"memory {SMALL} ONCE --batch_size=4 --block_size=512 NANOGPT "
-    "--variants template=gd activation_checkpointing=True template=nesterov",
-    "loss DATA REPEATS NANOGPT")
-
-
-def table_commands(config: AllConfig) -> Iterator[list[str]]:
-    """The command line of each part of the table for this device."""
-    model = f"{SMALL} --batch_size=32" if pick_device(config.device).type == "cuda" else CHAR
-    words = {"MODEL": model, "ONCE": "--gradient_accumulation_steps=1"}
-    for word, option in (("INPUT", "input"), ("NANOGPT", "nanogpt"), ("DATA", "data_dir"),
-                         ("REPEATS", "repeats")):
-        words[word] = shlex.quote(f"--{option}={getattr(config, option) or 'auto'}")
-    for command in TABLE:
-        replaced = " ".join(words.get(word, word) for word in command.split())
-        yield [*shlex.split(replaced), f"--device={config.device or 'auto'}"]
+    path.parent.mkdir()
+    path.write_text(script)
+    return str(path)

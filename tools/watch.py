@@ -14,16 +14,12 @@ from torch.nn import functional as F
 
 from config import check_rules
 from model import GPT
-from support.checkpoint import (
-    checkpoint_config,
-    holds_weights,
-    model_from,
-    read_checkpoint,
-    read_latest,
-)
+from sample import load_checkpoint
+from support.checkpoint import checkpoint_config, model_from
 from support.data import Tokens
 from support.errors import fail, reason
 from support.meta import load_meta
+from tools.exchange import checkpoint_named
 
 AXES = {"steps": ("iter", "step"), "tokens": ("tokens", "training tokens"),
         "seconds": ("seconds", "wall time (s)"), "flops": ("flops", "training FLOPs")}
@@ -38,7 +34,7 @@ class PlotConfig:
     x: Literal["steps", "tokens", "seconds", "flops"] = "steps"  # what losses are drawn over
     plot: str | None = None  # the PNG; auto: losses.png, scalars.png, path.png
     data: str | None = None  # path: a data folder; auto: that of each run
-    data_dir: str = "data"  # path: where the data folders are
+    data_dir: str | None = None  # path: where the data folders are; auto: where the run had them
 
     def __post_init__(self) -> None:
         check_rules(self)
@@ -48,8 +44,6 @@ class PlotConfig:
                               "OUT_DIR...")
         rule((self.plot or ".png").endswith(".png"),
              f"plot={self.plot}: a picture is a PNG; end the name in .png")
-        folder = os.path.dirname(self.plot or "") or "."
-        rule(os.path.isdir(folder), f"plot={self.plot}: there is no folder {folder}; make it first")
 
 
 def plot(config: PlotConfig) -> None:
@@ -68,12 +62,12 @@ def plot(config: PlotConfig) -> None:
 
 
 @contextlib.contextmanager
-def picture(path: str, width: float, height: float, dpi: int = 120) -> Iterator:
+def picture(path: str, width: float, height: float) -> Iterator:
     """A matplotlib figure, in inches, that becomes a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     yield figure
     for axes in figure.axes:
         axes.grid(alpha=0.3)
@@ -100,14 +94,6 @@ def read_log(out_dir: str) -> list[dict]:
     return records
 
 
-def checkpoint_of(run: str) -> dict:
-    """A run's latest checkpoint, or that of a file or an exported folder; UserError where there is
-    none."""
-    if os.path.isfile(run) or holds_weights(run):
-        return read_checkpoint(run)
-    return read_latest(run) or read_checkpoint(os.path.join(run, "ckpt.pt"))
-
-
 # -----------------------------------------------------------------------------
 # Losses
 
@@ -122,7 +108,8 @@ def draw_losses(runs: Iterable[str], path: str, x: str) -> None:
             records, color = read_log(run), f"C{i}"
             if x == "flops":
                 with torch.device("meta"):
-                    flops = GPT(checkpoint_config(checkpoint_of(run))).flops_per_token()
+                    model = GPT(checkpoint_config(load_checkpoint(checkpoint_named(run))))
+                flops = model.flops_per_token()
                 records = [r | {"flops": r.get("tokens", 0) * flops} for r in records]
             for kind, loss, style in (("train", "loss", dict(lw=0.7, alpha=0.4)),
                                       ("eval", "val_loss", dict(marker="o", ms=3.5))):
@@ -132,8 +119,8 @@ def draw_losses(runs: Iterable[str], path: str, x: str) -> None:
                     xs, losses = zip(*points, strict=True)
                     axes.plot(xs, losses, color=color, label=f"{name}, {kind}: {losses[-1]:.4f}",
                               **style)
-                    if kind == "eval":
-                        top = max(top, *losses[1:2], 0.0)
+                    if kind == "eval" and len(losses) > 1:
+                        top = max(top, losses[1])
         axes.set_ylim(top=1.05 * top or None)
         axes.legend(fontsize="small")
 
@@ -149,11 +136,12 @@ def logged_scalars(runs: Iterable[str]) -> dict[str, list[dict]]:
     """Name of each run -> the learned scalars that it has logged."""
     logs = {name: [r["scalars"] | {"step": r["iter"]} for r in read_log(run) if "scalars" in r]
             for run, name in run_names(runs).items()}
+    without = ", ".join(name for name, log in logs.items() if not log)
     if not any(logs.values()):
-        fail(f"{', '.join(runs)}: no learned scalars in log.jsonl; a momentum template "
+        fail(f"{without}: no learned scalars in log.jsonl; a momentum template "
              f"(--template=nesterov) logs them at every evaluation")
-    if without := [name for name, log in logs.items() if not log]:
-        print(f"no learned scalars in {', '.join(without)}")
+    if without:
+        print(f"no learned scalars in {without}")
     return logs
 
 
@@ -163,8 +151,7 @@ def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
 
     logs: name of a run -> records of its step and, by name, its scalars: layers -> substeps."""
     names = list(dict.fromkeys(k for log in logs.values() for r in log for k in r if k != "step"))
-    dpi = 120 if len(names) < 5 else 80  # a file of moderate size
-    with picture(path, 9, 2.2 * len(names) + 0.6, dpi) as figure:
+    with picture(path, 9, 2.2 * len(names) + 0.6) as figure:
         grid = figure.subplots(len(names), 2, squeeze=False)
         for name, (by_layer, over_time) in zip(names, grid, strict=True):
             by_layer.set(ylabel=name, xlabel="layer")
@@ -196,14 +183,12 @@ def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
 
 def model_and_tokens(run: str, config: PlotConfig) -> tuple[GPT, torch.Tensor]:
     """A run's model, and 16 windows (16, T) of its validation split, or of that of --data."""
-    checkpoint = checkpoint_of(run)
+    checkpoint = load_checkpoint(checkpoint_named(run))
     model, trained = model_from(checkpoint).eval(), checkpoint.get("config", {})
     dataset = config.data or trained.get("dataset")
     if not dataset:
-        fail(f"{run} does not say its data; name a folder in {config.data_dir}: --data=NAME")
-    folder = os.path.join(trained.get("data_dir", ""), dataset)
-    if config.data or not os.path.isdir(folder):
-        folder = os.path.join(config.data_dir, dataset)
+        fail(f"{run} does not say its data; name a folder in data_dir: --data=NAME")
+    folder = os.path.join(config.data_dir or trained.get("data_dir", "data"), dataset)
     meta, T = load_meta(folder), model.config.block_size
     if meta["vocab_size"] > model.config.vocab_size:
         fail(f"{folder} has {meta['vocab_size']} token ids, and {run} only "
@@ -219,13 +204,11 @@ def residual_path(model: GPT, idx: torch.Tensor) -> tuple[list[float], list[floa
     xs: list[torch.Tensor] = []
     hooks = [block.register_forward_pre_hook(lambda _, inputs: xs.append(inputs[0][0]))
              for block in model.transformer.h]
-    hooks.append(model.transformer.h[-1].register_forward_hook(
-        lambda _, __, state: xs.append(state[0])))
-    try:
-        model(idx)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks.append(model.transformer.ln_f.register_forward_pre_hook(
+        lambda _, inputs: xs.append(inputs[0])))
+    model(idx)
+    for hook in hooks:
+        hook.remove()
     steps = torch.stack(xs).double().diff(dim=0)  # (L, B, T, C)
     cosines = F.cosine_similarity(steps[1:], steps[:-1], dim=-1).clamp(-1, 1)
     angles = cosines.arccos().rad2deg().mean(dim=(1, 2))
