@@ -44,7 +44,8 @@ def variants():
     yield "adamw", dict(template="adamw")
     for splitting in SPLITTINGS:
         yield f"hourglass-{splitting}", dict(splitting=splitting, **HOURGLASS)
-    yield "hourglass-bias", dict(HOURGLASS, bias=True, norm="layernorm", position="learned")
+    yield "hourglass-bias", dict(  # d_a = 3 x 6 beside d = 16
+        HOURGLASS, bias=True, norm="layernorm", position="learned", n_head=3, head_dim=6)
     each = dict(HOURGLASS, ffn_substeps="each")
     yield "hourglass-each", dict(each, splitting="strang")
     yield "polyak-hourglass-each", dict(each, template="polyak", velocity_norm="none")
