@@ -394,7 +394,7 @@ def zero_by_algebra(options):
 
 @every_variant
 def test_gradients_reach_every_parameter(name):
-    """All but those that are zero by algebra, and a step along them changes the loss as they say."""
+    """But those that are zero by algebra; a step along them changes the loss as they say."""
     model, step = build(**VARIANTS[name]), 1e-6
     grads = loss_and_gradients(model)[1]
     zero = {p for p, g in grads.items() if g is None or g.abs().max() == 0}
@@ -495,7 +495,8 @@ def test_generation_is_reproducible_and_never_draws_padded_rows():
 # --------------------------------------------------------------------------------------- refusals
 
 each_substep = dict(ffn="hourglass", ffn_substeps="each")
-REFUSED = [  # options, and words that the message must contain: the option, its value, the fix
+REFUSED = [  # options, and words that the message must contain: the option, its value, the fix;
+    # single numbers are in tests/hostile
     (dict(template="adam", splitting="strang"), "splitting strang adam lie_trotter"),
     (dict(template="imex", splitting="euler"), "splitting euler imex lie_trotter"),
     (dict(template="symplectic", splitting="strang"), "splitting strang symplectic lie_trotter"),
@@ -507,19 +508,13 @@ REFUSED = [  # options, and words that the message must contain: the option, its
     (dict(template="symplectic", velocity_norm="none"), "velocity_norm none symplectic update"),
     (dict(n_embd=18, n_head=4), "n_embd 18 n_head 4 head_dim"),
     (dict(position="rope", n_embd=18, n_head=2), "head_dim 9 rope even"),
-    (dict(dropout=1.0), "dropout 1.0"),
-    (dict(dropout=-0.1), "dropout -0.1"),
     (dict(template="nesterov", mu_init=1.0), "mu_init 1.0 softplus"),
-    (dict(template="tmm", scalar_map="softplus", mu_init=-1.0), "mu_init -1.0"),
-    (dict(beta_init=0.0, gamma_init=0.0), "beta_init 0.0 gamma_init 0.0"),
-    (dict(imex_steps=0, ffn_depth=0, n_layer=0, block_size=0),
-     "imex_steps 0 ffn_depth n_layer block_size"),
     (dict(vocab_used=49), "vocab_used 49 vocab_size 48"),
-    *((dict(template="polyak") | {option: "other"}, f"{option} other {value}") for option, value in [
+    *(({"template": "polyak", option: "other"}, f"{option} other {value}") for option, value in (
         ("template", "nesterov"), ("splitting", "strang"), ("norm", "rmsnorm"),
         ("position", "rope"), ("ffn", "swiglu"), ("activation", "gelu_tanh"),
         ("ffn_substeps", "joint"), ("velocity_init", "embed"), ("velocity_norm", "read"),
-        ("scalar_map", "softplus"), ("attention", "causal")]),
+        ("scalar_map", "softplus"), ("attention", "causal"))),
 ]
 
 
@@ -603,13 +598,6 @@ def test_every_parameter_has_one_role(name):
     assert set(roles["embedding"]) == tables & set(parameters)
     assert set(roles["matrix"]) == {n for n, p in parameters.items() if p.ndim == 2} - tables
     assert set(roles["scalar"]) == {n for n in parameters if ".steps." in n and ".norm" not in n}
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    assert isinstance(optimizer, torch.optim.AdamW)
-    seen = [p for group in optimizer.param_groups for p in group["params"]]
-    assert len(seen) == len({id(p) for p in seen}) == len(parameters)
-    for group in optimizer.param_groups:
-        assert group["betas"] == (0.9, 0.95)
-        assert all(group["weight_decay"] == 0.1 * (p.ndim == 2) for p in group["params"])
 
 
 def test_num_params_and_mfu_are_nanogpts():
