@@ -43,9 +43,9 @@ def refused(tmp_path, *words):
     return str(error.value)
 
 
-def program(*words, start="prepare.py"):
+def program(*words):
     """Run it in a process of its own."""
-    return subprocess.run([sys.executable, start, *words], cwd=ROOT, text=True,
+    return subprocess.run([sys.executable, "prepare.py", *words], cwd=ROOT, text=True,
                           capture_output=True, timeout=60)
 
 
@@ -105,11 +105,6 @@ def sample(name):
     if not (SHARED / name).exists():
         pytest.skip(f"needs {SHARED / name}")
     return SHARED / name
-
-
-def test_importing_prepare_is_light():
-    code = "import prepare, sys; print({'torch', 'datasets', 'tiktoken', 'model'} & {*sys.modules})"
-    assert program(code, start="-c").stdout == "set()\n"
 
 
 # -----------------------------------------------------------------------------
@@ -335,9 +330,6 @@ def test_a_second_run_is_kept_out(tmp_path, command):
     ("pydoc --val_split=x", "is for text from the Hub"),
     ("tinystories --val_input=x", "--val_input needs --input"),
     ("text --input=x --val_input=y --val_fraction=0.1", "does not go with"),
-    ("pydoc --val_fraction=1", "val_fraction=1.0: expected more than 0 and less than 1"),
-    ("pydoc --num_proc=0", "num_proc=0: expected at least 1"),
-    ("pydoc --name=../x", "without slashes"),
     ("text --input=no/such", "no file or folder no/such"),
     ("pydoc --tokenizer=gtp2", "no tokenizer gtp2; did you mean gpt2?"),
     ("tinystorys", "did you mean tinystories?")])
@@ -356,13 +348,10 @@ def test_the_program_names_all_mistakes_and_helps():
     assert "[tinystories | openwebtext | shakespeare | shakespeare_char | pydoc | text" in helped
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"\n \n", "there is no text in"), (b"", "there is no text in"),
-    (b"x", "too little text to split"), (b"x\xff", "input.txt is not UTF-8 text: byte 1")])
-def test_text_that_cannot_be_split(tmp_path, content, message):
-    (tmp_path / "input.txt").write_bytes(content)
+def test_text_that_cannot_be_split(tmp_path):
+    (tmp_path / "input.txt").write_text("x")
     words = ["text", "--tokenizer=bytes", "--input", tmp_path / "input.txt"]
-    assert message in refused(tmp_path, *words)
+    assert "too little text to split" in refused(tmp_path, *words)
     with pytest.raises(UserError):
         load_meta(tmp_path / "data/text")
 
