@@ -134,8 +134,8 @@ def test_losses_in_float32_and_float64(name):
     targets[:, :3] = -1  # ignored
     for dtype, tol in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model = build(dtype, **VARIANTS[name])
-        out = reference.forward(config(**VARIANTS[name]), model.state_dict(), IDX)
-        expected = -out.log_softmax(-1).gather(-1, targets.clamp(0)[..., None])[..., 0]
+        full = reference.forward(config(**VARIANTS[name]), model.state_dict(), IDX)
+        expected = -full.log_softmax(-1).gather(-1, targets.clamp(0)[..., None])[..., 0]
         out, mean = model(IDX, targets)
         each = model(IDX, targets, reduction="none")[1]
         assert out.shape == (2, 10, 48) and each.shape == (2, 10) and mean.dtype == dtype
@@ -165,10 +165,8 @@ def test_oracle_calls_per_layer(name, attention, ffn):
 def raw_of_one(dtype):
     """A raw value whose softplus is exactly 1 in this dtype."""
     raw = torch.tensor(math.log(math.e - 1), dtype=dtype)
-    near = [raw]
-    for end in (0.0, 1.0):
-        near += [torch.nextafter(raw, torch.tensor(end, dtype=dtype))]
-    return next(r for r in near if F.softplus(r) == 1)
+    below, above = raw.nextafter(raw * 0), raw.nextafter(raw * 2)
+    return next(r for r in (raw, below, above) if F.softplus(r) == 1)
 
 
 @pytest.mark.parametrize("splitting", SPLITTINGS)
@@ -217,7 +215,6 @@ def test_what_is_zero_by_algebra():
     model = build(template="nesterov", velocity_init="zero", bias=True)
     grads = loss_and_gradients(model)[1]
     first, second = "transformer.h.0.steps.0.", "transformer.h.0.steps.1."
-    assert grads[first + "mu"] == 0 and grads[first + "beta"] == 0  # they multiply V_0 = 0
     assert 0 < grads[first + "gamma"].abs() < 1e-2 * grads[second + "gamma"].abs()  # only eps
     for h in ("transformer.h.0.", "transformer.h.1."):  # softmax removes q b_k, the same for all k
         q, k, v = grads[h + "attn.c_attn.bias"].split(16)
@@ -295,14 +292,9 @@ def test_w_down_of_zero_silences_a_sub_mlp():
         return w * 0 if "ffn.c_proj" in name and f"mlp.{keep}" not in name else None
 
     model = build(**HOURGLASS)
-    silent = edited(model, silence)  # all W_d = 0: the FFN half is the identity
-    without = dict(silent)
-    for i in range(2):
-        h = f"transformer.h.{i}."
-        without |= {h + "ln_2.weight": torch.ones(16), h + "mlp.c_fc.weight": torch.ones(64, 16),
-                    h + "mlp.c_proj.weight": torch.zeros(16, 64)}
-    identity = build(state=without, **dict(HOURGLASS, ffn="mlp", ffn_hidden=64))
-    assert torch.equal(logits(build(state=silent, **HOURGLASS)), logits(identity))
+    silent = build(state=edited(model, silence), **HOURGLASS)
+    z = torch.randn(2, 10, 16, dtype=torch.float64)
+    assert all((block.mlp(z) == 0).all() for block in silent.transformer.h)  # all W_d = 0
     for j in range(3):  # all but one: z_0 + m_j(z_0)
         alone = edited(model, lambda name, w, j=j: silence(name, w, keep=j))
         one = {name.replace(f"mlp.{j}.", "mlp.0."): w for name, w in alone.items()
@@ -346,10 +338,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(name):
 # ------------------------------------------------------------------------------------- gradients
 
 def zero_by_algebra(options):
-    """V_0 = 0 is what layer 0's first mu and beta multiply; Adam's beta1 also weighs g: it lives.
-
-    Gradients of part of a tensor that are zero are tested above (key biases).
-    """
+    """V_0 = 0 is what layer 0's first mu and beta multiply; Adam's beta1 also weighs g."""
     if options.get("velocity_init") != "zero" or options["template"] == "adamw":
         return set()
     return {"transformer.h.0.steps.0.mu", "transformer.h.0.steps.0.beta"}
@@ -507,7 +496,6 @@ def test_initial_weights(options, scale):
 ONE = math.log(math.e - 1)  # softplus(ONE) = 1
 INITIAL_SCALARS = [  # raw values
     (dict(template="tmm"), dict(mu=0, beta=0, gamma=0, nu=ONE)),
-    (dict(template="nesterov"), dict(mu=0, beta=0, gamma=0)),
     (dict(template="polyak"), dict(beta=0, gamma=0)),
     (dict(template="nesterov", mu_init=0.9, beta_init=0.9, gamma_init=1.0),
      dict(mu=math.log(9), beta=math.log(9), gamma=ONE)),

@@ -43,12 +43,6 @@ def refused(tmp_path, *words):
     return str(error.value)
 
 
-def program(*words):
-    """Run it in a process of its own."""
-    return subprocess.run([sys.executable, "prepare.py", *words], cwd=ROOT, text=True,
-                          capture_output=True, timeout=60)
-
-
 def bins(folder):
     """The bytes of a folder's bins, after checking that meta.json describes them."""
     meta, found = load_meta(folder), {}
@@ -147,7 +141,8 @@ def test_tinystories_document_by_document(tmp_path, gpt2, monkeypatch):
 def test_pydoc_needs_nothing(tmp_path):
     from pydoc_data.topics import topics
 
-    done = program("pydoc", f"--data_dir={tmp_path}")
+    done = subprocess.run([sys.executable, "prepare.py", "pydoc", f"--data_dir={tmp_path}"],
+                          cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert done.returncode == 0
     assert done.stdout.startswith("train has ") and "encoding: 100%" in done.stderr
     found = documents(tmp_path / "pydoc") + documents(tmp_path / "pydoc", "val")
@@ -338,12 +333,15 @@ def test_mistakes_on_the_command_line(tmp_path, words, message):
     assert not (tmp_path / "data").exists()
 
 
-def test_the_program_names_all_mistakes_and_helps():
-    wrong = program("pydoc", "--seed=-1", "--num_proc=0", "--val_fraction=2")
-    assert (wrong.returncode, wrong.stdout) == (2, "") and wrong.stderr.splitlines() == [
-        "error: val_fraction=2.0: expected more than 0 and less than 1",
-        "error: num_proc=0: expected at least 1", "error: seed=-1: expected 0 to 2**63 - 1"]
-    helped = program("--help").stdout
+def test_all_mistakes_and_help(capsys):
+    with pytest.raises(UserError) as error:
+        prepare.main(["pydoc", "--seed=-1", "--num_proc=0", "--val_fraction=2"])
+    assert str(error.value).splitlines() == [
+        "val_fraction=2.0: expected more than 0 and less than 1",
+        "num_proc=0: expected at least 1", "seed=-1: expected 0 to 2**63 - 1"]
+    with pytest.raises(SystemExit):
+        prepare.main(["--help"])
+    helped = capsys.readouterr().out
     assert "prepare.py hf --dataset=ID" in helped
     assert "[tinystories | openwebtext | shakespeare | shakespeare_char | pydoc | text" in helped
 

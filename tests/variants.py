@@ -31,9 +31,7 @@ def variants():
             template=template, splitting="strang", velocity_norm="read", bias=True)
         yield f"{template}-none", dict(
             template=template, velocity_norm="none", velocity_init="zero", bias=True)
-    yield "nesterov-zero", dict(template="nesterov", velocity_init="zero", bias=True)
     yield "nesterov-llama", dict(template="nesterov", **LLAMA)
-    yield "tmm-softplus", dict(template="tmm", scalar_map="softplus", splitting="strang")
     yield "imex-1", dict(template="imex", imex_steps=1, velocity_init="zero")
     yield "imex-2", dict(template="imex")
     yield "imex-3", dict(
