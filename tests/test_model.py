@@ -47,9 +47,9 @@ from model import (
 from support.log import learned_scalars
 
 
-def loss_and_gradients(model, forward=None, idx=IDX):
+def loss_and_gradients(model, forward=None):
     model.zero_grad()
-    loss = (model if forward is None else forward)(idx, targets=idx.roll(-1, 1))[1]
+    loss = (model if forward is None else forward)(IDX, targets=IDX.roll(-1, 1))[1]
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
