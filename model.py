@@ -396,10 +396,10 @@ class Momentum(Template):
         mu, beta, gamma, nu = map(self.scalar, ("mu", "beta", "gamma", "nu"))
         y = x if mu is None else x + mu * v  # look ahead
         v = beta * v + gamma * h * oracle(y)
-        u = self.norm(v)
-        v = v if self.velocity_norm == "read" else u
-        u = u if nu is None else nu * u
-        return x + (u if h == 1 else h * u), v  # h u with h = 1 would be one more pass over u
+        step = self.norm(v)
+        v = v if self.velocity_norm == "read" else step
+        step = step if nu is None else nu * step
+        return x + (step if h == 1 else h * step), v
 
 
 class HeavyBall(Momentum):
