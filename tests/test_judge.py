@@ -149,13 +149,13 @@ def test_completions():
     prompts = [list(b"one"), list(b"a prompt"), list(b"x")]
 
     def complete(prompts, seed=0, until=(), do_sample=False):
-        how = dict(max_gen_toks=8, until=until, do_sample=do_sample)
+        how = dict(max_gen_toks=30, until=until, do_sample=do_sample)
         return tools.judge.complete(model, tokenizer, prompts, how, seed)
 
     alone = [complete([p])[0] for p in prompts]
     assert complete(prompts) == alone
     for prompt, text in zip(prompts, alone, strict=True):
-        ids = model.generate(torch.tensor([prompt]), 8, temperature=0)[0, len(prompt):].tolist()
+        ids = model.generate(torch.tensor([prompt]), 30, temperature=0)[0, len(prompt):].tolist()
         assert tokenizer.decode(ids).startswith(text)
         assert len(text) == len(tokenizer.decode(ids)) or 256 in ids
     stop = alone[1][4:6]

@@ -34,27 +34,27 @@ def lines(axes):
     return {line.get_label(): tuple(np.asarray(line.get_data(), float)) for line in axes.lines}
 
 
-@pytest.mark.parametrize("x, label", [("steps", "step"), ("tokens", "tokens"),
-                                      ("seconds", "wall time"), ("flops", "FLOPs")])
-def test_losses_of_several_runs(run, tmp_path, drawn, monkeypatch, x, label):
+def test_losses_of_several_runs(run, tmp_path, drawn, monkeypatch):
     runs = {"one": run(tmp_path / "one"), "two": run(tmp_path / "two", n_layer=1)}
-    drawn.clear()
+    flops = {name: GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=n_layer, n_head=2,
+                                 n_embd=32)).flops_per_token()
+             for name, n_layer in (("one", 2), ("two", 1))}
     monkeypatch.chdir(tmp_path)
-    bench.main(["plot", "one", "two/", f"--x={x}", "--plot=all.png"])
-    assert (tmp_path / "all.png").stat().st_size > 5_000
-    (axes,) = drawn[0].axes
-    assert label in axes.get_xlabel() and "nats" in axes.get_ylabel()
-    seen = lines(axes)
-    assert len(seen) == 4
-    for name, records in runs.items():
-        evaluated = [r for r in records if r["type"] == "eval"]
-        (xs, ys), = (line for key, line in seen.items() if key.startswith(f"{name}, eval"))
-        assert ys.tolist() == [r["val_loss"] for r in evaluated]
-        model = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=2 if name == "one" else 1,
-                              n_head=2, n_embd=32))
-        factor = model.flops_per_token() if x == "flops" else 1
-        key = {"steps": "iter", "seconds": "seconds"}.get(x, "tokens")
-        assert xs == pytest.approx([r[key] * factor for r in evaluated])
+    for x, key, label in (("steps", "iter", "step"), ("tokens", "tokens", "tokens"),
+                          ("seconds", "seconds", "wall time"), ("flops", "tokens", "FLOPs")):
+        drawn.clear()
+        bench.main(["plot", "one", "two/", f"--x={x}", f"--plot={x}.png"])
+        assert (tmp_path / f"{x}.png").stat().st_size > 5_000
+        (axes,) = drawn[0].axes
+        assert label in axes.get_xlabel() and "nats" in axes.get_ylabel()
+        seen = lines(axes)
+        assert len(seen) == 4
+        for name, records in runs.items():
+            evaluated = [r for r in records if r["type"] == "eval"]
+            (xs, ys), = (line for key, line in seen.items() if key.startswith(f"{name}, eval"))
+            assert ys.tolist() == [r["val_loss"] for r in evaluated]
+            factor = flops[name] if x == "flops" else 1
+            assert xs == pytest.approx([r[key] * factor for r in evaluated])
 
 
 def test_scalars_of_two_runs(run, tmp_path, drawn):
