@@ -7,7 +7,8 @@ attention and the FFN are its two gradient oracles. Independent choices make a v
     ffn        the second oracle                              mlp, swiglu, hourglass
 The plain GPT is template=gd, splitting=lie_trotter, ffn=mlp: it loads nanoGPT's weights and GPT-2's
 
-To add your own: a class and a line in TEMPLATES, FFNS or ATTENTIONS. This file needs torch alone.
+To add your own: a class and a line in TEMPLATES, FFNS or ATTENTIONS. This file imports torch alone
+(and transformers, to read GPT-2's weights).
 
 Sources: YuriiFormer, arXiv 2601.23236; Momentum Streams, arXiv 2605.24425; HourglassFFN, arXiv
 2602.06471. "(our reading)" marks what no public source confirms.
@@ -49,13 +50,13 @@ class GPTConfig:
     ffn: str = "mlp"  # feed-forward network, the second oracle
     ffn_hidden: int | None = None  # d_ff or d_h; auto: 4 n_embd, hourglass 4/5 n_embd
     ffn_depth: int = 4  # K, the number of sub-MLPs of an hourglass
-    activation: Literal["gelu", "gelu_tanh"] = "gelu"  # of mlp: nanoGPT's exact, or OpenAI's GPT-2
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"  # mlp's: nanoGPT's, OpenAI's GPT-2's
     ffn_substeps: Literal["joint", "each"] = "joint"  # one substep for the hourglass, or K of them
     template: str = "gd"  # the update rule; gd is the GPT, nesterov the YuriiFormer
     imex_steps: int = 2  # k of IMEX: attention and FFN are evaluated k times a layer
     splitting: str = "lie_trotter"  # order of the oracles
-    velocity_init: Literal["embed", "zero", "add"] = "embed"  # V_0; add: gd, tables join x
-    velocity_norm: Literal["update", "read", "none"] = "update"  # where N_v stands
+    velocity_init: Literal["embed", "zero", "add"] = "embed"  # start of V; add (gd): x + 2nd table
+    velocity_norm: Literal["update", "read", "none"] = "update"  # what the velocity norm N_v wraps
     mu_init: float = 0.5  # look-ahead at the start (the value, not the raw parameter)
     beta_init: float = 0.5  # velocity decay at the start
     gamma_init: float = math.log(2)  # oracle step size at the start
@@ -63,18 +64,13 @@ class GPTConfig:
     residual_init_scale: bool = True  # attention-out and FFN-out start 1/sqrt(2 L) times smaller
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
-
-        def rule(holds: bool, otherwise: str) -> None:
-            if not holds:
-                problems.append(otherwise)
-
-        self.rules(rule)
-        if problems:
-            raise ValueError("\n".join(problems))
+        broken: list[str] = []
+        self.rules(lambda holds, otherwise: holds or broken.append(otherwise))
+        if broken:
+            raise ValueError("\n".join(broken))
 
     def rules(self, rule: Callable[[bool, str], None]) -> None:
-        """What a type cannot express: rule(what must hold, what to say where it does not)."""
+        """rule(what must hold, what to say where it does not)."""
         for name in ("block_size", "vocab_size", "vocab_used", "n_layer", "n_head", "n_embd",
                      "head_dim", "ffn_hidden", "ffn_depth", "imex_steps"):
             size = getattr(self, name)
@@ -107,12 +103,9 @@ class GPTConfig:
         rule(self.splitting in splittings or self.splitting not in SPLITTINGS,
              f"splitting={self.splitting}: template={self.template} has its own order; use "
              f"splitting={' or '.join(splittings)}")
-        rule(not self.each or len(template.splittings) > 1,
-             f"ffn_substeps=each: template={self.template} takes the FFN as one oracle; use "
-             f"ffn_substeps=joint")
-        rule(not self.each or self.splitting != "euler",
-             "ffn_substeps=each: splitting=euler has one substep for everything; use "
-             "splitting=lie_trotter or strang, or ffn_substeps=joint")
+        rule(not self.each or (len(template.splittings) > 1 and self.splitting != "euler"),
+             f"ffn_substeps=each: template={self.template} with splitting={self.splitting} takes "
+             f"the FFN as one oracle; use ffn_substeps=joint")
         rule(self.velocity_init != "add" or not template.streams,
              f"velocity_init=add: template={self.template} has a velocity of its own; use "
              f"template=gd, or velocity_init=embed")
@@ -191,11 +184,12 @@ class KVCache:
     def begin(self, idx: torch.Tensor, block_size: int) -> torch.Tensor:
         """A pass over the next tokens, idx (B, T): their positions (1, T). ValueError where all
         tokens together exceed block_size."""
-        start, self.call, self.length = self.length, 0, self.length + idx.size(1)
-        if self.length > block_size:
-            raise ValueError(f"{self.length} tokens: there is room for {block_size} (block_size); "
-                             f"crop the input")
-        return torch.arange(start, self.length, device=idx.device)[None]
+        start, end = self.length, self.length + idx.size(1)
+        if end > block_size:
+            raise ValueError(f"{end} tokens: there is room for {block_size} (block_size); crop the "
+                             f"input")
+        self.call, self.length = 0, end
+        return torch.arange(start, end, device=idx.device)[None]
 
     def extend(self, k: torch.Tensor, v: torch.Tensor,
                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -309,7 +303,8 @@ FFNS = {"mlp": MLP, "swiglu": SwiGLU, "hourglass": HourglassFFN}
 
 # -----------------------------------------------------------------------------
 # Templates: what one substep does. It takes an oracle and the state and returns the new state.
-# No template knows about attention, no oracle about momentum.
+# No template knows about attention, no oracle about momentum. (imex and symplectic get both oracles
+# and their order; the others one oracle at a time.)
 
 
 class Template(nn.Module):
@@ -323,7 +318,7 @@ class Template(nn.Module):
                     or zeros with velocity_init=zero), "zeros" or "ones"
     scalars:        those of the family that it learns (see __init__); `learn` adds others
     splittings:     those that it takes; (): its oracle is (attention, FFN), and the order its own
-    velocity_norms: the values of velocity_norm that it has; (): no norm
+    velocity_norms: the values of velocity_norm that it has; (): none, and self.norm does nothing
     oracle_calls:   how often forward asks an oracle that it is given
     """
 
@@ -345,12 +340,13 @@ class Template(nn.Module):
                       beta2="sigmoid", lam="sigmoid")
         for name in self.scalars:
             self.learn(name, starts[name], ranges.get(name, "softplus"))
-        normed = self.velocity_norms and config.velocity_norm != "none"
-        self.norm = make_norm(config) if normed else None
+        self.velocity_norm = config.velocity_norm if self.velocity_norms else "none"
+        self.norm = nn.Identity() if self.velocity_norm == "none" else make_norm(config)
 
     def learn(self, name: str, start: float, range_map: str, shape: tuple[int, ...] = (1,)) -> None:
         """Add a learned scalar, or a tensor of any shape that broadcasts to (B, T, C). range_map
-        keeps it in its range: sigmoid (0, 1), softplus (0, inf), identity; start is its value."""
+        keeps it in its range: sigmoid (0, 1), softplus (0, inf), identity; start is its value.
+        (With the shape () it would not lift a bf16 answer of an oracle to fp32.)"""
         raw = torch.full(shape, start, dtype=torch.float64)
         if range_map == "sigmoid":
             raw = raw.logit()
@@ -395,20 +391,15 @@ class Momentum(Template):
     scalars = ("mu", "beta", "gamma", "nu")
     velocity_norms = ("update", "read", "none")
 
-    def __init__(self, config: GPTConfig, layer: int, index: int):
-        super().__init__(config, layer, index)
-        self.velocity_norm = config.velocity_norm
-
     def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
         x, v = state
         mu, beta, gamma, nu = map(self.scalar, ("mu", "beta", "gamma", "nu"))
         y = x if mu is None else x + mu * v  # look ahead
         v = beta * v + gamma * h * oracle(y)
-        if self.velocity_norm == "update":
-            v = self.norm(v)
-        step = self.norm(v) if self.velocity_norm == "read" else v
-        step = step if nu is None else nu * step
-        return x + (step if h == 1 else h * step), v
+        u = self.norm(v)
+        v = v if self.velocity_norm == "read" else u
+        u = u if nu is None else nu * u
+        return x + (u if h == 1 else h * u), v  # h u with h = 1 would be one more pass over u
 
 
 class HeavyBall(Momentum):
@@ -441,8 +432,7 @@ class Imex(Template):
         beta, gamma_a, gamma_m = map(self.scalar, ("beta", "gamma_a", "gamma_m"))
         z = x
         for _ in range(self.oracle_calls):
-            v_new = beta * v + gamma_a * attention(z) + gamma_m * ffn(z)
-            v_new = v_new if self.norm is None else self.norm(v_new)
+            v_new = self.norm(beta * v + gamma_a * attention(z) + gamma_m * ffn(z))
             z = x + v_new
         return z, v_new
 
@@ -618,8 +608,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """N(0, 0.02) for every matrix and table, smaller by 1/sqrt(2 L) for what writes to the
-        residual stream (residual_init_scale); biases 0, gains 1, scalars as configured. What else
-        a module brings has started itself."""
+        residual stream (residual_init_scale); biases 0, gains 1. Scalars, and what
+        a fork brings under another role, start in their constructors."""
         out_scale = (2 * self.config.n_layer) ** -0.5 if self.config.residual_init_scale else 1.0
         for _, module, role in walk(self):
             if role == "norm" and hasattr(module, "reset_parameters"):
@@ -661,10 +651,10 @@ class GPT(nn.Module):
         state = self.embed(idx, positions)
         rope = None
         if c.position == "rope":
-            wide = torch.promote_types(self.lm_head.weight.dtype, torch.float32)  # angles need it
+            wide = torch.promote_types(self.lm_head.weight.dtype, torch.float32)  # as angles need
             rope = rope_table(positions, c.d_head, c.rope_theta, wide)
         for block in self.transformer.h:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 state = recompute(block, state, rope, use_reentrant=False)
             else:
                 state = block(state, rope, cache)
@@ -679,7 +669,7 @@ class GPT(nn.Module):
         """idx (B, T) token ids, with a cache as in `hidden` -> (logits, loss).
 
         With targets (B, T), logits (B, T, vocab_size) and the cross-entropy in nats per token, at
-        least fp32, target -1 ignored: its mean (), or (B, T) with reduction="none". Without,
+        least fp32, target -1 ignored: the mean, a scalar, or (B, T) with reduction="none". Without,
         logits (B, 1, vocab_size) of the last position, and None. return_logits=False gives None
         for the logits: as an output they would cost a compiled graph memory and time.
         """

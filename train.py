@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=8 train.py config/yurii_owt.py --out_dir=out-yurii
 
 The first names a preset; every option of TrainConfig can follow as --name=value. Writes to out_dir:
-ckpt.pt (latest), ckpt_prev.pt (the one before), best.pt (weights of the lowest evaluation loss),
-log.jsonl, config.json, loss.png. To go on after an interruption, add --init_from=resume.
+ckpt.pt (latest), ckpt_prev.pt (the one before), best.pt (weights of the lowest evaluation among the
+saved steps), log.jsonl, config.json, loss.png. To go on after a stop, add --init_from=resume.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class TrainConfig(GPTConfig):
     gradient_accumulation_steps: int = 40  # micro-batches per step, the total over all ranks
     # optimiser
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the blocks' matrices; AdamW the rest
-    learning_rate: float = 6e-4  # AdamW's peak; five times as much for mu, beta, gamma, nu
+    learning_rate: float = 6e-4  # AdamW's peak; five times as much for the templates' scalars
     muon_lr: float = 0.02  # Muon's peak
     muon_weight_decay: float = 0.0  # decoupled, of the matrices under Muon
     weight_decay: float = 0.1  # of matrices and tables under AdamW
@@ -91,8 +91,8 @@ class TrainConfig(GPTConfig):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None  # auto: bf16 if fast
     compile: bool | None = None  # torch.compile; auto: on CUDA, where it works
     backend: Literal["nccl", "gloo"] | None = None  # of torchrun's processes; auto: nccl on CUDA
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole model, or its share of it
-    activation_checkpointing: bool = False  # compute blocks again going back: less memory, slower
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has all of the model, or a part
+    activation_checkpointing: bool = False  # blocks are computed again for the backward pass
     seed: int = 1337  # of the initial weights, the data order and dropout
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class TrainConfig(GPTConfig):
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
 
     def adopt(self, model_config: GPTConfig) -> None:
-        """Say what the model is, where its shape comes from a checkpoint or from the data."""
+        """Take over the shape of a model that comes from a checkpoint or from the data."""
         for field in fields(GPTConfig):
             setattr(self, field.name, getattr(model_config, field.name))
         self.convert_eval_iters()
@@ -160,8 +160,8 @@ def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dic
     the checkpoint's model has; block_size may be smaller."""
     wanted = model_args(config)
     if checkpoint is None:
-        rows = config.vocab_size or meta["padded_vocab_size"]
-        model = GPT(GPTConfig(**wanted | {"vocab_size": rows}))
+        vocab_size = config.vocab_size or meta["padded_vocab_size"]
+        model = GPT(GPTConfig(**wanted | {"vocab_size": vocab_size}))
     else:
         model = model_from(checkpoint, dropout=config.dropout)
     for name, value in asdict(model.config).items():
@@ -196,8 +196,6 @@ def make_optimizers(model: GPT, config: TrainConfig, device: torch.device,
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     for group in groups:
         group["peak_lr"] = group["lr"]
-    updated = [p for group in groups for p in group["params"]]
-    assert len(updated) == len(set(updated)) == len(list(model.parameters())), "not a partition"
     return optimizers
 
 
@@ -263,12 +261,13 @@ def evaluate(model: GPT, tokens: Tokens, config: TrainConfig, ranks: Ranks, dtyp
         with autocast(ranks.device, dtype):
             losses = model(x, y, return_logits=False, reduction="none")[1]  # (B, T)
         total += losses.to(home).double().sum()
-        if ranks.any(bool(signals)):
+        stopped = ranks.any(bool(signals))
+        if stopped:
             break
     if hasattr(model, "reshard"):  # FSDP2 leaves the tables whole for a backward pass
         model.reshard()
     model.train()
-    if ranks.any(bool(signals)):
+    if stopped:
         return None
     return ranks.sum(total).item() / (len(starts) * tokens.block_size)
 
@@ -277,10 +276,10 @@ def evaluate(model: GPT, tokens: Tokens, config: TrainConfig, ranks: Ranks, dtyp
 # The run
 
 
-def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
+def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     """The run, from top to bottom. given: option -> the preset that set it, "" the command line."""
     # --- where to start: nothing, a checkpoint of this run, or other weights ---
-    c, checkpoint, resumed = ranks.first(lambda: find_start(config, given), without_tensors)
+    c, checkpoint, resumed = ranks.first(lambda: find_start(asked, given), without_tensors)
     ranks.check_accumulation(c.batch_size, c.gradient_accumulation_steps)
     device, master, sharded = ranks.device, ranks.rank == 0, c.parallel == "fsdp"
     dtype = pick_dtype(c.dtype, device)
@@ -289,8 +288,9 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
 
     # --- model, data, optimisers ---
     torch.manual_seed(c.seed)
-    fixed = {name for name, preset in given.items() if not (resumed and preset)}
-    model = make_model(c, fixed, meta, checkpoint)
+    # what a preset says does not count for a run that goes on
+    words = {name for name, preset in given.items() if not (resumed and preset)}
+    model = make_model(c, words, meta, checkpoint)
     model.to(torch.float64 if dtype == torch.float64 else torch.float32)
     ranks.share(model)
     c.adopt(model.config)
@@ -333,8 +333,8 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
         while True:
             # --- evaluate ---
             last, val_loss = run.step >= c.max_iters, None
-            due = (run.step % c.eval_interval == 0 or last) and run.evaluated != run.step
-            if due and not ranks.any(bool(signals)):
+            due_evaluation = run.step % c.eval_interval == 0 or last
+            if due_evaluation and run.evaluated != run.step and not ranks.any(bool(signals)):
                 val_loss = evaluate(model, val_tokens, c, ranks, dtype, signals)
             if val_loss is not None:
                 run.evaluated = run.step
@@ -345,8 +345,8 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
 
             # --- save, leave ---
             stopping = ranks.any(bool(signals))
-            due = run.step % (c.save_interval or c.eval_interval) == 0 or last or stopping
-            if due and run.step > 0 and (run.step != saved or val_loss is not None):
+            due_save = run.step % (c.save_interval or c.eval_interval) == 0 or last or stopping
+            if due_save and run.step > 0 and (run.step != saved or val_loss is not None):
                 best = val_loss is not None and val_loss < run.best_saved_loss and not stopping
                 if best:
                     run.best_saved_loss = val_loss
@@ -391,9 +391,12 @@ def train(config: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
 
     if master:
         log.close()
-        show(f"stopped by a signal at step {run.step}; go on with the same command and "
-             f"--init_from=resume" if stopping else
-             f"done: {run.step} steps, best val loss {run.best_val_loss:.4f}", keep=True)
+        end = f"done: {run.step} steps, best val loss {run.best_val_loss:.4f}"
+        if stopping:
+            end = f"stopped by a signal at step {run.step}; "
+            end += ("nothing is saved yet" if saved is None else
+                    "go on with the same command and --init_from=resume")
+        show(end, keep=True)
 
 
 def main(argv: list[str]) -> None:

@@ -205,6 +205,8 @@ def restore(checkpoint: dict, config: Any, model: GPT, optimizers: dict[str, tor
                  "dropout restarts from the seed", True)
         run = Progress(checkpoint["iter_num"], best_val_loss=float(checkpoint["best_val_loss"]))
         run = Progress(**checkpoint["run"]) if "run" in checkpoint else run
+        # a shorter context has more windows for the same tokens
+        run.position = run.position * checkpoint["model_args"]["block_size"] // config.block_size
         counts = run.step, run.position, run.evaluated or 0, run.log_length or 0
         whole = all(isinstance(count, int) and 0 <= count < 2**63 for count in counts)
         if not whole or math.isnan(run.best_val_loss + run.best_saved_loss):

@@ -227,13 +227,6 @@ def forward(c, state_dict, idx, velocity_eps=EPS):
     return norm(c, P, "transformer.ln_f", X) @ P["transformer.wte.weight"].T
 
 
-def cross_entropy(logits, targets):
-    """Loss of every token, (B, T), in nats."""
-    top = logits.amax(-1, keepdim=True)
-    log_p = logits - top - torch.log(torch.exp(logits - top).sum(-1, keepdim=True))
-    return -log_p.gather(-1, targets[..., None])[..., 0]
-
-
 # ------------------------------------------------------------------------------- parameter counts
 
 def n_matrices(c):

@@ -7,20 +7,19 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, option_words, refused, write_data
+from conftest import TINY, option_words, refused
 
 import bench
 from config import read_config
-from model import GPT, GPTConfig
-from support.errors import UserError
 from tools import compare, findings
-from train import TrainConfig, model_args
+from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 STUDIES = {p.stem: p for p in sorted((ROOT / "config/studies").glob("[a-z]*.py"))}
@@ -29,33 +28,35 @@ STUDIES = {p.stem: p for p in sorted((ROOT / "config/studies").glob("[a-z]*.py")
 @pytest.fixture
 def study(tmp_path, data_dir, monkeypatch):
     """study(variants, **options) runs bench.py compare, whose cells write logs with the losses of
-    `script`: (label, seed) -> loss, or the reason of a failure. `launched` has their commands."""
+    `script`: "label-seed1" -> loss, or the reason of a failure. `launched` has their options."""
     monkeypatch.chdir(tmp_path)
 
-    def go(*variants, script=None, **options):
-        go.launched = []
+    class Trained:
+        """A process of train.py that has ended."""
 
-        def launch(_, program, options, out_dir):
-            go.launched.append(options)
-            words = option_words(**options)
-            config, _ = read_config(TrainConfig, [w for w in words if "init_from" not in w])
-            Path(out_dir, "config.json").write_text(json.dumps(vars(config)))
-            name = Path(out_dir).name
-            loss = (script or {}).get(name, 1.0)
-            if isinstance(loss, str):
-                raise UserError(loss)
-            steps = options["max_iters"]
-            tokens = steps * 128
+        def __init__(self, argv, env, stdout, stderr):
+            config, _ = read_config(TrainConfig, argv[2:])
+            study.launched.append(config)
+            name = re.sub(r"-\w+-seed", "-seed", Path(config.out_dir).name)
+            loss = study.script.get(name, 1.0)
+            self.returncode = 2 if isinstance(loss, str) else 0
+            stdout.write(f"error: {loss}\n".encode())
+            steps = config.max_iters
             records = [{"type": "eval", "iter": 0, "tokens": 0, "val_loss": 5.0, "seconds": 0.0},
                        {"type": "train", "iter": 0, "tokens": 128, "tokens_per_s": 100.0},
                        {"type": "train", "iter": 1, "tokens": 256, "tokens_per_s": 300.0},
-                       {"type": "eval", "iter": steps, "tokens": tokens, "val_loss": loss,
+                       {"type": "eval", "iter": steps, "tokens": steps * 128, "val_loss": loss,
                         "seconds": 2.0, "peak_mb": 50}]
             lines = "\n".join(map(json.dumps, records))
-            Path(out_dir, "log.jsonl").write_text(lines + "\n")
+            Path(config.out_dir, "log.jsonl").write_text(lines + "\n")
 
-        monkeypatch.setattr(compare.Workers, "launch", launch)
-        if not go.pictures:
+        def poll(self):
+            return self.returncode
+
+    def study(*variants, script=None, **options):
+        study.launched, study.script = [], script or {}
+        monkeypatch.setattr(compare, "Popen", Trained)
+        if not study.pictures:
             monkeypatch.setattr(compare, "draw_study", lambda *_: [])
         words = option_words(**{**TINY, "data_dir": data_dir, "dataset": "tiny", "study": "s",
                                 "out_dir": "runs", "results": "found", "seeds": 2, **options})
@@ -63,8 +64,8 @@ def study(tmp_path, data_dir, monkeypatch):
         path = Path("found", options.get("study", "s"), "results.json")
         return json.loads(path.read_text())["runs"]
 
-    go.pictures = False  # they take a second
-    return go
+    study.pictures = False  # they take a second
+    return study
 
 
 # -----------------------------------------------------------------------------
@@ -79,20 +80,6 @@ def plan_of(*variants, **options):
     argv = ["compare", *option_words(**{**TINY, **options}), "--variants", *variants]
     config = bench.read_options(argv)
     return compare.plan(bench.named_variants(argv, config), config, 257)
-
-
-@pytest.mark.parametrize("shape", [
-    "template=gd", "template=nesterov splitting=strang", "template=imex", "template=adamw",
-    "template=tmm ffn=hourglass ffn_depth=3 ffn_substeps=each", "ffn=swiglu position=rope",
-    "template=polyak n_layer=1 bias=True velocity_init=zero"])
-def test_sizes_are_those_of_the_whole_model(shape):
-    own = plan_of(f"a: n_layer=5 {shape}")["a"]
-    model = GPT(GPTConfig(**model_args(own)))
-    matrices = sum(p.numel() for block in model.transformer.h for p in block.parameters()
-                   if p.ndim == 2 and min(p.shape) > 3)
-    assert compare.model_size(own) == {
-        "parameters": sum(p.numel() for p in model.parameters()), "matrices": matrices,
-        "flops_per_token": model.flops_per_token()}
 
 
 def test_the_width_that_matches_the_parameters():
@@ -140,18 +127,16 @@ def test_budgets(study, monkeypatch, budget, steps):
     size = compare.model_size
     monkeypatch.setattr(compare, "model_size", lambda c: size(c) | {
         "flops_per_token": 10 * c.n_layer})
+    options = dict(budget=budget, max_iters=60, seeds=1)
+    seconds = budget == "seconds"
     for _ in range(2):
-        runs = study("a: n_layer=2", "b: n_layer=4", budget=budget, max_iters=60, seeds=1)
+        runs = study("a: n_layer=2", "b: n_layer=4", **options)
         assert [r["steps"] for r in runs] == [60, steps]
-    assert asked == ([["a", "b"]] if budget == "seconds" else [])
-    study("a: n_layer=2", "b: n_layer=4", "c: n_layer=1", budget=budget, max_iters=60, seeds=1,
-          dry_run=True)
-    runs = study("a: n_layer=2", "b: n_layer=4", budget=budget, max_iters=60, seeds=1)
-    assert [r["steps"] for r in runs] == [60, steps]
-    assert asked[1:] == ([["a", "c"]] if budget == "seconds" else [])
-    runs = study("a: n_layer=2", "b: n_layer=4", "d: n_layer=4 weight_decay=0 warmup_iters=3",
-                 budget=budget, max_iters=60, seeds=1)
-    assert [r["steps"] for r in runs] == [60, steps, steps] and len(asked) in (0, 2)
+    assert asked == ([["a", "b"]] if seconds else [])
+    study("a: n_layer=2", "b: n_layer=4", "c: n_layer=1", dry_run=True, **options)
+    assert asked[1:] == ([["a", "c"]] if seconds else [])
+    runs = study("a: n_layer=2", "b: n_layer=4", "d: n_layer=4 weight_decay=0", **options)
+    assert [r["steps"] for r in runs] == [60, steps, steps] and len(asked) == 2 * seconds
 
 
 def test_seconds_are_measured(study):
@@ -166,7 +151,7 @@ def test_every_study_has_a_plan(name, data_dir, monkeypatch, capsys, tmp_path):
     """Its options are train.py's; sizes that were to match do, within two per cent; its docstring
     counts its runs."""
     argv = ["compare", str(STUDIES[name]), f"--data_dir={data_dir}", "--dataset=tiny", "--dry_run",
-            f"--out_dir={tmp_path}/out", f"--results={tmp_path}"]
+            f"--out_dir={tmp_path}/out", f"--results={tmp_path}", "--device=cpu"]
     monkeypatch.setattr(bench, "relative_speeds", lambda configs: dict.fromkeys(configs, 1.0))
     config = bench.read_options(argv)
     configs = bench.named_variants(argv, config)
@@ -221,52 +206,56 @@ def test_what_is_written(study, capsys):
     assert str(Path.cwd()) not in Path("found/s/results.json").read_text() + table
 
 
-def test_it_goes_on_where_it_stopped(study):
-    refused(lambda: study("a: template=gd", "b: template=tmm", script={"b-seed2": "loss is nan"}),
-            "b, seed 2: loss is nan", "the same command tries these again", "output.txt")
-    assert len(study.launched) == 4
-    runs = study("a: template=gd", "b: template=tmm")
-    assert [c["out_dir"] for c in study.launched] == [os.path.join("runs", "s", "b-seed2")]
-    assert len(runs) == 4
-    assert len(study("a: template=gd", "b: template=tmm", seeds=3)) == 6
-    assert len(study.launched) == 2  # the third seed
-    assert study("a: template=gd", "b: template=tmm", seeds=3) and study.launched == []
+def test_it_goes_on_where_it_stopped(study, capsys):
+    variants = "a: template=gd", "b: template=tmm"
+    refused(lambda: study(*variants, script={"b-seed2": "loss is nan"}),
+            "b, seed 2: exit code 2: loss is nan", "the same command tries these again")
+    # after half the time there is a table of all variants
+    assert [c.template for c in study.launched] == ["gd", "tmm", "gd", "tmm"]
+    assert [c.seed for c in study.launched] == [1, 1, 2, 2]
+    runs = study(*variants)
+    assert [(c.template, c.seed) for c in study.launched] == [("tmm", 2)] and len(runs) == 4
+    assert len(study(*variants, seeds=3, log_interval=3)) == 6  # that changes no figure
+    assert [c.seed for c in study.launched] == [3, 3] and study.launched[0].log_interval == 3
+    study(*variants, seeds=3, tensorboard=True)
+    assert study.launched == [] and "0 runs to do, 6 there" in capsys.readouterr().out
 
 
 def test_only_some_variants(study):
-    runs = study("a: template=gd", "b: template=tmm", only="a", study="t")
-    assert "only" not in Path("found/t/table.md").read_text()
-    runs = study("a: template=gd", "b: template=tmm", only="b")
-    assert {r["variant"] for r in runs} == {"b"} and len(runs) == 2
-    refused(lambda: study("a: template=gd", only="c"), "only=c", 'the variants are "a"')
-
-
-def test_runs_that_another_study_has(study):
-    study("a: template=gd", "b: template=tmm")
-    again = ("other: template=tmm", "c: template=polyak")
-    study(*again, study="t")
-    assert len(study.launched) == 2 and all(c["template"] == "polyak" for c in study.launched)
-    runs = json.loads(Path("found/t/results.json").read_text())["runs"]
-    assert [(r["variant"], r["seed"]) for r in runs] == [
-        ("other", 1), ("other", 2), ("c", 1), ("c", 2)]
-    assert [r.get("study") for r in runs] == ["s", "s", None, None]
-    assert "from s." in Path("found/t/table.md").read_text()
+    study("a: template=gd", "b: template=tmm", only="b")
+    assert not Path("found/s/table.md").exists()  # b is compared to a
+    runs = study("a: template=gd", "b: template=tmm", only="a")
+    assert [r["variant"] for r in runs] == ["a", "a", "b", "b"]
+    table = Path("found/s/table.md").read_text()
+    assert "only" not in table and "| b |" in table
+    study("a: template=gd dropout=0.1", "b: template=polyak", overwrite=True, only="b")
+    assert [c.template for c in study.launched] == ["polyak"] * 2
+    refused(lambda: study("a: template=gd", only="c"), "only=c", "the variants are ['a']")
 
 
 def test_changed_options(study):
+    """Each set of options has a folder of its own, where its run goes on."""
     study("a: template=gd", "b: template=tmm")
-    refused(lambda: study("a: template=gd", "b: template=polyak"), 'has runs of "b" with other',
+    before = {c.out_dir for c in study.launched}
+    refused(lambda: study("a: template=gd", "b: template=polyak"), "has runs of ['b'] with other",
             "--overwrite")
     assert study.launched == []
     runs = study("a: template=gd", "b: template=polyak", overwrite=True)
-    assert [c["template"] for c in study.launched] == ["polyak"] * 2
-    assert all(c["overwrite"] is True for c in study.launched)  # runs/s/b-seed1 was tmm's
+    assert [c.template for c in study.launched] == ["polyak"] * 2
+    assert all(c.init_from == "auto" and c.out_dir not in before for c in study.launched)
     assert [r["options"].get("template", "gd") for r in runs] == ["gd", "gd", "polyak", "polyak"]
 
 
 def test_other_data(study, data_dir, tmp_path):
+    """Bins without meta.json's sums are told apart, too."""
     study("a: template=gd")
-    shutil.copytree(data_dir / "easy", tmp_path / "d" / "tiny")
+    folder = shutil.copytree(data_dir / "easy", tmp_path / "d" / "tiny")
+    refused(lambda: study("a: template=gd", data_dir=tmp_path / "d"), "of other data",
+            "another --study")
+    meta = json.loads((folder / "meta.json").read_text())
+    for split in ("train", "val"):
+        del meta[split]["sha256"]
+    (folder / "meta.json").write_text(json.dumps(meta))
     refused(lambda: study("a: template=gd", data_dir=tmp_path / "d"), "of other data")
 
 
@@ -277,7 +266,6 @@ def test_other_data(study, data_dir, tmp_path):
     (("a: template=gd",), {"dataset": "none"}, "none"),
     (("a: template=quick",), {}, "template=quick"),
     (("a: template='gd",), {}, "variant a: No closing quotation"),
-    (("a: template=gd", "b: template=gd match=parameters"), {}, '"a", "b" are the same'),
     (("",), {}, "say what to compare"),
     (("a: template=gd", "b: block_size=8"), {}, "b: block_size must be the same in all"),
     (("a: template=gd", "b: eval_tokens=32"), {}, "eval_tokens"),
@@ -287,13 +275,7 @@ def test_other_data(study, data_dir, tmp_path):
     (("a: template=gd", "b: init_from=x.pt"), {}, "unknown option init_from"),
     (("a: template=gd",), {"seed": 4}, "unknown option seed"),
     (("a: template=gd",), {"study": ".."}, "study=.."),
-    (("GPT: template=gd", "gpt: template=tmm"), {}, "one folder"),
-    (("a: template=gd",), {"published": "b: 1"}, "published=b"),
-    (("a: template=gd",), {"published": "1.2"}, "published="),
     (("a: template=gd", "b: n_embd=128 match=matrices solve=ffn_hidden"), {}, "b: match=matrices"),
-    (("a: n_embd=512 n_layer=8", "b: n_embd=2 n_head=1 match=parameters solve=n_layer"), {},
-     "b: match=parameters: the nearest n_layer"),
-    (("a: n_embd=2147483646 n_head=2",), {}, "n_embd=2147483646"),
     (("a: template=gd", "b: warmup_iters=2 schedule=wsd decay_fraction=0.5 batch_size=8"),
      {"budget": "flops"}, "b: warmup_iters=2")])
 def test_what_is_refused(study, variants, options, said):
@@ -301,30 +283,14 @@ def test_what_is_refused(study, variants, options, said):
     assert study.launched == [] and not Path("found").exists()
 
 
-@pytest.mark.parametrize("text", ["{", "null", "3", '"x"', '{"runs": 5}', '{"runs": [5]}',
-                                  '{"runs": [{}], "data": {}, "study": "s"}', '{"runs": []}'])
-def test_a_damaged_file_of_results(study, text):
-    study("a: template=gd")
-    Path("found/s/results.json").write_text(text)
-    refused(lambda: study("a: template=gd"), "results.json is damaged")
-    assert Path("found/s/results.json").read_text() == text
-
-
-def test_results_that_cannot_be_written(study):
+def test_results_that_cannot_be_read_or_written(study, tmp_path):
     """It is known before anything trains."""
-    Path("found").write_text("")
-    refused(lambda: study("a: template=gd"), "found")
+    study("a: template=gd")
+    Path("found/s/results.json").write_text("<<<<<<< HEAD")
+    refused(lambda: study("a: template=gd"), "results.json is damaged")
+    assert Path("found/s/results.json").read_text() == "<<<<<<< HEAD"
+    refused(lambda: study("a: template=gd", results="found/s/results.json"), "results.json")
     assert study.launched == []
-
-
-def test_a_damaged_log_is_one_cells_failure(study, monkeypatch):
-    real = compare.read_log
-    monkeypatch.setattr(compare, "read_log", lambda folder: [
-        {k: v for k, v in r.items() if k != "seconds" or "a-seed1" not in folder}
-        for r in real(folder)])
-    refused(lambda: study("a: template=gd", "b: template=tmm"), "a, seed 1: the log.jsonl or eval",
-            "is damaged: KeyError")
-    assert len(study.launched) == 4
 
 
 def test_seeds_that_are_missing_are_no_verdict(study):
@@ -336,113 +302,67 @@ def test_seeds_that_are_missing_are_no_verdict(study):
     assert "| 2 of 3 |" in row and "seeds are missing" in row and "lower" not in row
 
 
-def test_a_plan_that_changed_under_a_cut_off_run(study):
-    """Whose run it is, its own config.json says."""
-    refused(lambda: study("a: learning_rate=1e-3", seeds=1, script={"a-seed1": "killed"}), "killed")
-    study("a: learning_rate=1e-3", seeds=1)
-    assert study.launched[0]["init_from"] == "auto"
-    Path("found/s/results.json").unlink()
-    study("a: learning_rate=2e-3", seeds=1)
-    assert study.launched[0]["overwrite"] is True and "init_from" not in study.launched[0]
-
-
-def test_studies_have_folders_of_their_own(study):
-    study("a: template=gd", study="one")
-    study("a: template=tmm", study="two")
-    assert {c["out_dir"] for c in study.launched} == {
-        os.path.join("runs", "two", f"a-seed{n}") for n in (1, 2)}
-
-
-def test_what_changes_no_figure_is_no_other_variant(study):
-    study("a: template=gd")
-    study("a: template=gd", log_interval=3, tensorboard=True)
-    assert study.launched == []
-    study("a: template=gd", log_interval=3, seeds=3)
-    assert study.launched[0]["log_interval"] == 3
-
-
-def test_only_and_overwrite_keep_the_others(study):
-    study("a: template=gd", "b: template=tmm")
-    runs = study("a: template=gd dropout=0.1", "b: template=polyak", overwrite=True, only="b")
-    assert [c["template"] for c in study.launched] == ["polyak"] * 2
-    assert len(runs) == 4
-
-
 def test_scores_of_tasks(study, monkeypatch):
     """A finished study is judged when tasks are named, and again when they change; a variant's
     missing score is an empty cell."""
     pytest.importorskip("lm_eval")
-    monkeypatch.setattr(compare.Cell, "judged", lambda self, _: (
-        {None: {"x": 0.5}, 3: {"x": 0.25, "y": None}, 4: {"x": 0.0}}[self.config.limit]))
-    study("a: template=gd", "b: template=tmm")
-    study("a: template=gd", "b: template=tmm", tasks="x", only="a")
-    assert len(study.launched) == 2 and all(c["init_from"] == "auto" for c in study.launched)
+    found = {None: 0.5, 3: 0.25, 4: 0.0}
+    monkeypatch.setattr(compare, "judge", lambda config: [
+        {"variant": "x", "shots": 0, "items": 9, "acc": 0.9, "acc_norm": found[config.limit]},
+        {"variant": "y", "shots": 0, "f1": 0.1}, {"variant": "z", "shots": 0}])
+    variants = "a: template=gd", "b: template=tmm"
+    study(*variants)
+    study(*variants, tasks="x", only="a")
+    assert study.launched == []
     header, _, a, b = [line.split(" | ") for line in
                        Path("found/s/table.md").read_text().splitlines() if line[:1] == "|"]
-    assert len({len(line) for line in (header, a, b)}) == 1
-    assert (a[header.index("x")], b[header.index("x")]) == ("50.0", "")
-    study("a: template=gd", "b: template=tmm", tasks="x", limit=3)
-    assert len(study.launched) == 4
-    assert "| 25.0 |  |" in Path("found/s/table.md").read_text()
-    study("a: template=gd", "b: template=tmm", tasks="x", limit=4)
-    assert Path("found/s/table.md").read_text().count("| 0.0 |") == 2
+    at = header.index("x")
+    assert a[at:at + 3] == ["50.0", "10.0", ""] and b[at:at + 3] == ["", "", ""]
+    study(*variants, tasks="x", limit=3)
+    assert Path("found/s/table.md").read_text().count("| 25.0 | 10.0 |  |") == 2
+    study(*variants, tasks="x", limit=4)
+    assert Path("found/s/table.md").read_text().count("| 0.0 | 10.0 |") == 2
 
 
-def test_bins_without_sums_are_told_apart(study, data_dir, tmp_path):
-    for name, ids in (("one", range(300)), ("two", range(7, 307))):
-        folder = write_data(tmp_path / name / "tiny", ids, vocab_size=310)
-        meta = json.loads((folder / "meta.json").read_text())
-        for split in ("train", "val"):
-            del meta[split]["sha256"]
-        (folder / "meta.json").write_text(json.dumps(meta))
-    study("a: template=gd", data_dir=tmp_path / "one")
-    refused(lambda: study("a: template=gd", data_dir=tmp_path / "two"), "of other data",
-            "another --study")
-
-
-def test_workers(monkeypatch):
+def test_shares_of_the_machine(monkeypatch):
     """Cards are dealt out, unless the device names one; cores are divided."""
-    def workers(cards, visible=None, **options):
-        monkeypatch.setattr(compare, "pick_device", lambda name: torch.device(name or "cuda"))
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-        if visible is None:
-            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        else:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        found = compare.Workers(**options)
-        return found.cards, found.count, found.threads
+    monkeypatch.setattr(compare, "pick_device", lambda name: torch.device(name or "cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
 
-    assert workers(4) == (["0", "1", "2", "3"], 4, 2)
-    assert workers(2, "GPU-a,GPU-b", jobs=3) == (["GPU-a", "GPU-b"], 3, 2)
-    assert workers(4, device="cuda:1") == ([], 1, 8)
-    assert workers(4, device="cpu", jobs=2) == ([], 2, 4)
-    assert workers(1) == ([], 1, 8)
+    def shares(visible="", **options):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        return [(share.get("CUDA_VISIBLE_DEVICES"), int(share["OMP_NUM_THREADS"]))
+                for share in compare.shares_of(compare.CompareConfig(**options))]
+
+    assert shares() == [("0", 2), ("1", 2), ("2", 2), ("3", 2)]
+    assert shares("GPU-a,GPU-b", jobs=3) == [("GPU-a", 2), ("GPU-b", 2), ("GPU-a", 2)]
+    assert shares(device="cuda:1") == [(None, 8)]
+    assert shares(device="cpu", jobs=2) == [(None, 4), (None, 4)]
 
 
-def test_a_program_that_cannot_start_gives_its_place_back(tmp_path, monkeypatch):
-    workers = compare.Workers("cpu")
+def test_a_signal_stops_the_runs(study, monkeypatch):
+    """SIGTERM goes on to those that run, and the command waits until they have saved."""
+    said = []
 
-    def full(*_, **__):
-        raise OSError(12, "Cannot allocate memory")
+    class Endless:
+        def poll(self):
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(compare.subprocess, "Popen", full)
-    for _ in range(2):  # the second would wait for ever
-        with pytest.raises(OSError, match="memory"):
-            workers.launch("train.py", {}, str(tmp_path))
+        def terminate(self):
+            said.append("terminate")
 
+        def wait(self):
+            said.append("wait")
 
-def test_nothing_starts_after_a_stop(tmp_path):
-    workers = compare.Workers("cpu")
-    workers.stop()
-    refused(lambda: workers.launch("train.py", {}, str(tmp_path)), "interrupted")
-
-
-def test_the_seeds_go_first(study):
-    """After half the time there is a table of all variants."""
-    study("a: template=gd", "b: template=tmm")
-    assert [Path(c["out_dir"]).name for c in study.launched] == [
-        "a-seed1", "b-seed1", "a-seed2", "b-seed2"]
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(compare.Cell, "start", lambda *_: Endless())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            study("a: template=gd")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert said == ["terminate", "wait"]
 
 
 def test_published_figures_stand_beside(study):
@@ -476,7 +396,8 @@ def test_a_study_that_trains(words, tmp_path, data_dir, run, monkeypatch, capsys
     path.write_text(json.dumps(stored))
     bench.main(argv)
     assert "1 runs to do, 1 there" in capsys.readouterr().out
-    assert "resuming" in (tmp_path / "runs/s/tmm-seed1/output.txt").read_text()
+    (output,) = (tmp_path / "runs/s").glob("tmm-*-seed1/output.txt")
+    assert "resuming" in output.read_text()
     assert [r["val_loss"] for r in json.loads(path.read_text())["runs"]] == [
         gd["val_loss"], tmm["val_loss"]]
 
@@ -545,7 +466,8 @@ def test_committed_results(folder, data_dir, tmp_path):
     preset = STUDIES[folder.name]
     argv = ["compare", str(preset), f"--data_dir={data_dir}"]
     config = bench.read_options(argv)
-    head, runs = compare.read_results(folder / "results.json")
+    head = json.loads((folder / "results.json").read_text())
+    runs = head["runs"]
     rows = {"shakespeare_char": 65, "tinystories_bytes": 257}[head["data"]["dataset"]]
     planned = compare.plan(bench.named_variants(argv, config), config, rows)
     free = {"max_iters"} if config.budget != "tokens" else set()

@@ -5,12 +5,12 @@ import io
 import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import check_rules, coerce, describe, option_types, read_config
@@ -20,7 +20,7 @@ from sample import SampleConfig
 from support.errors import UserError
 from train import TrainConfig
 
-settings.register_profile("ours", max_examples=100, deadline=None, derandomize=True,
+settings.register_profile("ours", max_examples=25, deadline=None, derandomize=True,
                           suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("ours")
 TABLE = {"gd": 1, "polyak": 2}
@@ -49,17 +49,11 @@ class Options:
     def choices():
         return {"template": TABLE}
 
-
-@dataclass
-class Checked(Options):
-    """Options with rules."""
-
     def __post_init__(self):
         check_rules(self)
 
     def rules(self, rule):
         rule(self.width > 0, f"width={self.width}: must be positive")
-        rule(self.rate > 0, f"rate={self.rate}: must be positive")
 
 
 def read(*argv):
@@ -94,9 +88,9 @@ def preset(tmp_path):
 
 
 @pytest.mark.parametrize("name, word, value", [
-    ("width", "12", 12), ("width", "-3", -3), ("width", "1e4", 10_000), ("width", "2.0", 2),
-    ("width", 1e4, 10_000), ("width", "600_000", 600_000),
-    ("rate", "1", 1.0), ("rate", 1, 1.0), ("rate", "-1e-4", -1e-4), ("rate", "3e-4", 3e-4),
+    ("width", "-3", -3), ("width", "1e4", 10_000), ("width", "2.0", 2), ("width", 1e4, 10_000),
+    ("width", "600_000", 600_000), ("width", str(2**63 - 1), 2**63 - 1), ("rate", 1, 1.0),
+    ("rate", "-1e-4", -1e-4), ("rate", "5e-324", 5e-324), ("rate", "1.7e308", 1.7e308),
     ("floor", "None", None), ("floor", "AUTO", None), ("floor", None, None), ("floor", "0", 0.0),
     ("stop", "none", None), ("stop", "", ""),
     ("name", "none", "none"), ("name", "1e4", "1e4"), ("name", "a=b", "a=b"),
@@ -113,13 +107,14 @@ def test_values(name, word, value):
 @pytest.mark.parametrize("name, word", [
     ("width", "12.5"), ("width", "many"), ("width", "None"), ("width", True), ("width", ""),
     ("width", "nan"), ("width", "inf"), ("width", [1]), ("width", 2**63), ("rate", "fast"),
+    ("width", -10**400), ("rate", 10**400), ("rate", b"1"), ("rate", 1j), ("floor", {}),
     ("rate", "inf"), ("rate", "nan"), ("rate", True), ("floor", "low"), ("name", 3), ("name", None),
     ("fast", "si"), ("fast", "2"), ("fast", None), ("quick", "perhaps"), ("kind", "linear"),
     ("kind", None), ("template", "adam"), ("template", 3), ("inputs", 3), ("inputs", [1, 2]),
 ])
 def test_wrong_values_are_named(name, word):
     kind = option_types(Options)[name]
-    with pytest.raises(ValueError, match=re.escape(f"{name}={word}")) as error:
+    with pytest.raises(ValueError, match=re.escape(f"{name}={word}"[:60])) as error:
         coerce(name, word, kind)
     assert describe(kind) in str(error.value)
 
@@ -144,10 +139,10 @@ def test_command_line():
                               inputs=("a", "b"))
 
 
-@pytest.mark.parametrize("switch", [("--fast",), ("--fast", "true"), ("--fast=yes",)])
-def test_a_bare_switch_does_not_swallow_what_follows(switch, preset):
-    options = read(*switch, preset("width = 2\n"), "--fast", "--name=x")
-    assert options == Options(width=2, fast=True, name="x")
+def test_a_bare_switch_does_not_swallow_what_follows(preset):
+    for switch in ("--fast",), ("--fast", "true"), ("--fast=yes",):
+        options = read(*switch, preset("width = 2\n"), "--fast", "--name=x")
+        assert options == Options(width=2, fast=True, name="x")
 
 
 def test_an_unknown_name_gets_the_nearest(preset):
@@ -162,13 +157,11 @@ def test_an_unknown_name_gets_the_nearest(preset):
 def test_all_problems_come_together(preset):
     """Broken rules, too: they do not wait until the spelling is mended."""
     lines = problems("--widht=3", preset("rate = 'high'\nzzz = 1\n"), "--fast=si", "no_such.py",
-                     "--kind=linear", "--width=0", "--name", cls=Checked)
+                     "--kind=linear", "--width=0", "--name")
     named = ("widht", "rate=high", "zzz", "fast=si", "no_such.py", "kind=linear",
              "--name needs a value", "width=0: must be positive")
     assert len(lines) == len(named)
     assert all(word in line for word, line in zip(named, lines, strict=True))
-    assert problems("--width=0", "--rate=-1", cls=Checked) == [
-        "width=0: must be positive", "rate=-1.0: must be positive"]
 
 
 def test_a_positional_option(preset):
@@ -215,39 +208,6 @@ def test_who_set_an_option(preset, tmp_path, monkeypatch):
     assert given_by == {"width": second, "name": "", "rate": first, "floor": second}
 
 
-def test_nanogpt_like_presets(preset):
-    """The kinds of lines in nanoGPT's own files mean what they did."""
-    config, given_by = read_config(TrainConfig, [preset("""
-# finetune
-import time
-out_dir = 'out-x'
-eval_interval = 5
-eval_iters = 40
-wandb_run_name = 'ft-' + str(time.time())
-batch_size, block_size = 1, 32
-gradient_accumulation_steps = 5 * 8
-learning_rate = 3e-5
-min_lr = learning_rate / 10
-decay_lr = False # no decay
-compile = False
-""")])
-    assert config.eval_tokens == 40 * 32 and config.gradient_accumulation_steps == 40
-    assert config.min_lr == pytest.approx(3e-6) and config.wandb_run_name.startswith("ft-")
-    assert "eval_iters" in given_by and "time" not in given_by and "n_layer" not in given_by
-    assert config.compile is False and config.decay_lr is False
-
-
-@pytest.mark.parametrize("text, said", [
-    ("\nwidth = (3", "line 2: SyntaxError"),
-    ("def f():\n    raise SystemExit('no')\nf()", "line 2: SystemExit: no"),
-    ("raise ValueError('two\\nlines')", "line 1: ValueError: two"),
-])
-def test_a_broken_preset_is_one_line(preset, text, said):
-    path = preset(text)
-    (line,) = problems(path)
-    assert line.startswith(f"{path}, {said}")
-
-
 def test_a_missing_preset_gets_the_nearest(preset, tmp_path):
     there = preset("", "yurii_owt.py")
     missing = str(tmp_path / "yuri_owt.py")
@@ -284,47 +244,7 @@ def test_help_shows_values_types_and_comments(preset, capsys):
 
 
 # -----------------------------------------------------------------------------
-# Whatever the words and values are
-
-
-INTEGERS = st.integers(-2**63, 2**63 - 1)  # all that fit
-NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
-VALUES = {
-    "width": INTEGERS, "rate": NUMBERS, "floor": st.none() | NUMBERS,
-    "limit": st.none() | INTEGERS, "name": st.text(),
-    "stop": st.none() | st.text().filter(lambda text: text.lower() not in ("none", "auto")),
-    "fast": st.booleans(), "quick": st.none() | st.booleans(),
-    "kind": st.sampled_from(["cosine", "wsd"]), "template": st.sampled_from(["gd", "polyak"]),
-    "inputs": st.lists(st.text().filter(lambda text: not text.startswith("--")),
-                       min_size=1).map(tuple)}
-ASSIGNED = st.lists(st.sampled_from(sorted(VALUES)).flatmap(
-    lambda name: st.tuples(st.just(name), VALUES[name])))
-
-
-def words(assigned, separator) -> list[str]:
-    """The command line's words for these options: --name=value, or --name value if it can be so."""
-    argv = []
-    for name, value in assigned:
-        first, *more = map(str, value) if isinstance(value, tuple) else [str(value)]
-        joined = separator == "=" or first.startswith("--")
-        argv += [f"--{name}={first}", *more] if joined else [f"--{name}", first, *more]
-    return argv
-
-
-def same(config, expected) -> bool:
-    """Equal, and of the same types."""
-    return repr(asdict(config)) == repr(asdict(expected))
-
-
-@given(ASSIGNED, ASSIGNED, ASSIGNED)
-def test_presets_and_options_are_read_in_their_order(tmp_path, first, assigned, last):
-    path = tmp_path / "preset.py"
-    path.write_text("".join(f"{name} = {value!r}\n" for name, value in assigned), encoding="utf-8")
-    argv = [*words(first, "="), "--fast=no", str(path), *words(last, " ")]
-    config, given_by = read_config(Options, argv)
-    assert same(config, Options(**dict(first) | {"fast": False} | dict(assigned) | dict(last)))
-    assert given_by == (dict.fromkeys(["fast", *dict(first)], "")
-                        | dict.fromkeys(dict(assigned), str(path)) | dict.fromkeys(dict(last), ""))
+# Whatever the words are
 
 
 CLASSES = [(Options, None), (TrainConfig, None), (SampleConfig, None), (PrepareConfig, "corpus")]
@@ -340,7 +260,7 @@ SOUP = st.lists(st.one_of(
 
 @pytest.mark.parametrize("cls, positional", CLASSES, ids=lambda v: getattr(v, "__name__", v))
 @given(SOUP)
-@settings(max_examples=200)
+@settings(max_examples=50)
 def test_any_words_are_a_config_or_a_user_error(tmp_path, monkeypatch, cls, positional, soup):
     monkeypatch.chdir(tmp_path)  # without presets
     output = io.StringIO()
@@ -353,25 +273,6 @@ def test_any_words_are_a_config_or_a_user_error(tmp_path, monkeypatch, cls, posi
         assert stop.code == 0 and {"-h", "--help"} & set(soup) and output.getvalue()
     else:
         assert isinstance(config, cls) and given_by.keys() <= {f.name for f in fields(cls)}
-
-
-PYTHON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
-    | st.complex_numbers() | st.sampled_from([10**400, -10**400]),
-    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner)
-    | st.dictionaries(st.integers(), inner, max_size=2), max_leaves=5)
-
-
-@pytest.mark.parametrize("cls", [Options, TrainConfig])
-@given(st.dictionaries(st.sampled_from(OPTION_NAMES) | st.just("other"), PYTHON, max_size=3))
-@example({"width": -10**400, "learning_rate": 10**400, "rate": 10**400})
-def test_any_preset_is_a_config_or_a_user_error(tmp_path, cls, assigned):
-    path = tmp_path / "preset.py"
-    path.write_text("_names = {'nan': float('nan'), 'inf': float('inf')}\n" + "".join(
-        f"{name} = eval({repr(value)!r}, _names)\n" for name, value in assigned.items()),
-        encoding="utf-8")
-    with contextlib.suppress(UserError):
-        read_config(cls, [str(path)])
 
 
 # -----------------------------------------------------------------------------
@@ -407,11 +308,13 @@ def test_nanogpts_options_are_known(cls, names):
 
 
 def test_imports_stay_light():
-    """config needs no torch; train and sample neither datasets nor matplotlib, nor what of torch is
-    slow to import."""
+    """config and prepare need no torch; train and sample neither datasets nor matplotlib, nor what
+    of torch is slow to import."""
     subprocess.run([sys.executable, "-c", """
 import sys, config
 assert not {"torch", "numpy"} & sys.modules.keys()
+import prepare
+assert not {"torch", "datasets", "tiktoken", "model"} & sys.modules.keys()
 import train, sample
 assert not {"datasets", "matplotlib", "transformers", "tiktoken", "wandb", "torch._dynamo",
             "torch.distributed.tensor", "torch.distributed.checkpoint"} & sys.modules.keys()

@@ -1,5 +1,5 @@
 """model.py against the specification: the equations (tests/reference.py), every identity,
-causality, gradients, compilation, GPT-2, generation, refusals and initial values.
+causality, gradients, compilation, generation, refusals and initial values.
 
 Weights are random everywhere, gains, biases and scalars included, so that nothing hides behind an
 initial value. Identities hold in float64; "bit for bit" is torch.equal.
@@ -30,7 +30,6 @@ from variants import (
     config,
     every_variant,
     logits,
-    randomise,
 )
 
 import model as model_module
@@ -48,9 +47,9 @@ from model import (
 from support.log import learned_scalars
 
 
-def loss_and_gradients(model, forward=None, idx=IDX):
+def loss_and_gradients(model, forward=None):
     model.zero_grad()
-    loss = (model if forward is None else forward)(idx, targets=idx.roll(-1, 1))[1]
+    loss = (model if forward is None else forward)(IDX, targets=IDX.roll(-1, 1))[1]
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -79,70 +78,54 @@ def count(model):
     return sum(p.numel() for p in model.parameters())
 
 
-YURII_COUNTS = [  # yuriiformer.md section 6: 12L/768, 24L/1024
-    (dict(), 124_373_760, 354_599_936),
-    (dict(template="nesterov"), 163_812_168, 407_209_104),
-    (dict(template="nesterov", velocity_init="zero"), 124_392_264, 354_649_232),
-    (dict(template="tmm"), 163_812_192, 407_209_152),
-    (dict(template="tmm", velocity_init="zero"), 124_392_288, 354_649_280),
-    (dict(template="polyak"), 163_812_144, 407_209_056),
+# where no preset has them (tests/test_presets.py): yuriiformer.md section 6, hourglass.md section 3
+MEDIUM = dict(n_layer=24, n_head=16, n_embd=1024)
+YURII_COUNTS = [
+    (dict(template="nesterov", velocity_init="zero"), 124_392_264),
+    (dict(template="nesterov", velocity_init="zero", **MEDIUM), 354_649_232),
+    (dict(template="tmm", velocity_init="zero"), 124_392_288),
+    (dict(template="tmm", velocity_init="zero", **MEDIUM), 354_649_280),
+    (dict(template="tmm", **MEDIUM), 407_209_152),
+    (dict(template="polyak", **MEDIUM), 407_209_056),
 ]
 
 
-@pytest.mark.parametrize("options, small, medium", YURII_COUNTS)
-def test_counts_of_yuriiformer(options, small, medium):
-    for (L, H, d), expected in (((12, 12, 768), small), ((24, 16, 1024), medium)):
-        options = dict(options, n_layer=L, n_head=H, n_embd=d, vocab_size=50304, block_size=1024,
-                       bias=False)
-        model = on_meta(**options)
-        assert count(model) == expected == model.get_num_params(non_embedding=False)
-        assert reference.n_parameters(GPTConfig(**options)) == expected
+@pytest.mark.parametrize("options, expected", YURII_COUNTS)
+def test_counts_of_yuriiformer(options, expected):
+    model = on_meta(bias=False, **options)
+    assert count(model) == expected == model.get_num_params(non_embedding=False)
+    assert reference.n_parameters(model.config) == expected
 
 
-HOURGLASS_COUNTS = [  # hourglass.md section 3: L, d, H, d_head, K, d_h, N
-    (24, 1536, 16, 96, 1, 6144, 905_969_664),
-    (12, 2496, 16, 96, 4, 2016, 908_623_872),
-    (28, 3072, 24, 128, 1, 8192, 3_170_893_824),
-    (18, 3696, 24, 128, 4, 2944, 3_167_797_248),
-    (32, 4096, 32, 128, 1, 14336, 7_784_628_224),
-    (22, 4992, 32, 128, 4, 4544, 7_787_839_488),
-    # the small pairs, in millions to the digits printed; d_a is the baseline's d, heads of 64
-    (6, 256, 4, 64, 1, 1024, "6.29"), (3, 416, 4, 64, 4, 336, "6.31"),
-    (8, 512, 8, 64, 1, 2048, "33.55"), (4, 832, 8, 64, 4, 672, "33.65"),
-    (12, 768, 12, 64, 1, 3072, "113.2"), (6, 1248, 12, 64, 4, 1008, "113.6"),
-    (8, 1056, 12, 64, 4, 864, "113.5"),
-    (24, 1024, 16, 64, 1, 4096, "402.7"), (12, 1664, 16, 64, 4, 1344, "403.8"),
+HOURGLASS_COUNTS = [  # L, d, H, K, d_h, N in millions as printed; d_a is the baseline's d
+    (6, 256, 4, 1, 1024, "6.29"), (3, 416, 4, 4, 336, "6.31"),
+    (8, 512, 8, 1, 2048, "33.55"), (4, 832, 8, 4, 672, "33.65"),
+    (8, 1056, 12, 4, 864, "113.5"),
 ]
 
 
-@pytest.mark.parametrize("L, d, H, D, K, d_h, N", HOURGLASS_COUNTS)
-def test_counts_of_hourglass(L, d, H, D, K, d_h, N):
-    options = dict(HOURGLASS, n_layer=L, n_embd=d, n_head=H, head_dim=D, ffn_depth=K, bias=False,
+@pytest.mark.parametrize("L, d, H, K, d_h, N", HOURGLASS_COUNTS)
+def test_counts_of_hourglass(L, d, H, K, d_h, N):
+    options = dict(HOURGLASS, n_layer=L, n_embd=d, n_head=H, head_dim=64, ffn_depth=K, bias=False,
                    ffn_hidden=d_h, vocab_size=100_352, block_size=4096)
     if K == 1:
         options["ffn"] = "swiglu"
     model = on_meta(**options)
     n = sum(p.numel() for p in model.parameter_roles()["matrix"].values())
-    assert n == reference.n_matrices(GPTConfig(**options))
-    assert n == N if isinstance(N, int) else f"{n / 1e6:.{len(N.split('.')[1])}f}" == N
-    assert count(model) == reference.n_parameters(GPTConfig(**options))
-    if N == 908_623_872:
-        assert count(model) == 1_159_291_584
-
-
-@every_variant
-def test_counts_of_every_variant(name):
-    """As the reference finds every name it needs, this also says that nothing is superfluous."""
-    c = config(**VARIANTS[name])
-    assert count(GPT(c)) == reference.n_parameters(c)
+    assert n == reference.n_matrices(model.config)
+    assert f"{n / 1e6:.{len(N.split('.')[1])}f}" == N
+    assert count(model) == reference.n_parameters(model.config)
 
 
 # ------------------------------------------------------------------- the equations, and the API
 
 @every_variant
 def test_logits_follow_the_equations(name):
+    """As the reference finds every name that it needs, the count says that none is superfluous."""
     model, c = build(**VARIANTS[name]), config(**VARIANTS[name])
     assert_close(logits(model), reference.forward(c, model.state_dict(), IDX))
+    assert_close(model(IDX)[0], logits(model)[:, -1:])  # without targets, the last position
+    assert count(model) == reference.n_parameters(c)
 
 
 @pytest.mark.parametrize("name", ["gpt", "tmm-strang", "nesterov-hourglass"])
@@ -151,53 +134,14 @@ def test_losses_in_float32_and_float64(name):
     targets[:, :3] = -1  # ignored
     for dtype, tol in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model = build(dtype, **VARIANTS[name])
-        expected = reference.cross_entropy(
-            reference.forward(config(**VARIANTS[name]), model.state_dict(), IDX), targets.clamp(0))
+        full = reference.forward(config(**VARIANTS[name]), model.state_dict(), IDX)
+        expected = -full.log_softmax(-1).gather(-1, targets.clamp(0)[..., None])[..., 0]
         out, mean = model(IDX, targets)
         each = model(IDX, targets, reduction="none")[1]
         assert out.shape == (2, 10, 48) and each.shape == (2, 10) and mean.dtype == dtype
         assert_close(mean.double(), expected[:, 3:].mean(), tol)
         assert_close(each.double()[:, 3:], expected[:, 3:], tol)
         assert (each[:, :3] == 0).all()
-
-
-def test_without_targets_only_the_last_position():
-    model = build(**VARIANTS["nesterov-lie_trotter"])
-    last, loss = model(IDX)
-    assert last.shape == (2, 1, 48) and loss is None
-    assert_close(last, logits(model)[:, -1:])
-
-
-def test_longer_than_the_block_is_refused():
-    for position in ("learned", "rope"):
-        with pytest.raises(ValueError, match="block_size"):
-            build(position=position)(torch.zeros(1, 13, dtype=torch.long))
-
-
-def plain_gpt(state, idx, n_layer, n_head):
-    """nanoGPT's forward pass with torch's own functions."""
-    w = {name.removeprefix("transformer."): p for name, p in state.items()}
-
-    def affine(f, name, x, *shape):
-        return f(x, *shape, w[name + ".weight"], w[name + ".bias"])
-
-    B, T = idx.shape
-    x = F.embedding(idx, w["wte.weight"]) + w["wpe.weight"][:T]
-    d = x.shape[-1]
-    for h in (f"h.{i}." for i in range(n_layer)):
-        q, k, v = affine(F.linear, h + "attn.c_attn",
-                         affine(F.layer_norm, h + "ln_1", x, (d,))).split(d, 2)
-        q, k, v = (z.view(B, T, n_head, -1).transpose(1, 2) for z in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        x = x + affine(F.linear, h + "attn.c_proj", o)
-        hidden = F.gelu(affine(F.linear, h + "mlp.c_fc", affine(F.layer_norm, h + "ln_2", x, (d,))))
-        x = x + affine(F.linear, h + "mlp.c_proj", hidden)
-    return affine(F.layer_norm, "ln_f", x, (d,)) @ w["wte.weight"].T
-
-
-def test_gradient_descent_is_the_gpt_block():
-    model = build(bias=True)
-    assert_close(logits(model), plain_gpt(model.state_dict(), IDX, n_layer=2, n_head=2))
 
 
 CALLS = [("gpt", 1, 1), ("gd-euler", 1, 1), ("gd-strang", 2, 1), ("nesterov-lie_trotter", 1, 1),
@@ -221,10 +165,8 @@ def test_oracle_calls_per_layer(name, attention, ffn):
 def raw_of_one(dtype):
     """A raw value whose softplus is exactly 1 in this dtype."""
     raw = torch.tensor(math.log(math.e - 1), dtype=dtype)
-    near = [raw]
-    for end in (0.0, 1.0):
-        near += [torch.nextafter(raw, torch.tensor(end, dtype=dtype))]
-    return next(r for r in near if F.softplus(r) == 1)
+    below, above = raw.nextafter(raw * 0), raw.nextafter(raw * 2)
+    return next(r for r in (raw, below, above) if F.softplus(r) == 1)
 
 
 @pytest.mark.parametrize("splitting", SPLITTINGS)
@@ -273,7 +215,6 @@ def test_what_is_zero_by_algebra():
     model = build(template="nesterov", velocity_init="zero", bias=True)
     grads = loss_and_gradients(model)[1]
     first, second = "transformer.h.0.steps.0.", "transformer.h.0.steps.1."
-    assert grads[first + "mu"] == 0 and grads[first + "beta"] == 0  # they multiply V_0 = 0
     assert 0 < grads[first + "gamma"].abs() < 1e-2 * grads[second + "gamma"].abs()  # only eps
     for h in ("transformer.h.0.", "transformer.h.1."):  # softmax removes q b_k, the same for all k
         q, k, v = grads[h + "attn.c_attn.bias"].split(16)
@@ -327,16 +268,6 @@ def test_velocity_tables_are_inputs_only():
     assert changed[absent] and changed.sum() == 1
 
 
-@pytest.mark.parametrize("options, tables", [
-    (dict(), []), (dict(velocity_init="zero"), []), (dict(template="rmsprop"), []),
-    (dict(velocity_init="add"), ["vpe", "vte"]), (dict(template="adam"), ["vpe", "vte"]),
-    (dict(template="tmm", position="rope"), ["vte"]),
-    (dict(template="imex", velocity_init="zero"), [])])
-def test_which_variants_own_velocity_tables(options, tables):
-    names = {name.split(".")[1] for name in GPT(config(**options)).state_dict() if "." in name}
-    assert sorted(names & {"vte", "vpe"}) == tables
-
-
 @pytest.mark.parametrize("options, ignored", [
     (dict(), dict(velocity_norm="read", mu_init=0.9, imex_steps=7, ffn_depth=9)),
     (dict(template="rmsprop"), dict(mu_init=0.9, scalar_map="softplus")),
@@ -361,14 +292,9 @@ def test_w_down_of_zero_silences_a_sub_mlp():
         return w * 0 if "ffn.c_proj" in name and f"mlp.{keep}" not in name else None
 
     model = build(**HOURGLASS)
-    silent = edited(model, silence)  # all W_d = 0: the FFN half is the identity
-    without = dict(silent)
-    for i in range(2):
-        h = f"transformer.h.{i}."
-        without |= {h + "ln_2.weight": torch.ones(16), h + "mlp.c_fc.weight": torch.ones(64, 16),
-                    h + "mlp.c_proj.weight": torch.zeros(16, 64)}
-    identity = build(state=without, **dict(HOURGLASS, ffn="mlp", ffn_hidden=64))
-    assert torch.equal(logits(build(state=silent, **HOURGLASS)), logits(identity))
+    silent = build(state=edited(model, silence), **HOURGLASS)
+    z = torch.randn(2, 10, 16, dtype=torch.float64)
+    assert all((block.mlp(z) == 0).all() for block in silent.transformer.h)  # all W_d = 0
     for j in range(3):  # all but one: z_0 + m_j(z_0)
         alone = edited(model, lambda name, w, j=j: silence(name, w, keep=j))
         one = {name.replace(f"mlp.{j}.", "mlp.0."): w for name, w in alone.items()
@@ -377,58 +303,11 @@ def test_w_down_of_zero_silences_a_sub_mlp():
                            logits(build(state=one, **dict(HOURGLASS, ffn_depth=1))))
 
 
-def test_each_sub_mlp_sees_the_output_of_the_one_before():
-    model, seen = build(**HOURGLASS), {}
-    for i in range(3):
-        model.get_submodule(f"transformer.h.0.mlp.{i}.ffn.c_proj").register_forward_hook(
-            lambda _, args, out, i=i: seen.setdefault(i, []).append(out.detach()))
-    for j in range(3):
-        seen.clear()
-        logits(model)
-        with torch.no_grad():
-            model.get_parameter(f"transformer.h.0.mlp.{j}.ffn.c_proj.weight").mul_(1.1)
-        logits(model)
-        assert [torch.equal(*seen[i]) for i in range(3)] == [i < j for i in range(3)]
-
-
-def test_qk_norm_spans_the_packed_width():
-    model = build(**HOURGLASS)
-    assert model.get_parameter("transformer.h.0.attn.q_norm.weight").shape == (8,)
-    assert model.get_parameter("transformer.h.0.attn.k_norm.weight").shape == (8,)
-
-    def logits_with_q_times_3(rows):
-        def edit(name, w):
-            if "c_attn" in name:
-                w = w.clone()
-                w[rows] *= 3
-                return w
-        return logits(build(state=edited(model, edit), **HOURGLASS))
-
-    assert_close(logits_with_q_times_3(slice(0, 8)), logits(model), 1e-3)  # up to eps
-    assert (logits_with_q_times_3(slice(0, 4)) - logits(model)).abs().max() > 1e-2  # one head
-
-
-def test_attention_narrower_than_the_stream():
-    """d_a = 3 x 6 beside d = 16: n_embd need not be a multiple of n_head."""
-    options = dict(HOURGLASS, n_head=3, head_dim=6)
-    model = build(**options)
-    assert model.get_parameter("transformer.h.0.attn.c_attn.weight").shape == (54, 16)
-    assert model.get_parameter("transformer.h.0.attn.c_proj.weight").shape == (16, 18)
-    assert_close(logits(model), reference.forward(config(**options), model.state_dict(), IDX))
-
-
 @pytest.mark.parametrize("splitting", ["lie_trotter", "strang"])
 def test_gd_with_joint_and_each_substeps_agree(splitting):
     joint = build(splitting=splitting, **HOURGLASS)
     each = build(state=joint.state_dict(), splitting=splitting, ffn_substeps="each", **HOURGLASS)
     assert_close(logits(each), logits(joint), 1e-12)
-
-
-def test_momentum_with_joint_and_each_substeps_differ():
-    names = [set(GPT(config(**HOURGLASS, template="nesterov", ffn_substeps=s)).state_dict())
-             for s in ("joint", "each")]
-    assert names[1] - names[0] == {f"transformer.h.{i}.steps.{s}.{p}" for i in range(2)
-                                   for s in (2, 3) for p in ("mu", "beta", "gamma", "norm.weight")}
 
 
 # ------------------------------------------------------------------------ causality and decoding
@@ -459,10 +338,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(name):
 # ------------------------------------------------------------------------------------- gradients
 
 def zero_by_algebra(options):
-    """V_0 = 0 is what layer 0's first mu and beta multiply; Adam's beta1 also weighs g: it lives.
-
-    Gradients of part of a tensor that are zero are tested above (key biases).
-    """
+    """V_0 = 0 is what layer 0's first mu and beta multiply; Adam's beta1 also weighs g."""
     if options.get("velocity_init") != "zero" or options["template"] == "adamw":
         return set()
     return {"transformer.h.0.steps.0.mu", "transformer.h.0.steps.0.beta"}
@@ -470,37 +346,28 @@ def zero_by_algebra(options):
 
 @every_variant
 def test_gradients_reach_every_parameter(name):
-    model = build(**VARIANTS[name])
+    """But those that are zero by algebra; a step along them changes the loss as they say."""
+    model, step = build(**VARIANTS[name]), 1e-6
     grads = loss_and_gradients(model)[1]
     zero = {p for p, g in grads.items() if g is None or g.abs().max() == 0}
     assert zero == zero_by_algebra(VARIANTS[name]) & grads.keys()
     assert all(g.isfinite().all() for g in grads.values())
 
-
-@pytest.mark.parametrize("name", ["gpt", "tmm-strang", "nesterov-read", "imex-3", "symplectic",
-                                  "adamw", "tmm-hourglass-each"])
-def test_gradients_are_finite_differences(name):
-    model, step = build(**VARIANTS[name]), 1e-6
-    grads = loss_and_gradients(model)[1]
-
-    def move(direction, by):
+    losses = []
+    for by in (step, -2 * step):
         with torch.no_grad():
-            for p, u in zip(model.parameters(), direction, strict=True):
-                p.add_(u, alpha=by)
-
-    for seed in range(2):
-        gen = torch.Generator().manual_seed(seed)
-        u = [torch.randn(p.shape, generator=gen, dtype=p.dtype) for p in model.parameters()]
-        slope = sum((g * v).sum().item() for g, v in zip(grads.values(), u, strict=True))
-        move(u, step)
-        up = loss_and_gradients(model)[0]
-        move(u, -2 * step)
-        down = loss_and_gradients(model)[0]
-        move(u, step)
-        assert (up - down) / (2 * step) == pytest.approx(slope, rel=1e-6, abs=1e-8)
+            for name, p in model.named_parameters():
+                p.add_(grads[name], alpha=by)
+        losses.append(model(IDX, IDX.roll(-1, 1))[1].item())
+    slope = sum(g.square().sum().item() for g in grads.values())
+    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------- compilation
+
+COMPILED = ("llama", "gd-add", "gpt-qk_norm-rope", "polyak-read", "tmm-strang", "imex-2",
+            "nesterov-hourglass-each", "symplectic", "rmsprop", "adamw")
+
 
 @pytest.fixture
 def dynamo():
@@ -511,17 +378,11 @@ def dynamo():
     gc.enable()
 
 
-BACKWARD_COMPILED = ("llama", "tmm-strang", "nesterov-hourglass-each", "imex-2", "symplectic",
-                     "adamw")
-
-
-@every_variant
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiles_in_one_graph(name, dynamo):
-    """The forward pass of all, the backward pass, which takes longer, of one of each kind."""
-    backend = "aot_eager" if name in BACKWARD_COMPILED else "eager"
     model = build(torch.float32, **dict(VARIANTS[name], n_layer=1, ffn_depth=2))
     loss, grads = loss_and_gradients(model)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     compiled_loss, compiled_grads = loss_and_gradients(model, compiled)
     assert compiled_loss == pytest.approx(loss, rel=1e-5)
     for p, g in grads.items():
@@ -530,58 +391,30 @@ def test_compiles_in_one_graph(name, dynamo):
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))),
                     reason="inductor needs a C++ compiler on the CPU")
-@pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "hourglass-lie_trotter"])
-def test_inductor_equals_eager(name, dynamo):
+def test_inductor_equals_eager(dynamo):
     """The forward pass: each generated kernel takes the C++ compiler about a second."""
-    model = build(torch.float32, **dict(VARIANTS[name], n_layer=1, ffn_depth=2))
+    model = build(torch.float32, **dict(VARIANTS["nesterov-hourglass"], n_layer=1, ffn_depth=2))
     with torch.no_grad():
         out, loss = torch.compile(model, fullgraph=True)(IDX, IDX)
         assert_close(out, logits(model), 1e-5)
         assert_close(loss, model(IDX, IDX)[1], 1e-5)
 
 
-# ------------------------------------------------------------------------------------------ GPT-2
-
-def test_gpt2_weights_give_gpt2_logits(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=48, n_positions=12, n_embd=16, n_layer=2, n_head=2)).eval()
-    randomise(theirs).save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(str(tmp_path), override_args={"dropout": 0.1}).double().eval()
-    assert ours.config.activation == "gelu_tanh" and ours.config.dropout == 0.1
-    with torch.no_grad():
-        expected = theirs.double()(IDX).logits
-    assert_close(logits(ours)[..., :48], expected, 1e-9)
-
-
 # ------------------------------------------------------------------------------------- generation
-
-def greedy(model, idx, n):
-    """By full forwards, without a cache."""
-    for _ in range(n):
-        idx = torch.cat([idx, logits(model, idx)[:, -1:].argmax(-1)], 1)
-    return idx
-
 
 @pytest.mark.parametrize("name", ["gpt", "tmm-strang", "imex-2", "nesterov-hourglass-each"])
 def test_greedy_is_the_argmax_of_full_forwards(name):
-    model, prompt = build(**VARIANTS[name]), IDX[:, :5]
-    expected = greedy(model, prompt, 7)
-    assert torch.equal(model.generate(prompt, 7, temperature=0), expected)
-    assert torch.equal(model.generate(prompt, 7, top_k=1), expected)
-
-
-@pytest.mark.parametrize("start", [5, 12, 15])
-def test_generation_goes_on_past_the_block(start):
-    """Each token is the argmax after one of the windows of T/2 to T tokens that slide along."""
-    model = build(**VARIANTS["nesterov-hourglass"])
-    prompt = torch.arange(2 * start).view(2, start)
-    out = model.generate(prompt, 16, temperature=0)
-    assert out.shape == (2, start + 16) and torch.equal(out[:, :start], prompt)
-    for t in range(start, start + 16):
-        windows = range(6, 13) if t > 12 else [t]
-        assert any(torch.equal(greedy(model, out[:, t - w : t], 1)[:, -1], out[:, t])
-                   for w in windows), t
+    """Past the block, after one of the windows of T/2 to T tokens that slide along."""
+    model = build(**VARIANTS[name])
+    for start in (5, 12, 15):
+        prompt = torch.arange(2 * start).view(2, start)
+        out = model.generate(prompt, 16, temperature=0)
+        assert torch.equal(out, model.generate(prompt, 16, top_k=1))
+        assert out.shape == (2, start + 16) and torch.equal(out[:, :start], prompt)
+        for t in range(start, start + 16):
+            windows = range(6, 13) if t > 12 else [t]
+            assert any(torch.equal(logits(model, out[:, t - w : t])[:, -1].argmax(-1), out[:, t])
+                       for w in windows), t
 
 
 def test_generation_is_reproducible_and_never_draws_padded_rows():
@@ -600,44 +433,26 @@ def test_generation_is_reproducible_and_never_draws_padded_rows():
 # --------------------------------------------------------------------------------------- refusals
 
 each_substep = dict(ffn="hourglass", ffn_substeps="each")
-REFUSED = [  # options, and words that the message must contain: the option, its value, the fix
+REFUSED = [  # options, and words that the message must contain: the option, its value, the fix;
+    # single numbers are in tests/hostile
     (dict(template="adam", splitting="strang"), "splitting strang adam lie_trotter"),
-    (dict(template="rmsprop", splitting="euler"), "splitting euler rmsprop lie_trotter"),
     (dict(template="imex", splitting="euler"), "splitting euler imex lie_trotter"),
     (dict(template="symplectic", splitting="strang"), "splitting strang symplectic lie_trotter"),
     (dict(each_substep, splitting="euler"), "ffn_substeps each euler joint"),
     (dict(each_substep, template="imex"), "ffn_substeps each imex joint"),
-    (dict(each_substep, template="symplectic"), "ffn_substeps each symplectic joint"),
     (dict(each_substep, template="adam"), "ffn_substeps each adam joint"),
-    (dict(template="nesterov", velocity_init="add"), "velocity_init add nesterov gd"),
     (dict(template="adamw", velocity_init="add"), "velocity_init add adamw gd"),
     (dict(template="imex", velocity_norm="read"), "velocity_norm read imex update"),
-    (dict(template="symplectic", velocity_norm="read"), "velocity_norm read symplectic update"),
     (dict(template="symplectic", velocity_norm="none"), "velocity_norm none symplectic update"),
     (dict(n_embd=18, n_head=4), "n_embd 18 n_head 4 head_dim"),
-    (dict(position="rope", head_dim=5), "head_dim 5 rope even"),
     (dict(position="rope", n_embd=18, n_head=2), "head_dim 9 rope even"),
-    (dict(dropout=1.0), "dropout 1.0"),
-    (dict(dropout=-0.1), "dropout -0.1"),
     (dict(template="nesterov", mu_init=1.0), "mu_init 1.0 softplus"),
-    (dict(template="polyak", beta_init=0.0), "beta_init 0.0"),
-    (dict(template="tmm", scalar_map="softplus", mu_init=-1.0), "mu_init -1.0"),
-    (dict(template="polyak", gamma_init=0.0), "gamma_init 0.0"),
-    (dict(template="imex", imex_steps=0), "imex_steps 0"),
-    (dict(ffn="hourglass", ffn_depth=0), "ffn_depth 0"),
     (dict(vocab_used=49), "vocab_used 49 vocab_size 48"),
-    (dict(n_layer=0), "n_layer 0"),
-    (dict(block_size=0), "block_size 0"),
-    (dict(template="nestorov"), "template nestorov nesterov"),
-    (dict(splitting="strong"), "splitting strong strang"),
-    (dict(norm="batchnorm"), "norm batchnorm rmsnorm"),
-    (dict(position="alibi"), "position alibi rope"),
-    (dict(ffn="moe"), "ffn moe swiglu"),
-    (dict(activation="relu"), "activation relu gelu_tanh"),
-    (dict(ffn="hourglass", ffn_substeps="all"), "ffn_substeps all joint"),
-    (dict(template="polyak", velocity_init="ones"), "velocity_init ones embed"),
-    (dict(template="polyak", velocity_norm="both"), "velocity_norm both read"),
-    (dict(template="polyak", scalar_map="exp"), "scalar_map exp softplus"),
+    *(({"template": "polyak", option: "other"}, f"{option} other {value}") for option, value in (
+        ("template", "nesterov"), ("splitting", "strang"), ("norm", "rmsnorm"),
+        ("position", "rope"), ("ffn", "swiglu"), ("activation", "gelu_tanh"),
+        ("ffn_substeps", "joint"), ("velocity_init", "embed"), ("velocity_norm", "read"),
+        ("scalar_map", "softplus"), ("attention", "causal"))),
 ]
 
 
@@ -681,7 +496,6 @@ def test_initial_weights(options, scale):
 ONE = math.log(math.e - 1)  # softplus(ONE) = 1
 INITIAL_SCALARS = [  # raw values
     (dict(template="tmm"), dict(mu=0, beta=0, gamma=0, nu=ONE)),
-    (dict(template="nesterov"), dict(mu=0, beta=0, gamma=0)),
     (dict(template="polyak"), dict(beta=0, gamma=0)),
     (dict(template="nesterov", mu_init=0.9, beta_init=0.9, gamma_init=1.0),
      dict(mu=math.log(9), beta=math.log(9), gamma=ONE)),
@@ -723,27 +537,10 @@ def test_every_parameter_has_one_role(name):
     assert set(roles["scalar"]) == {n for n in parameters if ".steps." in n and ".norm" not in n}
 
 
-@pytest.mark.parametrize("name", ["gpt", "tmm-lie_trotter", "nesterov-hourglass"])
-def test_adamw_groups(name):
-    model = GPT(config(**VARIANTS[name]))
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    assert isinstance(optimizer, torch.optim.AdamW)
-    seen = [p for group in optimizer.param_groups for p in group["params"]]
-    assert len(seen) == len({id(p) for p in seen}) == len(list(model.parameters()))
-    for group in optimizer.param_groups:
-        assert group["betas"] == (0.9, 0.95)
-        for p in group["params"]:
-            assert group["weight_decay"] == (0.1 if p.ndim == 2 else 0)
-
-
-def test_num_params_is_nanogpts():
+def test_num_params_and_mfu_are_nanogpts():
     model = GPT(config(bias=True))
     assert model.get_num_params(non_embedding=False) == count(model)
     assert model.get_num_params() == count(model) - 12 * 16  # without the positions
-
-
-def test_mfu_is_proportional_to_speed():
-    model = GPT(config(template="nesterov"))
     assert 0 < model.estimate_mfu(4, 2.0) == pytest.approx(model.estimate_mfu(8, 8.0) * 2)
 
 
@@ -755,7 +552,7 @@ def test_crop_block_size(name):
     assert model.config.block_size == 6 and torch.equal(logits(model, IDX[:, :6]), before)
     for table, p in model.named_parameters():
         assert "wpe" not in table and "vpe" not in table or p.shape == (6, 16)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="7 tokens: there is room for 6 .block_size.; crop"):
         model(IDX[:, :7])
 
 

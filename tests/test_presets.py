@@ -2,16 +2,15 @@
 papers' rows have the papers' counts and recipes; a preset of your own needs no line here."""
 
 import ast
-import json
 import re
 import shlex
 from functools import cache
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from conftest import option_words
-from processes import run_ranks
 
 from config import read_config
 from model import GPT, GPTConfig
@@ -108,15 +107,14 @@ def tokens_per_step(c: TrainConfig) -> int:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_counts(name):
     """Parameters, matrices and FLOPs are those of the formulas."""
-    c, model = load(name), model_of(name)
-    d_a = c.n_head * (c.head_dim or c.n_embd // c.n_head)
-    ffn = {"mlp": 2, "swiglu": 3, "hourglass": 3 * c.ffn_depth}[c.ffn]
-    N = c.n_layer * c.n_embd * (4 * d_a + ffn * (c.ffn_hidden or 4 * c.n_embd))
+    model = model_of(name)
+    c, N = model.config, reference.n_matrices(model.config)
     matrices = sum(p.numel() for p in model.parameter_roles()["matrix"].values())
     assert matrices == N == MATRICES.get(name, N)
     assert model.get_num_params(non_embedding=False) == PARAMETERS[name]
+    assert reference.n_parameters(c) == PARAMETERS[name]
     assert model.flops_per_token() == 3 * (
-        2 * N + 2 * c.block_size * d_a * c.n_layer + 2 * model.config.vocab_size * c.n_embd)
+        2 * N + 2 * c.block_size * c.d_attn * c.n_layer + 2 * c.vocab_size * c.n_embd)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -173,23 +171,17 @@ def test_what_the_docstring_says(name):
 
 
 @every_preset
-def test_a_small_copy_trains(name, words, run, tmp_path):
+def test_a_small_copy_trains(name, run, tmp_path):
     c = load(name)
     small = dict(n_layer=2, n_head=2, n_embd=24, block_size=32, batch_size=2, max_iters=2,
                  gradient_accumulation_steps=2, warmup_iters=0, log_interval=1, eval_interval=2,
-                 dataset="easy")
+                 dataset="easy", parallel="ddp")  # in this process
     if c.head_dim:
         small["head_dim"] = 8  # hourglass attention stays narrower than the residual stream
     if c.ffn_hidden:
         small["ffn_hidden"] = 20 if c.ffn == "hourglass" else 48
-    argv = [str(PRESETS[name]), f"--out_dir={tmp_path}", "--device=cpu", "--dtype=float32",
-            *option_words(**small)]
-    if c.parallel == "fsdp":
-        run_ranks([*words(tmp_path), *argv])
-        log = (tmp_path / "log.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in log]
-    else:
-        records = run(tmp_path, *argv)
+    records = run(tmp_path, str(PRESETS[name]), f"--out_dir={tmp_path}", "--device=cpu",
+                  "--dtype=float32", *option_words(**small))
     assert [r["type"] for r in records] == ["config", "eval", "train", "train", "eval"]
     assert records[-1]["val_loss"] < records[1]["val_loss"]
     for option in ("template", "ffn", "norm", "optimizer", "schedule"):

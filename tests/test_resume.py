@@ -361,6 +361,7 @@ def test_the_context_may_shrink(run, tmp_path, optimizer):
     resume(tmp_path, block_size=8, max_iters=6)
     checkpoint = load(tmp_path)
     assert checkpoint["iter_num"] == 6 and checkpoint["model_args"]["block_size"] == 8
+    assert checkpoint["run"]["position"] == 2 * 24 + 24  # in windows of 8: the same tokens
     for name, state in checkpoint["optimizer"]["adamw"].items():
         assert state["exp_avg"].shape == checkpoint["model"][name].shape, name
     resume(tmp_path, max_iters=7)  # and stays so

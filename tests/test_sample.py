@@ -17,17 +17,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import option_words, write_data
-from variants import IDX, VARIANTS, assert_close, build, every_variant, write_checkpoint
+from conftest import option_words, refused, write_data
+from variants import IDX, VARIANTS, assert_close, build, write_checkpoint
 
 import sample
 from sample import DecodingCache, DecodingLinear, draw, store_matrices, stream
-from support.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = (1, 5, 12, 30, 9, 13)  # block_size is 12
-SEVERAL = ("gpt", "nesterov-lie_trotter", "tmm-strang", "imex-2", "llama", "hourglass-lie_trotter",
-           "gpt-qk_norm-rope", "gd-add", "symplectic", "adamw", "tmm-hourglass-each")
+SEVERAL = ("gpt-qk_norm-rope", "nesterov-lie_trotter", "gd-add", "imex-2", "symplectic", "adamw",
+           "tmm-hourglass-each")
 
 
 def seeded(seed=0):
@@ -72,38 +71,27 @@ def decode(model, idx, lengths=None, n=15, **how):
 # Rows of different lengths
 
 
-@pytest.mark.parametrize("name", SEVERAL)
-def test_a_row_does_not_depend_on_the_others(name):
-    """Short ones, ones that fill the context and longer ones; all run past it."""
-    model, prompts = build(**VARIANTS[name]), prompts_of(LENGTHS)
-    expected = greedy(model, prompts, 15)
-    for width, seed in ((0, 1), (40, 2)):  # another padding, and one that no row needs
-        idx, lengths = padded(prompts, width, seed)
-        before = idx.clone(), lengths.clone()
-        assert torch.equal(decode(model, idx, lengths), expected)
-        assert torch.equal(idx, before[0]) and torch.equal(lengths, before[1])
+@pytest.mark.parametrize("name, block_size, lengths", [
+    *((name, 12, LENGTHS) for name in SEVERAL),
+    *(("nesterov-hourglass", size, (1, 2, 9, 7, 3, 8)) for size in (1, 2, 3, 7, 64)),
+    *(("gpt", 12, lengths) for lengths in ((1,), (1, 1, 1), (12, 1), (25, 12, 11)))], ids=str)
+def test_a_row_does_not_depend_on_the_others(name, block_size, lengths):
+    """Short ones, ones that fill the context and longer ones; all run past it, unless it is 64."""
+    model, prompts = build(**dict(VARIANTS[name], block_size=block_size)), prompts_of(lengths)
+    expected = greedy(model, prompts, 25)
+    for n, width, seed in ((1, 0, 1), (14, 0, 1), (25, 40, 2)):  # a padding that no row needs
+        idx, counts = padded(prompts, width, seed)
+        before = idx.clone(), counts.clone()
+        assert torch.equal(decode(model, idx, counts, n), expected[:, :n])
+        assert torch.equal(idx, before[0]) and torch.equal(counts, before[1])
     for prompt, row in zip(prompts, expected, strict=True):
-        assert torch.equal(decode(model, prompt[None].int())[0], row)  # ids of either width
+        assert torch.equal(decode(model, prompt[None].int(), n=25)[0], row)  # ids of either width
 
 
-@pytest.mark.parametrize("block_size, lengths", [
-    *((size, (1, 2, 9, 7, 3, 8)) for size in (1, 2, 3, 7, 64)),
-    *((12, few) for few in ((1,), (1, 1, 1), (12, 1), (13, 12, 11), (3, 2), (25, 24)))], ids=str)
-def test_rows_of_different_lengths_in_every_context(block_size, lengths):
-    """Down to one token; 64 is never full."""
-    prompts = prompts_of(lengths, 3)
-    for name in ("gpt", "nesterov-hourglass"):
-        model = build(**dict(VARIANTS[name], block_size=block_size))
-        expected = greedy(model, prompts, 25)
-        for n in (1, 14, 25):
-            assert torch.equal(decode(model, *padded(prompts), n), expected[:, :n])
-
-
-@pytest.mark.parametrize("name", ["gpt", "llama"])
-def test_stop_tokens(name):
+def test_stop_tokens():
     """A row repeats the one that it met; all rows end with the last. A stop token in a prompt, or
     in its padding, does not count."""
-    model, prompts = build(**VARIANTS[name]), prompts_of(LENGTHS)
+    model, prompts = build(**VARIANTS["llama"]), prompts_of(LENGTHS)
     free = greedy(model, prompts, 16)
     each = [(token,) for token in free.unique().tolist()]
     ends = tuple(free[:, 9].unique().tolist())  # every row has met one after ten tokens
@@ -143,11 +131,10 @@ def test_padded_rows_of_the_vocabulary_are_never_drawn():
 # The cache
 
 
-@pytest.mark.parametrize("name", ["gpt", "nesterov-llama", "hourglass-strang"])
-def test_a_cache_can_be_used_anew(name):
+def test_a_cache_can_be_used_anew():
     """After other rows, more or fewer of them, after the context was full, after a stream left
     midway, and after a pass that broke off behind one of two attention calls, as Ctrl-C does it."""
-    model, cache = build(**VARIANTS[name]), DecodingCache(12)
+    model, cache = build(**VARIANTS["hourglass-strang"]), DecodingCache(12)
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -187,7 +174,7 @@ def test_a_cache_of_any_length_that_suffices():
 @pytest.fixture
 def graphs(monkeypatch):
     """graphs(backend) -> torch's counts, nothing remembered from other models, no fallback to
-    eager. inductor's C++ compiler takes a second for each kernel, aot_eager needs none."""
+    eager. inductor's C++ compiler takes a second for each kernel, the backend "eager" none."""
     def compile_with(backend):
         compile = torch.compile
         monkeypatch.setattr(torch, "compile", lambda model, mode, **how: compile(
@@ -202,8 +189,7 @@ def graphs(monkeypatch):
 
 
 @pytest.mark.parametrize("backend, name", [
-    *(("aot_eager", name) for name in ("gpt", "nesterov-lie_trotter", "llama", "hourglass-strang")),
-    ("inductor", "gpt"), ("inductor", "nesterov-llama")])
+    ("eager", "gpt"), ("eager", "hourglass-strang"), ("inductor", "nesterov-llama")])
 def test_all_steps_are_one_graph(graphs, backend, name):
     """While lengths grow, over a full context, and for other prompts with the same cache; of the
     same numbers as eager steps."""
@@ -215,7 +201,6 @@ def test_all_steps_are_one_graph(graphs, backend, name):
         prompts = prompts_of(lengths, seed)
         out = decode(model, *padded(prompts), 20, cache=cache, compile=True)
         assert torch.equal(out, greedy(model, prompts, 20))
-        assert torch.equal(out, decode(model, *padded(prompts), 20))
         assert counts["stats"]["unique_graphs"] == 1 and not counts["graph_break"]
 
 
@@ -223,7 +208,7 @@ def test_compiled_steps_of_one_row(graphs):
     """With the matrices stored in bf16; a new cache of the same size is the same graph."""
     model = build(torch.float32, **dict(VARIANTS["nesterov-none"], n_layer=1))
     store_matrices(model, torch.bfloat16)
-    out, counts = decode(model, IDX[:1, :3], n=12), graphs("aot_eager")
+    out, counts = decode(model, IDX[:1, :3], n=12), graphs("eager")
     for _ in range(2):
         assert torch.equal(decode(model, IDX[:1, :3], n=12, compile=True), out)
         assert counts["stats"]["unique_graphs"] == 1
@@ -261,22 +246,14 @@ def stored_and_autocast(dtype, rows=2, **options):
     return list(zip(outputs(stored), expected, strict=True))
 
 
-@every_variant
+@pytest.mark.parametrize("name", [*SEVERAL, "llama", "polyak-read", "tmm-hourglass-euler"])
 def test_stored_matrices_give_the_numbers_of_autocast(name):
-    """Bit for bit."""
-    for dtype in (torch.bfloat16, torch.float16):
-        for i, (a, b) in enumerate(stored_and_autocast(dtype, **VARIANTS[name])):
-            assert a.dtype == b.dtype and torch.equal(a, b), (dtype, i)
-
-
-@pytest.mark.parametrize("dtype, rows, tolerance", [
-    (torch.bfloat16, 1, 0.04), (torch.float32, 1, 1e-5), (torch.float32, 2, 1e-5)])
-@pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "imex-3", "llama"])
-def test_stored_matrices_of_one_row_or_as_they_are(name, dtype, rows, tolerance):
-    """A token at a time, one row takes the path of vectors, with biases and without."""
-    for a, b in stored_and_autocast(dtype, rows, **VARIANTS[name]):
-        assert a.dtype == b.dtype
-        assert_close(a.float(), b.float(), tolerance)
+    """Bit for bit; one row, a token at a time, takes the path of vectors."""
+    for dtype, rows, tolerance in ((torch.bfloat16, 2, 0), (torch.float16, 2, 0),
+                                   (torch.float32, 1, 1e-5)):
+        for a, b in stored_and_autocast(dtype, rows, **VARIANTS[name]):
+            assert a.dtype == b.dtype
+            assert_close(a.float(), b.float(), tolerance)
 
 
 def test_a_linear_with_a_forward_of_its_own_keeps_it():
@@ -293,7 +270,7 @@ def test_a_linear_with_a_forward_of_its_own_keeps_it():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(16,), (1, 16), (1, 1, 16), (2, 16), (3, 1, 16)])
+@pytest.mark.parametrize("shape", [(16,), (1, 1, 16), (3, 1, 16)])
 @torch.no_grad()
 def test_one_row_is_multiplied_as_a_vector(monkeypatch, shape, bias, dtype, tolerance):
     torch.manual_seed(0)
@@ -312,29 +289,24 @@ def test_one_row_is_multiplied_as_a_vector(monkeypatch, shape, bias, dtype, tole
 
 def definition(row, temperature=1.0, top_k=None, top_p=None):
     """The probabilities of a draw, in numpy: of the k likeliest tokens, then of the smallest
-    set, found among all sets, whose probability reaches p."""
+    set whose probability reaches p."""
     p = np.exp(row / temperature - (row / temperature).max())
-    if top_k is not None and top_k < len(p):
-        p = np.where(np.isin(np.arange(len(p)), np.argsort(-p)[:top_k]), p, 0)
+    likeliest = np.argsort(-p)
+    if top_k is not None:
+        p[likeliest[top_k:]] = 0
     p /= p.sum()
     if top_p is not None:
-        alive = np.flatnonzero(p)
-        for size in range(1, len(alive) + 1):
-            sets = [list(s) for s in itertools.combinations(alive, size)]
-            best = max(sets, key=lambda s: p[s].sum())
-            if p[best].sum() >= top_p:
-                break
-        p = np.where(np.isin(np.arange(len(p)), best), p, 0)
-        p /= p.sum()
-    return p
+        size = 1
+        while p[likeliest[:size]].sum() < top_p:
+            size += 1
+        p[likeliest[size:]] = 0
+    return p / p.sum()
 
 
 @pytest.mark.parametrize("how", [
     dict(), dict(top_k=1), dict(top_k=3), dict(top_k=8), dict(top_k=100), dict(top_p=1e-9),
-    dict(top_p=0.3), dict(top_p=0.5), dict(top_p=0.75), dict(top_p=0.9), dict(top_p=0.999),
-    dict(top_k=4, top_p=0.8), dict(top_k=2, top_p=0.99), dict(top_k=100, top_p=0.6),
-    dict(temperature=0.5), dict(temperature=3.0, top_k=5), dict(temperature=0.3, top_p=0.9),
-    dict(temperature=2.0, top_k=6, top_p=0.7)], ids=str)
+    dict(top_p=0.5), dict(top_p=0.9), dict(top_k=4, top_p=0.8), dict(top_k=100, top_p=0.6),
+    dict(temperature=0.3, top_p=0.9), dict(temperature=2.0, top_k=6, top_p=0.7)], ids=str)
 def test_draws_have_the_defined_probabilities(how, n=20_000):
     """Two rows at once, neither in order of likelihood; 5 standard deviations."""
     rows = 1.5 * torch.randn(2, 8, generator=seeded(7))
@@ -378,14 +350,6 @@ def out(tmp_path, capsys):
     return go
 
 
-def refused(call, *said, lines=1):
-    """The call is a user error of so many lines, with these words."""
-    with pytest.raises(UserError) as error:
-        call()
-    assert len(str(error.value).splitlines()) == lines
-    assert all(word in str(error.value) for word in said), error.value
-
-
 def test_greedy_and_seeds(out, monkeypatch):
     """Greedy text does not depend on the number of samples; a seed gives the same samples again.
     Without compilation torch's compiler, which takes seconds, is not loaded."""
@@ -401,13 +365,9 @@ def test_greedy_and_seeds(out, monkeypatch):
     hot = out(top_k="None", temperature=50.0, max_new_tokens=200)
     assert hot == out(top_k=26, temperature=50.0, max_new_tokens=200)
     assert set(hot) == set(LETTERS + "\n")  # top_k=None keeps all
-
-
-@pytest.mark.parametrize("prompt", ["a", LETTERS[:16], LETTERS * 2])
-def test_past_the_context(out, prompt):
-    """16 tokens fit; the text goes on, and a prompt that is longer is printed whole."""
-    text = out(start=prompt, max_new_tokens=50)
-    assert text.startswith(prompt) and len(text) == len(prompt) + 50 + 1
+    for prompt in (LETTERS[:16], LETTERS * 2):  # 16 tokens fit
+        text = out(start=prompt, max_new_tokens=50)
+        assert text.startswith(prompt) and len(text) == len(prompt) + 50 + 1
 
 
 PROMPT = "Zwölf 😀\r\nzwei\n<|endoftext|>a"
@@ -515,7 +475,7 @@ def test_which_checkpoint(tmp_path, always, files, chosen):
         assert tokenizer.name == "bytes" and not model.training
         assert all(torch.equal(w, weights[n]) for n, w in model.state_dict().items())
     config = sample.SampleConfig(out_dir="/nowhere")
-    refused(lambda: sample.load_model(config), "no checkpoint /nowhere/ckpt.pt")
+    (_,) = refused(lambda: sample.load_model(config), "no checkpoint /nowhere/ckpt.pt")
 
 
 def test_a_run_of_train_can_be_sampled(run, out, tmp_path):
@@ -564,14 +524,14 @@ def test_a_checkpoint_decodes_with_its_own_tokenizer_or_none(out, tmp_path):
     assert text.startswith("ABC") and set(text) <= set(alphabet) and len(text) == 104
     write_checkpoint(path, CHARS, config={"dataset": "named"})
     assert set(out(**capitals | {"start": "abc"})) <= set(LETTERS + "\n")  # not the data's
-    refused(lambda: out(**capitals), "alphabet", "ABC")
+    (_,) = refused(lambda: out(**capitals), "alphabet", "ABC")
     for size in (25, 28, 257):  # a data folder of the same name, but another vocabulary
         write_checkpoint(path, None, size, config={"dataset": "named"})
-        refused(lambda: out(**capitals), "token ids", "named")
+        (_,) = refused(lambda: out(**capitals), "token ids", "named")
     write_checkpoint(path, vocab_size=200)
-    refused(lambda: out(), "257", "200")
+    (_,) = refused(out, "257", "200")
     write_checkpoint(path, None, 27)  # and says nothing of its data
-    refused(lambda: out(**capitals), "27 token ids", "does not say which", "safetensors")
+    (_,) = refused(lambda: out(**capitals), "27 token ids", "does not say which", "safetensors")
 
 
 # -----------------------------------------------------------------------------
@@ -579,7 +539,7 @@ def test_a_checkpoint_decodes_with_its_own_tokenizer_or_none(out, tmp_path):
 
 
 def test_mistakes_come_together(out):
-    refused(lambda: out("--num_samples=0", "--max_new_tokens=0", "--temperature=-1", "--top_k=0",
-                        "--top_p=1.5", "--stop="), "num_samples=0: must be at least 1",
-            "max_new_tokens=0", "temperature=-1.0: must not be negative", "top_k=0", "None keeps",
-            "top_p=1.5", "(0, 1]", 'stop=""', lines=6)
+    lines = refused(lambda: out("--num_samples=0", "--top_k=0", "--top_p=1.5", "--stop="),
+                    "num_samples=0: must be at least 1", "top_k=0", "None keeps", "top_p=1.5",
+                    "(0, 1]", 'stop=""')
+    assert len(lines) == 4

@@ -5,6 +5,7 @@ skipped where it is absent.
 """
 
 import json
+import operator
 import os
 import pickle
 import shutil
@@ -101,22 +102,12 @@ def test_nanogpt_folders(tmp_path):
     meta = load_meta(nanogpt_folder(tmp_path, dict(enumerate("ba\n"))))
     assert (meta["vocab_size"], meta["padded_vocab_size"], meta["dtype"]) == (3, 3, "uint16")
     assert Tokenizer.from_meta(meta).decode([1, 0, 2]) == "ab\n"
+    for itos in {0: "ab"}, {0: "a", 1: "a"}:
+        with pytest.raises(UserError, match="meta.pkl is not a table of characters"):
+            load_meta(nanogpt_folder(tmp_path, itos))
     (tmp_path / "val.bin").write_bytes(b"odd")
     with pytest.raises(UserError, match="val.bin has 3 bytes, and without a meta.json an id is"):
         load_meta(tmp_path)
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.system, ("touch hacked",)
-
-
-@pytest.mark.parametrize("itos", [{0: Malicious()}, Malicious(), {0: "ab"}, {0: "a", 1: "a"}])
-def test_a_pickle_runs_nothing(tmp_path, monkeypatch, itos):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="meta.pkl is not a table of characters"):
-        load_meta(nanogpt_folder(tmp_path, itos))
-    assert not (tmp_path / "hacked").exists()
 
 
 def test_missing_data_names_the_command(tmp_path):
@@ -143,50 +134,25 @@ BYTES = {"tokenizer": "bytes", "vocab_size": 257, "padded_vocab_size": 257, "alp
 CHAR = BYTES | {"tokenizer": "char", "vocab_size": 3, "padded_vocab_size": 3, "alphabet": "ab\n"}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-    | st.sampled_from([0, 1, 257, -257, 10**400, "bytes", "char", "uint16", "uint32"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.text(max_size=3) | st.sampled_from(["tokens", "train", "dtype"]), inner, max_size=3),
-    max_leaves=8)
-CHANGES = st.lists(st.tuples(
-    st.sampled_from([*BYTES, "train.tokens", "val.tokens", "train.sha256", "settings"]),
-    st.one_of(st.just("remove"), JSON, st.sampled_from([3.0, 257.0, True, 4, 8, "4", ["a", "b"]]))),
-    min_size=1, max_size=3)
+    | st.sampled_from([0, 1, 3, 3.0, 4, 257, 10**400, "bytes", "char", "uint32"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(max_size=3) | st.just("tokens"), inner, max_size=3), max_leaves=8)
 
 
-def changed(meta: dict, changes: list) -> bytes:
-    """meta.json with other values."""
-    meta = json.loads(json.dumps(meta))
-    for path, value in changes:
-        *outer, key = path.split(".")
-        inner = meta.get(outer[0]) if outer else meta
-        if isinstance(inner, dict):
-            inner[key] = value
-            if value == "remove":
-                del inner[key]
-    return json.dumps(meta).encode()
-
-
-@given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode())
-       | st.builds(changed, st.sampled_from([BYTES, CHAR]), CHANGES))
-@settings(max_examples=600, deadline=None, derandomize=True,
+@given(JSON | st.builds(operator.or_, st.sampled_from([BYTES, CHAR]),
+                        st.dictionaries(st.sampled_from([*BYTES]), JSON, max_size=2)))
+@settings(max_examples=60, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
-@example(json.dumps(CHAR).encode())
-@example(changed(BYTES, [("vocab_size", 257.0)]))
-@example(changed(CHAR, [("vocab_size", True), ("alphabet", "a")]))
-@example(changed(BYTES, [("train.tokens", 4.0)]))
-@example(changed(CHAR, [("alphabet", "aab")]))
-@example(changed(CHAR, [("alphabet", ["a", "b", "c"])]))
-@example(changed(BYTES, [("tokenizer", 3)]))
-@example(changed(BYTES, [("padded_vocab_size", float("inf"))]))
-def test_any_meta(tmp_path, content):
+@example(CHAR)
+def test_any_meta(tmp_path, changed):
     for split in "train", "val":
         (tmp_path / f"{split}.bin").write_bytes(bytes(8))
-    (tmp_path / "meta.json").write_bytes(content)
+    (tmp_path / "meta.json").write_text(json.dumps(changed))
     try:
         meta = load_meta(tmp_path)
     except UserError as error:
         assert len(str(error).splitlines()) == 1 and "--overwrite" in str(error)
-        assert content not in [json.dumps(BYTES).encode(), json.dumps(CHAR).encode()]
+        assert changed not in (BYTES, CHAR)
         return
     rows, padded = meta["vocab_size"], meta["padded_vocab_size"]
     counts = [meta[split]["tokens"] for split in ("train", "val")]

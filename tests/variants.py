@@ -31,9 +31,7 @@ def variants():
             template=template, splitting="strang", velocity_norm="read", bias=True)
         yield f"{template}-none", dict(
             template=template, velocity_norm="none", velocity_init="zero", bias=True)
-    yield "nesterov-zero", dict(template="nesterov", velocity_init="zero", bias=True)
     yield "nesterov-llama", dict(template="nesterov", **LLAMA)
-    yield "tmm-softplus", dict(template="tmm", scalar_map="softplus", splitting="strang")
     yield "imex-1", dict(template="imex", imex_steps=1, velocity_init="zero")
     yield "imex-2", dict(template="imex")
     yield "imex-3", dict(
@@ -44,7 +42,8 @@ def variants():
     yield "adamw", dict(template="adamw")
     for splitting in SPLITTINGS:
         yield f"hourglass-{splitting}", dict(splitting=splitting, **HOURGLASS)
-    yield "hourglass-bias", dict(HOURGLASS, bias=True, norm="layernorm", position="learned")
+    yield "hourglass-bias", dict(  # d_a = 3 x 6 beside d = 16
+        HOURGLASS, bias=True, norm="layernorm", position="learned", n_head=3, head_dim=6)
     each = dict(HOURGLASS, ffn_substeps="each")
     yield "hourglass-each", dict(each, splitting="strang")
     yield "polyak-hourglass-each", dict(each, template="polyak", velocity_norm="none")

@@ -21,12 +21,10 @@ Difference = tuple[float, float]  # mean, half width of its 95 % t-interval
 
 
 def t_quantile(df: int) -> float:
-    """97.5 % of Student's t: the table, then Cornish and Fisher's expansion."""
+    """97.5 % of Student's t: the table, then Cornish and Fisher's expansion in 1 / df."""
     if df <= len(T975):
         return T975[df - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2) + (
-        3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
+    return 1.95996 + 2.3723 / df + 2.8225 / df**2 + 2.556 / df**3
 
 
 def paired(losses: dict[int, float], reference: dict[int, float]) -> Difference | None:
@@ -81,9 +79,7 @@ def summary(runs: list[dict], planned: dict[str, Any]) -> list[dict[str, str]]:
     planned: the options of each variant, as compare.py plans them."""
     config = next(iter(planned.values()))
     published = dict(text.rpartition(":")[::2] for text in config.published)
-    scores = {(r["variant"], r["seed"]): r["tasks"]["scores"] for r in runs
-              if config.tasks and r.get("tasks", {}).get("how") == config.judged_by}
-    tasks = dict.fromkeys(task for of_run in scores.values() for task in of_run)
+    tasks = dict.fromkeys(task for r in runs for task in scores(r, config))
     found, variants, rows = differences(runs), by_variant(runs), []
     most = max(map(len, variants.values()))
     for label, of_variant in variants.items():
@@ -107,8 +103,7 @@ def summary(runs: list[dict], planned: dict[str, Any]) -> list[dict[str, str]]:
         if published:
             row["published best"] = published.get(label, "").strip()
         for task in tasks:
-            of_task = [scores.get((label, r["seed"]), {}).get(task) for r in of_variant]
-            row[task] = mean([100 * score for score in of_task if score is not None], ".1f")
+            row[task] = mean([scores(r, config).get(task) for r in of_variant], ".1%").rstrip("%")
         if any(variant.match != "width" for variant in planned.values()):
             row["matched"] = planned[label].match if label in found else ""
         row |= {"parameters": f"{first['parameters']:,}", "matrices": f"{first['matrices']:,}",
@@ -120,6 +115,12 @@ def summary(runs: list[dict], planned: dict[str, Any]) -> list[dict[str, str]]:
         row["peak MB"] = mean([r["peak_mb"] for r in of_variant], ",.0f")
         rows.append(row)
     return rows
+
+
+def scores(run: dict, config: Any) -> dict[str, float | None]:
+    """By task; none if the run was judged on others, or not at all."""
+    tasks = run.get("tasks", {})
+    return tasks["scores"] if tasks.get("how") == config.judged_by else {}
 
 
 def pairs(runs: list[dict]) -> list[dict[str, str]]:
@@ -168,12 +169,8 @@ def draw_study(runs: list[dict], folder: str, x: str) -> list[str]:
 def draw_curves(runs: list[dict], path: str, x: str) -> None:
     """Validation losses: means over the seeds, with the lowest and the highest."""
     def per_step(run: dict) -> float:
-        if x == "steps":
-            return 1.0
-        if x == "seconds":
-            return run["seconds"] / run["steps"]
-        tokens = run["tokens"] / run["steps"]
-        return tokens * run["flops_per_token"] if x == "flops" else tokens
+        total = run["tokens"] * run["flops_per_token"] if x == "flops" else run[x]
+        return total / run["steps"]
 
     with picture(path, 7, 4.5) as figure:
         axes = figure.add_subplot(xlabel=AXES[x][1], ylabel="validation loss (nats per token)")
@@ -193,7 +190,6 @@ def draw_curves(runs: list[dict], path: str, x: str) -> None:
             low, high = min(low, *mean), max(high, *mean[early:early + 1])
         axes.set_ylim(low - 0.05 * (high - low or 1), high)
         axes.legend(fontsize="small")
-        axes.grid(alpha=0.3)
 
 
 def draw_differences(runs: list[dict], path: str) -> None:
@@ -215,4 +211,3 @@ def draw_differences(runs: list[dict], path: str) -> None:
         axes.axvline(0, color="k", lw=0.8)
         axes.set_yticks(range(len(found)), found)
         axes.invert_yaxis()
-        axes.grid(axis="x", alpha=0.3)

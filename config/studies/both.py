@@ -3,7 +3,7 @@ sub-MLPs (joint) or one for each.
 
 Data:     as suite.py
 Run:      python bench.py compare config/studies/both.py
-Cost:     25 runs of 1.0 M tokens, of which hourglass.py has 5.
+Cost:     25 runs of 1.0 M tokens.
 """
 
 from config.studies.hourglass import *

@@ -5,7 +5,7 @@ the differences say what is lost when a part of it is left out.
 
 Data:     as suite.py
 Run:      python bench.py compare config/studies/tables.py
-Cost:     30 runs of 1.0 M tokens, of which suite.py has 10.
+Cost:     30 runs of 1.0 M tokens.
 """
 
 from config.studies.suite import *

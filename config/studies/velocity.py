@@ -5,7 +5,7 @@ are then the same family (docs/lesson.md).
 
 Data:     as suite.py
 Run:      python bench.py compare config/studies/velocity.py
-Cost:     40 runs of 1.0 M tokens, of which suite.py has 15.
+Cost:     40 runs of 1.0 M tokens.
 """
 
 from config.studies.suite import *
