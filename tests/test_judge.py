@@ -146,18 +146,21 @@ def test_scores(options):
 def test_completions():
     """Up to the stop, in a batch of several lengths; the draws are seeded."""
     model, tokenizer = tiny().double(), Tokenizer("bytes")
-    prompts = [list(b"one"), list(b"a longer prompt"), list(b"x")]
-    alone = [tools.judge.complete(model, tokenizer, [p], 30, [], 0, 0.0)[0] for p in prompts]
-    assert tools.judge.complete(model, tokenizer, prompts, 30, [], 0, 0.0) == alone
+    prompts = [list(b"one"), list(b"a prompt"), list(b"x")]
+
+    def complete(prompts, seed=0, until=(), do_sample=False):
+        how = dict(max_gen_toks=30, until=until, do_sample=do_sample)
+        return tools.judge.complete(model, tokenizer, prompts, how, seed)
+
+    alone = [complete([p])[0] for p in prompts]
+    assert complete(prompts) == alone
     for prompt, text in zip(prompts, alone, strict=True):
         ids = model.generate(torch.tensor([prompt]), 30, temperature=0)[0, len(prompt):].tolist()
         assert tokenizer.decode(ids).startswith(text)
         assert len(text) == len(tokenizer.decode(ids)) or 256 in ids
     stop = alone[1][4:6]
-    assert tools.judge.complete(model, tokenizer, prompts, 30, ["", stop], 0, 0.0) == [
-        text.split(stop)[0] for text in alone]
-    drawn = [tools.judge.complete(model, tokenizer, prompts, 30, [], seed, 1.0)
-             for seed in (0, 0, 1)]
+    assert complete(prompts, until=["", stop]) == [text.split(stop)[0] for text in alone]
+    drawn = [complete(prompts, seed, do_sample=True) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 

@@ -34,34 +34,36 @@ def lines(axes):
     return {line.get_label(): tuple(np.asarray(line.get_data(), float)) for line in axes.lines}
 
 
-@pytest.mark.parametrize("x, label", [("steps", "step"), ("tokens", "tokens"),
-                                      ("seconds", "wall time"), ("flops", "FLOPs")])
-def test_losses_of_several_runs(run, tmp_path, drawn, monkeypatch, x, label):
+def test_losses_of_several_runs(run, tmp_path, drawn, monkeypatch):
     runs = {"one": run(tmp_path / "one"), "two": run(tmp_path / "two", n_layer=1)}
+    flops = {name: GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=n_layer, n_head=2,
+                                 n_embd=32)).flops_per_token()
+             for name, n_layer in (("one", 2), ("two", 1))}
+    monkeypatch.chdir(tmp_path)
+    for x, key, label in (("steps", "iter", "step"), ("tokens", "tokens", "tokens"),
+                          ("seconds", "seconds", "wall time"), ("flops", "tokens", "FLOPs")):
+        drawn.clear()
+        bench.main(["plot", *runs, f"--x={x}", f"--plot={x}.png"])
+        assert (tmp_path / f"{x}.png").stat().st_size > 5_000
+        (axes,) = drawn[0].axes
+        assert label in axes.get_xlabel() and "nats" in axes.get_ylabel()
+        seen = lines(axes)
+        assert len(seen) == 4
+        for name, records in runs.items():
+            evaluated = [r for r in records if r["type"] == "eval"]
+            (xs, ys), = (line for key, line in seen.items() if key.startswith(f"{name}, eval"))
+            assert ys.tolist() == [r["val_loss"] for r in evaluated]
+            factor = flops[name] if x == "flops" else 1
+            assert xs == pytest.approx([r[key] * factor for r in evaluated])
+
+
+def test_scalars_of_two_runs(run, tmp_path, drawn, monkeypatch, capsys):
+    runs = {name: run(tmp_path / name, template=name) for name in ("tmm", "polyak")}
+    run(tmp_path / "gpt")
     drawn.clear()
     monkeypatch.chdir(tmp_path)
-    bench.main(["plot", "one", "two/", f"--x={x}", "--plot=all.png"])
-    assert (tmp_path / "all.png").stat().st_size > 5_000
-    (axes,) = drawn[0].axes
-    assert label in axes.get_xlabel() and "nats" in axes.get_ylabel()
-    seen = lines(axes)
-    assert len(seen) == 4
-    for name, records in runs.items():
-        evaluated = [r for r in records if r["type"] == "eval"]
-        (xs, ys), = (line for key, line in seen.items() if key.startswith(f"{name}, eval"))
-        assert ys.tolist() == [r["val_loss"] for r in evaluated]
-        model = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=2 if name == "one" else 1,
-                              n_head=2, n_embd=32))
-        factor = model.flops_per_token() if x == "flops" else 1
-        key = {"steps": "iter", "seconds": "seconds"}.get(x, "tokens")
-        assert xs == pytest.approx([r[key] * factor for r in evaluated])
-
-
-def test_scalars_of_two_runs(run, tmp_path, drawn):
-    runs = {name: run(tmp_path / name, template=name) for name in ("tmm", "polyak")}
-    drawn.clear()
-    bench.main(["plot", *(str(tmp_path / name) for name in runs), "--draw=scalars",
-                f"--plot={tmp_path}/scalars.png"])
+    bench.main(["plot", *runs, "gpt", "--draw=scalars"])
+    assert "no learned scalars in gpt" in capsys.readouterr().out
     assert (tmp_path / "scalars.png").stat().st_size > 10_000
     axes = drawn[0].axes
     assert [a.get_ylabel() for a in axes[::2]] == ["mu", "beta", "gamma", "nu"]
@@ -107,22 +109,6 @@ def test_the_residual_path_by_hand(options):
         assert angle == pytest.approx(cosine.acos().mean().item() * 180 / math.pi)
     assert not any(block._forward_hooks or block._forward_pre_hooks
                    for block in model.transformer.h)
-
-
-def test_runs_of_one_name_and_runs_without_scalars(run, tmp_path, drawn, capsys):
-    run(tmp_path / "a" / "out", template="tmm")
-    run(tmp_path / "b" / "out", template="polyak")
-    run(tmp_path / "gpt")
-    drawn.clear()
-    runs = [str(tmp_path / name) for name in ("a/out", "b/out", "gpt")]
-    bench.main(["plot", *runs, "--draw=scalars", f"--plot={tmp_path}/scalars.png"])
-    (legend,) = drawn[0].legends
-    assert {text.get_text().split(",")[0] for text in legend.get_texts()} <= set(runs[:2])
-    assert "no learned scalars in gpt" in capsys.readouterr().out
-    for draw, picture in enumerate(("losses", "path"), 1):
-        bench.main(["plot", *runs, f"--draw={picture}", f"--plot={tmp_path}/x.png"])
-        labels = {name.split(", ")[0].split(": ")[0] for name in lines(drawn[draw].axes[0])}
-        assert labels == {*runs[:2], "gpt"}
 
 
 def test_the_path_of_a_file_and_of_a_folder(run, tmp_path, data_dir, drawn, monkeypatch):

@@ -89,8 +89,7 @@ def new_folder(path: str, overwrite: bool) -> Iterator[str]:
     exported = os.path.isfile(os.path.join(path, "model.safetensors"))
     empty = os.path.isdir(path) and not os.listdir(path)
     if os.path.lexists(path) and not empty and not (overwrite and exported):
-        also = ", or --overwrite" if exported else ""
-        fail(f"{path} is there already; choose another --out{also}")
+        fail(f"{path} is there already; choose another --out, or --overwrite an exported folder")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix=".partial-") as folder:
         os.mkdir(f"{folder}/new")

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -205,19 +205,14 @@ def harness_model(model: GPT, tokenizer: Tokenizer, config: EvalConfig):
             return [log_p for log_p, _ in self._loglikelihood_tokens(whole)]
 
         def generate_until(self, requests: list, **_) -> list[str]:
-            """Greedily, unless a task says otherwise. Contexts leave room for what is generated."""
+            """Greedily, unless a task says otherwise."""
             pairs = [(self.tok_encode(context) or [self.eot_token_id], how)
                      for context, how in (request.args for request in requests)]
             batches = Collator(pairs, lambda pair: -len(pair[0]), group_by="gen_kwargs")
             texts: list[str] = []
             for batch in batches.get_batched(config.batch_size):  # that are generated in one way
                 how = normalize_gen_kwargs(batch[0][1], 256)
-                temperature = how.get("temperature", 1.0) if how["do_sample"] else 0.0
-                T, new = model.config.block_size, how["max_gen_toks"]
-                room = T - new if new < T else max(1, T // 2)
-                texts += complete(model, tokenizer, [context[-room:] for context, _ in batch], new,
-                                  how["until"], config.seed, temperature, how.get("top_k"),
-                                  how.get("top_p"))
+                texts += complete(model, tokenizer, [p for p, _ in batch], how, config.seed)
             return batches.get_original(texts)
 
     return HarnessModel()
@@ -257,25 +252,30 @@ def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
 
 
-def complete(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
-             until: list[str], seed: int, temperature: float, top_k: int | None = None,
-             top_p: float | None = None) -> list[str]:
-    """The continuation of each prompt, up to the first of the texts `until` or the end of the
-    text."""
-    device = next(model.parameters()).device
+def complete(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], how: dict[str, Any],
+             seed: int) -> list[str]:
+    """The continuation of each prompt, up to the first of the texts how["until"] or the end of the
+    text. A prompt's beginning is cut, so that the context has room for what is generated.
+
+    how: a task's generation_kwargs, with max_gen_toks, until and do_sample at least.
+    """
+    T, new, device = model.config.block_size, how["max_gen_toks"], next(model.parameters()).device
+    room = T - new if new < T else max(1, T // 2)
+    prompts = [prompt[-room:] for prompt in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    temperature = how.get("temperature", 1.0) if how["do_sample"] else 0.0
+    stops = [stop for stop in how["until"] if stop]
     found, done = [b""] * len(prompts), [False] * len(prompts)
-    for tokens in stream(model, padded(prompts).to(device), max_new_tokens, temperature, top_k,
-                         top_p, generator=generator, lengths=lengths):
+    for tokens in stream(model, padded(prompts).to(device), new, temperature, how.get("top_k"),
+                         how.get("top_p"), lengths=lengths,
+                         generator=torch.Generator(device).manual_seed(seed)):
         for i, token in enumerate(tokens.tolist()):
             if not done[i] and token != tokenizer.eot:
                 found[i] += tokenizer.token_bytes(token)
-            done[i] |= token == tokenizer.eot or any(
-                stop.encode() in found[i] for stop in until if stop)
+            done[i] |= token == tokenizer.eot or any(stop.encode() in found[i] for stop in stops)
         if all(done):
             break
     texts = [text.decode("utf-8", "replace") for text in found]
-    for stop in filter(None, until):
+    for stop in stops:
         texts = [text.split(stop)[0] for text in texts]
     return texts

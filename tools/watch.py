@@ -74,13 +74,6 @@ def picture(path: str, width: float, height: float) -> Iterator:
     FigureCanvasAgg(figure).print_png(path)
 
 
-def run_names(runs: Iterable[str]) -> dict[str, str]:
-    """Run -> its name in a picture: the last folder's, if no other one's is the same."""
-    names = {run: os.path.basename(os.path.normpath(run)) for run in runs}
-    return {run: name if list(names.values()).count(name) == 1 else run
-            for run, name in names.items()}
-
-
 def read_log(out_dir: str) -> list[dict]:
     """The records of a run's log.jsonl. UserError where there are none."""
     path = os.path.join(out_dir, "log.jsonl")
@@ -104,7 +97,7 @@ def draw_losses(runs: Iterable[str], path: str, x: str) -> None:
     with picture(path, 7, 4.5) as figure:
         axes = figure.add_subplot(xlabel=label, ylabel="cross-entropy (nats per token)")
         top = 0.0  # of the picture: the second evaluation, since the first is that of no training
-        for i, (run, name) in enumerate(run_names(runs).items()):
+        for i, run in enumerate(runs):
             records, color = read_log(run), f"C{i}"
             if x == "flops":
                 with torch.device("meta"):
@@ -117,7 +110,7 @@ def draw_losses(runs: Iterable[str], path: str, x: str) -> None:
                           if r.get("type") == kind and r.get(loss) and key in r]
                 if points:
                     xs, losses = zip(*points, strict=True)
-                    axes.plot(xs, losses, color=color, label=f"{name}, {kind}: {losses[-1]:.4f}",
+                    axes.plot(xs, losses, color=color, label=f"{run}, {kind}: {losses[-1]:.4f}",
                               **style)
                     if kind == "eval" and len(losses) > 1:
                         top = max(top, losses[1])
@@ -133,10 +126,10 @@ STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 4)), (0, (1, 4)
 
 
 def logged_scalars(runs: Iterable[str]) -> dict[str, list[dict]]:
-    """Name of each run -> the learned scalars that it has logged."""
-    logs = {name: [r["scalars"] | {"step": r["iter"]} for r in read_log(run) if "scalars" in r]
-            for run, name in run_names(runs).items()}
-    without = ", ".join(name for name, log in logs.items() if not log)
+    """Run -> the learned scalars that it has logged."""
+    logs = {run: [r["scalars"] | {"step": r["iter"]} for r in read_log(run) if "scalars" in r]
+            for run in runs}
+    without = ", ".join(run for run, log in logs.items() if not log)
     if not any(logs.values()):
         fail(f"{without}: no learned scalars in log.jsonl; a momentum template "
              f"(--template=nesterov) logs them at every evaluation")
@@ -221,10 +214,9 @@ def draw_paths(paths: dict[str, tuple[list[float], list[float]]], path: str) -> 
         lengths, turns = figure.subplots(1, 2)
         lengths.set(xlabel="layer", ylabel="length of the layer's step")
         turns.set(xlabel="between layers l and l + 1", ylabel="turning angle (degrees)")
-        for run, name in run_names(paths).items():
-            steps, angles = paths[run]
+        for run, (steps, angles) in paths.items():
             lengths.plot(range(1, len(steps) + 1), steps, marker="o", ms=3,
-                         label=f"{name}: {sum(steps):.1f} in all")
+                         label=f"{run}: {sum(steps):.1f} in all")
             turns.plot(range(1, len(angles) + 1), angles, marker="o", ms=3)
         for axes in (lengths, turns):
             axes.set_ylim(bottom=0)
