@@ -2,7 +2,7 @@
 
 Data:     python prepare.py pydoc
 Cost:     1.6 M tokens, 9e12 FLOP; a minute or two on two CPU cores.
-Expected: 1.34 nats per byte (one seed, 2026-11-21); it repeats a small text about four times.
+Expected: 1.33 nats per byte (one seed, 2026-11-27); it repeats a small text about four times.
 """
 
 dataset = "pydoc"
