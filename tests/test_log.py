@@ -44,37 +44,25 @@ def test_the_log_is_cut_even_if_nothing_was_written_since(tmp_path):
     assert Log(config, length, None, *here).length() == length
 
 
-def options_printed(out: str) -> dict[str, str]:
-    return dict(line.split(" = ", 1) for line in out.splitlines() if " = " in line.split(":")[0])
-
-
-def test_only_options_that_are_not_the_defaults_are_printed(run, tmp_path, capsys):
-    """One a line; and what follows from them."""
-    run(tmp_path, max_iters=1, eval_iters=3, bias=False, schedule="cosine", min_lr=1e-4)
+def test_only_options_that_are_not_the_defaults_are_printed(words, run, tmp_path, capsys):
+    """One a line; and what follows from them. Also where the shape comes from a checkpoint."""
+    run(tmp_path / "a")
+    capsys.readouterr()
+    shape = ("n_layer", "n_head", "n_embd", "block_size")
+    argv = words(tmp_path / "b", init_from=tmp_path / "a" / "ckpt.pt", max_iters=1, eval_iters=3,
+                 bias=False, schedule="cosine", min_lr=1e-4)
+    train.main([word for word in argv if not word.startswith(tuple(f"--{n}=" for n in shape))])
     out = capsys.readouterr().out
-    printed = options_printed(out)
+    printed = dict(line.split(" = ", 1) for line in out.splitlines()
+                   if " = " in line.split(":")[0])
     expected = {name: repr(value) for name, value in TINY.items()} | dict(
-        data_dir=printed["data_dir"], out_dir=repr(str(tmp_path)), dataset="'tiny'", max_iters="1",
-        vocab_size="257", min_lr="0.0001", eval_tokens="192",
-        eval_iters="3 means eval_tokens = 192")
+        data_dir=printed["data_dir"], out_dir=repr(str(tmp_path / "b")), dataset="'tiny'",
+        init_from=repr(str(tmp_path / "a" / "ckpt.pt")), max_iters="1", vocab_size="257",
+        min_lr="0.0001", eval_tokens="192", eval_iters="3 means eval_tokens = 192")
     assert printed == expected
+    assert {records(tmp_path / "b")[0][name] == TINY[name] for name in shape} == {True}
     assert "33,472 parameters" in out and "128 tokens = 2 micro-batches of 4 x 16" in out
     assert "343 training and 300 validation tokens, 257 ids" in out
-
-
-def test_what_is_printed_and_logged_is_the_models(words, tmp_path, run, capsys):
-    """Also where the shape comes from a checkpoint, not from options."""
-    run(tmp_path / "a")
-    shape = ("n_layer", "n_head", "n_embd", "block_size")
-    argv = [word for word in words(tmp_path / "b", init_from=tmp_path / "a" / "ckpt.pt",
-                                   max_iters=1, eval_iters=3)
-            if not word.startswith(tuple(f"--{name}=" for name in shape))]
-    capsys.readouterr()
-    train.main(argv)
-    out = capsys.readouterr().out
-    assert "128 tokens = 2 micro-batches of 4 x 16" in out
-    assert options_printed(out)["eval_tokens"] == "192"  # 3 batches of 4 x 16
-    assert {records(tmp_path / "b")[0][name] == TINY[name] for name in shape} == {True}
 
 
 def test_the_loss_curve(run, pictures, tmp_path):

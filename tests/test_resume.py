@@ -15,7 +15,6 @@ import torch
 from conftest import (
     HOURGLASS,
     as_killed_at_3,
-    assert_same,
     assert_same_end,
     in_ranks,
     largest_difference,
@@ -118,29 +117,24 @@ def test_a_signal_ends_an_evaluation(run, tmp_path, step, number):
     assert load(half, "best.pt")["iter_num"] == load(whole, "best.pt")["iter_num"]
 
 
-@pytest.mark.parametrize("state, scales_seen", [
-    (dict(scale=2.0**40), {3: 2.0**39, 4: 2.0**38, 5: 2.0**37}),  # overflowing
-    (dict(scale=2.0**10, growth=1998), {3: 2.0**10, 4: 2.0**11, 5: 2.0**11}),  # about to grow
-], ids=["overflowing", "growing"])
-def test_the_scaler_resumes(run, tmp_path, state, scales_seen):
-    """From any step before, at or after a change of the scale."""
+def test_the_scaler_resumes(run, tmp_path):
+    """From any step before, at or after a change of the scale, which is about to grow."""
     options = dict(optimizer="muon", dtype="float16", dropout=0.1)
     start = tmp_path / "start"
     run(start, max_iters=3, lr_decay_iters=6, **options)
     checkpoint = load(start)
-    checkpoint["scaler"] |= {"scale": state["scale"], "_growth_tracker": state.get("growth", 0)}
+    checkpoint["scaler"] |= {"scale": 2.0**10, "_growth_tracker": 1998}
     torch.save(checkpoint, start / "ckpt.pt")
     whole = shutil.copytree(start, tmp_path / "whole")
     run(whole, hooks=[partial(log_scale, tmp_path / "scale")], init_from="resume", **options)
-    assert dict(enumerate(scales(tmp_path / "scale"), 3)) == scales_seen
+    seen = scales(tmp_path / "scale")
+    assert seen == [2.0**10, 2.0**11, 2.0**11]
     for step in (4, 5):
         half = shutil.copytree(start, tmp_path / f"{step}")
         run(half, hooks=[partial(stop_after, step)], init_from="resume", **options)
-        assert load(half)["scaler"]["scale"] == scales_seen[step - 1]
+        assert load(half)["scaler"]["scale"] == seen[step - 4]
         run(half, init_from="resume", **options)
         assert_same_end(half, whole)
-    if state["scale"] == 2.0**40:  # nothing but the scale has moved
-        assert_same(tensors(whole), tensors(start))
 
 
 # -----------------------------------------------------------------------------
@@ -345,20 +339,17 @@ def test_data_are_known_by_what_they_hold(run, tmp_path, data_dir):
 
 
 def test_nanogpts_data(run, tmp_path):
-    """A model of our gpt2 data may be trained on a folder of nanoGPT's, which is known by the hash
-    of its ends."""
+    """A model of our gpt2 data may be trained on a folder of nanoGPT's."""
     write_data(tmp_path / "ours", np.arange(343), vocab_size=50257, padded_vocab_size=50304,
                tokenizer="gpt2")
-    for name, first in (("nano", 0), ("moved", 0), ("other", 1)):
-        write_data(tmp_path / name, np.arange(343) + first)
-        (tmp_path / name / "meta.json").unlink()
+    write_data(tmp_path / "nano", np.arange(343))
+    (tmp_path / "nano" / "meta.json").unlink()
     options = dict(data_dir=tmp_path, n_embd=4, n_layer=1, max_iters=1, eval_tokens=64)
     run(tmp_path / "a", dataset="ours", **options)
     run(tmp_path / "b", dataset="nano", init_from=tmp_path / "a" / "ckpt.pt", **options)
     assert load(tmp_path / "b")["model_args"]["vocab_size"] == 50304
     assert load(tmp_path / "b")["model_args"]["vocab_used"] == 50257
-    refused(lambda: resume(tmp_path / "b", dataset="other", max_iters=2), "not the data")
-    resume(tmp_path / "b", dataset="moved", max_iters=2)
+    resume(tmp_path / "b", max_iters=2)
     assert load(tmp_path / "b")["iter_num"] == 2
 
 
@@ -392,7 +383,7 @@ def test_a_nanogpt_checkpoint_resumes(tmp_path, data_dir, capsys):
 
 
 def test_weights_of_a_file_start_a_fresh_run(run, tmp_path, data_dir):
-    """On other data, with the file's architecture, perhaps a smaller context, from step 0."""
+    """On other data, with the file's architecture, from step 0."""
     run(tmp_path / "a", template="nesterov")
     weights = tmp_path / "a" / "ckpt.pt"
     other = run(tmp_path / "b", dataset="edge", init_from=weights, max_iters=1)
@@ -401,5 +392,3 @@ def test_weights_of_a_file_start_a_fresh_run(run, tmp_path, data_dir):
     assert [r["iter"] for r in other[1:]] == [0, 0, 1]
     same = run(tmp_path / "c", init_from=weights, max_iters=1)
     assert same[1]["val_loss"] == load(tmp_path / "a")["best_val_loss"] != other[1]["val_loss"]
-    run(tmp_path / "d", init_from=weights, block_size=8, max_iters=1)
-    assert load(tmp_path / "d")["model_args"]["block_size"] == 8

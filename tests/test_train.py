@@ -23,7 +23,6 @@ from conftest import (
     refused,
     scales,
     spoil,
-    steps_of,
     tensors,
 )
 from hypothesis import given, settings
@@ -47,36 +46,22 @@ OPTIMIZERS = ("adamw", "muon")
 # Optimisers
 
 
-def expected_role(name, p):
-    """By name alone, unlike model.parameter_roles, which goes by module."""
-    last = name.split(".")[-1]
-    if ".steps." in name and ".norm." not in name:
-        return "scalar"
-    if name.split(".")[-2] in ("wte", "wpe", "vte", "vpe"):
-        return "embedding"
-    return "matrix" if last == "weight" and p.ndim == 2 else "norm"
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("variant", [
-    dict(bias=True), dict(template="tmm", splitting="strang"), dict(template="adamw"),
-    dict(template="symplectic", bias=True), dict(velocity_init="add"),
-    dict(HOURGLASS, template="nesterov", ffn_substeps="each")], ids=lambda v: [*v][-1])
-def test_every_parameter_is_in_one_group_with_its_rates(variant, optimizer):
-    config = TrainConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=8,
-                         learning_rate=1e-3, muon_lr=0.02, muon_weight_decay=0.3, weight_decay=0.2,
-                         optimizer=optimizer, **variant)
+def test_every_parameter_is_in_one_group_with_its_rates(optimizer):
+    """Of its role, of which there are tests in test_model.py."""
+    config = TrainConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=8, bias=True,
+                         template="tmm", learning_rate=1e-3, weight_decay=0.2, muon_lr=0.02,
+                         muon_weight_decay=0.3, optimizer=optimizer)
     made = GPT(GPTConfig(**train.model_args(config)))
     optimizers = train.make_optimizers(made, config, torch.device("cpu"))
-    rates = {p: (kind, g["lr"], g["weight_decay"]) for kind, o in optimizers.items()
-             for g in o.param_groups for p in g["params"]}
-    places = [p for o in optimizers.values() for g in o.param_groups for p in g["params"]]
-    assert len(places) == len(rates) == len(list(made.parameters()))
     matrix = ("adamw", 1e-3, 0.2) if optimizer == "adamw" else ("muon", 0.02, 0.3)
     expected = {"matrix": matrix, "embedding": ("adamw", 1e-3, 0.2), "norm": ("adamw", 1e-3, 0.0),
                 "scalar": ("adamw", 5e-3, 0.0)}
-    for name, p in made.named_parameters():
-        assert rates[p] == expected[expected_role(name, p)], name
+    found = [(p, (kind, g["lr"], g["weight_decay"])) for kind, o in optimizers.items()
+             for g in o.param_groups for p in g["params"]]
+    assert len(found) == len(dict(found)) == len(list(made.parameters()))
+    for role, named in made.parameter_roles().items():
+        assert named and {dict(found)[p] for p in named.values()} == {expected[role]}
     assert {g["betas"] for g in optimizers["adamw"].param_groups} == {(0.9, 0.95)}
     if optimizer == "muon":
         (group,) = optimizers["muon"].param_groups
@@ -93,6 +78,7 @@ def test_three_steps_by_hand(run, tmp_path, data_dir):
                   learning_rate=1e-2, min_lr=2e-3, warmup_iters=1, max_iters=3, beta2=0.9, seed=3)
     stream = np.fromfile(data_dir / "tiny" / "train.bin", "<u2").astype(np.int64)
     order = WindowOrder(343, 16, seed=3)
+    role = {n: role for role, named in model.parameter_roles().items() for n in named}
     m = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     v = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     rates = [0.5, 1.0, 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 2))]  # warm-up, peak, half-way
@@ -108,11 +94,11 @@ def test_three_steps_by_hand(run, tmp_path, data_dir):
         assert record["lr"] == pytest.approx(rate * 1e-2)
         with torch.no_grad():
             for n, p in model.named_parameters():
-                role, g = expected_role(n, p), gradients[n] * (0.5 / (norm + 1e-6))
-                lr = rate * 1e-2 * (5 if role == "scalar" else 1)
+                g = gradients[n] * (0.5 / (norm + 1e-6))
+                lr = rate * 1e-2 * (5 if role[n] == "scalar" else 1)
                 m[n] = 0.9 * m[n] + 0.1 * g
                 v[n] = 0.9 * v[n] + 0.1 * g * g
-                p *= 1 - lr * (0.1 if role in ("matrix", "embedding") else 0.0)
+                p *= 1 - lr * (0.1 if role[n] in ("matrix", "embedding") else 0.0)
                 p -= lr * (m[n] / (1 - 0.9**t)) / ((v[n] / (1 - 0.9**t)).sqrt() + 1e-8)
     assert largest_difference(dict(model.state_dict()), load(tmp_path / "out")["model"]) < 1e-10
 
@@ -168,26 +154,21 @@ def test_an_accepted_schedule_warms_up_holds_and_decays(options):
     assert not falls.any() or 0 < falls.max() <= math.pi / 2 / length + 1e-12
 
 
-def test_exactly_max_iters_steps_and_one_multiplier_for_all_groups(run, tmp_path):
-    steps = []
+def test_one_multiplier_for_all_groups(run, tmp_path):
+    """Three groups of AdamW's and one of Muon's, in each step."""
+    shares = []
 
     def watch(optimizer, args, kwargs):
-        steps.append({g.get("role", "muon"): g["lr"] for g in optimizer.param_groups})
+        shares.extend(group["lr"] / group["peak_lr"] for group in optimizer.param_groups)
 
     handle = register_optimizer_step_pre_hook(watch)
     try:
-        records = run(tmp_path, template="nesterov", optimizer="muon", max_iters=5)
+        run(tmp_path, template="nesterov", optimizer="muon", max_iters=5)
     finally:
         handle.remove()
-    assert len(steps) == 2 * 5 and load(tmp_path)["iter_num"] == 5
-    assert steps_of(records) == [0, 1, 2, 3, 4]
-    assert [r["iter"] for r in of_kind(records, "eval")] == [0, 3, 5]
     config = TrainConfig(max_iters=5, warmup_iters=2, learning_rate=1e-3)
-    peaks = {"embedding": 1e-3, "norm": 1e-3, "scalar": 5e-3, "muon": 0.02}
-    for step in range(5):
-        share = lr_multiplier(step, config)
-        rates = steps[2 * step] | steps[2 * step + 1]
-        assert rates == pytest.approx({role: share * peak for role, peak in peaks.items()})
+    assert shares == pytest.approx([lr_multiplier(step, config) for step in range(5)
+                                    for _ in range(3 + 1)])
 
 
 # -----------------------------------------------------------------------------
@@ -245,7 +226,7 @@ def test_compiled_training_is_the_same(run, tmp_path, monkeypatch):
 
 
 def test_evaluation_is_the_mean_over_its_windows(run, tmp_path, data_dir):
-    """In float64, without dropout, whatever the batch."""
+    """In float64, without dropout."""
     options = dict(dataset="long_val", eval_tokens=129 * 16 + 3, max_iters=2, dtype="float64",
                    dropout=0.5, template="nesterov")
     record = run(tmp_path, **options)[-1]
@@ -261,10 +242,6 @@ def test_evaluation_is_the_mean_over_its_windows(run, tmp_path, data_dir):
     chosen = np.take_along_axis(logits, rows[:, 1:, None].numpy(), -1)[..., 0]
     assert record["type"] == "eval" and record["iter"] == 2
     assert record["val_loss"] == pytest.approx((log_z - chosen).mean(), rel=1e-12)
-    figures = {run(tmp_path / f"{b}x{a}", batch_size=b, gradient_accumulation_steps=a,
-                   **options | dict(dtype="float32", max_iters=1))[1]["val_loss"]
-               for b, a in ((1, 1), (4, 2), (7, 1))}
-    assert len(figures) == 1
 
 
 # -----------------------------------------------------------------------------
@@ -286,8 +263,6 @@ def test_a_step_that_is_not_finite_stops_the_run(run, tmp_path, how):
     (line,) = refused(lambda: run(tmp_path, hooks=[partial(spoil, (2,), **BAD[how]), watch],
                                   **options), "step 2", "loss", "norm", good)
     assert moved == []
-    refused(lambda: run(tmp_path, hooks=[partial(spoil, (4,), **BAD[how])], **options), "step 4:",
-            good)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     refused(lambda: run(tmp_path / "new", hooks=[partial(spoil, (0,), **BAD[how])]), "step 0",
             "no checkpoint yet")
