@@ -9,41 +9,9 @@ OPTIONS = dict(lr=0.1, weight_decay=0.3, momentum=0.95, nesterov=True, ns_steps=
 SHAPES = [(32, 8), (8, 32), (16, 16), (16, 16), (8, 32), (16, 16), (1, 5)]
 
 
-def play_ranks(world, monkeypatch) -> list[int]:
-    """share_out as in `world` processes, played here one after the other; the list gets the number
-    of matrices that each Newton-Schulz iteration has."""
-    sizes, share_out, newton_schulz = [], muon.share_out, muon.newton_schulz
-    monkeypatch.setattr(muon.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(muon.dist, "get_world_size", lambda: world)
-
-    def played(function, x):
-        parts = []
-
-        def keep(whole, part):
-            parts.append(part.clone())
-
-        monkeypatch.setattr(muon.dist, "all_gather_into_tensor", keep)
-        for rank in range(world):
-            monkeypatch.setattr(muon.dist, "get_rank", lambda rank=rank: rank)
-            share_out(function, x)
-        monkeypatch.setattr(muon.dist, "all_gather_into_tensor",
-                            lambda whole, part: whole.copy_(torch.cat(parts)))
-        return share_out(lambda share: share, x)
-
-    def counted(x, group):
-        sizes.append(len(x))
-        return newton_schulz(x, group)
-
-    monkeypatch.setattr(muon, "share_out", played)
-    monkeypatch.setattr(muon, "newton_schulz", counted)
-    return sizes
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_muon_is_torchs(world, monkeypatch):
+def test_muon_is_torchs():
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in SHAPES]
-    sizes = play_ranks(world, monkeypatch) if world > 1 else []
     expected, found = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
     a, b = torch.optim.Muon(expected, **OPTIONS), muon.Muon(found, **OPTIONS)
     for _ in range(3):
@@ -55,4 +23,25 @@ def test_muon_is_torchs(world, monkeypatch):
     for p, q, before in zip(expected, found, start, strict=True):
         assert (p - q).norm() < 0.01 * (p - before).norm()  # bf16 rounds
         torch.testing.assert_close(b.state[q], a.state[p])
-    assert max(sizes, default=0) <= -(-3 // world)  # of the three matrices of a shape
+
+
+@pytest.mark.parametrize("world, shares", [(2, [2, 1]), (3, [1, 1, 1]), (5, [1, 1, 1])])
+def test_the_matrices_are_shared_out(world, shares, monkeypatch):
+    """Over processes, played here one after the other; test_ranks.py has real ones."""
+    x, parts, done = torch.randn(3, 4, 5), [], []
+
+    def double(share):
+        done.append(len(share))
+        return 2 * share
+
+    def gather(whole, part):
+        parts.append(part)
+        assert len(whole) == world * len(part)
+
+    monkeypatch.setattr(muon.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(muon.dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(muon.dist, "all_gather_into_tensor", gather)
+    for rank in range(world):
+        monkeypatch.setattr(muon.dist, "get_rank", lambda rank=rank: rank)
+        assert muon.share_out(double, x).shape == x.shape
+    assert torch.equal(torch.cat(parts)[:3], 2 * x) and done == shares
