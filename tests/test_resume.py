@@ -179,8 +179,8 @@ def resumed(ranked, folder):
         for name in names:
             source, _, how, _ = plan[name]
             out = as_killed_at_3(folder / source, folder / f"half-{name}")
-            argv = option_words(out_dir=out, init_from="resume", device="cpu",
-                                **{"dtype": "float64"} | how)
+            options = dict(out_dir=out, init_from="resume", device="cpu", dtype="float64") | how
+            argv = option_words(**options)
             jobs.append((argv, [partial(record_windows, folder / f"w-{name}")]))
         printed |= zip(names, in_ranks(world, jobs).split("done: "), strict=False)
     return printed

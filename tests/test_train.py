@@ -303,7 +303,3 @@ def test_out_of_memory_says_what_to_halve(run, tmp_path, monkeypatch, error):
     error = RuntimeError("a size mismatch")
     with pytest.raises(RuntimeError, match="a size mismatch"):  # others keep their traceback
         run(tmp_path / "new")
-
-
-def test_what_the_data_say_is_no_option(run, tmp_path):
-    refused(lambda: run(tmp_path, vocab_used=100), "unknown option vocab_used")
