@@ -20,13 +20,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import run_ranks, start_ranks
+from processes import run_ranks
 
 import train
 from model import GPT, GPTConfig
 from support import log
 from support.errors import UserError
 
+# copies of data sets and of GPT-2's vocabulary; tests of what is not there are skipped
+SHARED = Path(os.environ.get("NANOYURII_SHARED",
+                             Path(__file__).resolve().parents[2] / "shared/data"))
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4, warmup_iters=2,
             gradient_accumulation_steps=2, max_iters=6, eval_interval=3, learning_rate=1e-3,
             device="cpu", dtype="float32")
@@ -82,6 +85,16 @@ def pictures(no_pictures, monkeypatch):
     monkeypatch.setattr(log, "draw_losses", no_pictures)
 
 
+@pytest.fixture
+def gpt2_cache(tmp_path, monkeypatch) -> Path:
+    """GPT-2's vocabulary, a copy: tiktoken deletes files it does not like."""
+    if not (SHARED / "tiktoken_cache").is_dir():
+        pytest.skip(f"needs {SHARED}/tiktoken_cache")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    return shutil.copytree(SHARED / "tiktoken_cache", tmp_path / "cache",
+                           copy_function=shutil.copyfile)
+
+
 # -----------------------------------------------------------------------------
 # Runs in this process, and in ranks
 
@@ -124,7 +137,6 @@ def several(jobs, ports) -> None:
                 patch.setenv("MASTER_PORT", port)
                 for hook in hooks:
                     hook(patch)
-                print("\0", flush=True)
                 once(argv)
 
     train.main = main
@@ -138,16 +150,9 @@ def hook_of(jobs):
     return partial(several, jobs, ports)
 
 
-def in_ranks(world, jobs) -> list[str]:
-    """Make these runs in `world` processes, to a good end; what rank 0 prints in each."""
-    return run_ranks([], world, hook_of(jobs)).split("\0")[1:]
-
-
-def broken_ranks(world, jobs) -> list[str]:
-    """Runs of which the last ends every rank with code 2; what each rank printed in it."""
-    programs = start_ranks([], world, hook_of(jobs))
-    assert [p.wait() for p in programs] == [2] * world, [p.output for p in programs]
-    return [p.output.split("\0")[-1] for p in programs]
+def in_ranks(world, jobs) -> str:
+    """Make these runs in `world` processes, to a good end; what rank 0 prints."""
+    return run_ranks([], world, hook_of(jobs))
 
 
 def refused(call, *said) -> list[str]:

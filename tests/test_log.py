@@ -1,5 +1,6 @@
 """support/log.py: log.jsonl, what is printed, loss.png, wandb and tensorboard."""
 
+import json
 import math
 import sys
 from functools import partial
@@ -20,6 +21,7 @@ def test_the_log(run, tmp_path):
     config = found[0]
     assert config["type"] == "config" and config["n_layer"] == 2 and config["eval_tokens"] == 128
     assert set(TrainConfig.__dataclass_fields__) - {"vocab_used"} <= config.keys()
+    assert {"type": "config", **json.loads((tmp_path / "config.json").read_text())} == config
     assert [(r["type"], r["iter"]) for r in found[1:]] == [
         ("eval", 0), ("train", 0), ("eval", 2), ("train", 2), ("eval", 4), ("train", 4),
         ("eval", 5)]
@@ -42,37 +44,25 @@ def test_the_log_is_cut_even_if_nothing_was_written_since(tmp_path):
     assert Log(config, length, None, *here).length() == length
 
 
-def options_printed(out: str) -> dict[str, str]:
-    return dict(line.split(" = ", 1) for line in out.splitlines() if " = " in line.split(":")[0])
-
-
-def test_only_options_that_are_not_the_defaults_are_printed(run, tmp_path, capsys):
-    """One a line; and what follows from them."""
-    run(tmp_path, max_iters=1, eval_iters=3, bias=False, schedule="cosine", min_lr=1e-4)
+def test_only_options_that_are_not_the_defaults_are_printed(words, run, tmp_path, capsys):
+    """One a line; and what follows from them. Also where the shape comes from a checkpoint."""
+    run(tmp_path / "a")
+    capsys.readouterr()
+    shape = ("n_layer", "n_head", "n_embd", "block_size")
+    argv = words(tmp_path / "b", init_from=tmp_path / "a" / "ckpt.pt", max_iters=1, eval_iters=3,
+                 bias=False, schedule="cosine", min_lr=1e-4)
+    train.main([word for word in argv if not word.startswith(tuple(f"--{n}=" for n in shape))])
     out = capsys.readouterr().out
-    printed = options_printed(out)
+    printed = dict(line.split(" = ", 1) for line in out.splitlines()
+                   if " = " in line.split(":")[0])
     expected = {name: repr(value) for name, value in TINY.items()} | dict(
-        data_dir=printed["data_dir"], out_dir=repr(str(tmp_path)), dataset="'tiny'", max_iters="1",
-        vocab_size="257", min_lr="0.0001", eval_tokens="192",
-        eval_iters="3 means eval_tokens = 192")
+        data_dir=printed["data_dir"], out_dir=repr(str(tmp_path / "b")), dataset="'tiny'",
+        init_from=repr(str(tmp_path / "a" / "ckpt.pt")), max_iters="1", vocab_size="257",
+        min_lr="0.0001", eval_tokens="192", eval_iters="3 means eval_tokens = 192")
     assert printed == expected
+    assert {records(tmp_path / "b")[0][name] == TINY[name] for name in shape} == {True}
     assert "33,472 parameters" in out and "128 tokens = 2 micro-batches of 4 x 16" in out
     assert "343 training and 300 validation tokens, 257 ids" in out
-
-
-def test_what_is_printed_and_logged_is_the_models(words, tmp_path, run, capsys):
-    """Also where the shape comes from a checkpoint, not from options."""
-    run(tmp_path / "a")
-    shape = ("n_layer", "n_head", "n_embd", "block_size")
-    argv = [word for word in words(tmp_path / "b", init_from=tmp_path / "a" / "ckpt.pt",
-                                   max_iters=1, eval_iters=3)
-            if not word.startswith(tuple(f"--{name}=" for name in shape))]
-    capsys.readouterr()
-    train.main(argv)
-    out = capsys.readouterr().out
-    assert "128 tokens = 2 micro-batches of 4 x 16" in out
-    assert options_printed(out)["eval_tokens"] == "192"  # 3 batches of 4 x 16
-    assert {records(tmp_path / "b")[0][name] == TINY[name] for name in shape} == {True}
 
 
 def test_the_loss_curve(run, pictures, tmp_path):
@@ -97,15 +87,10 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(run, pictures, tmp_pa
 
 @pytest.mark.parametrize("option, module", [("wandb_log", "wandb"),
                                             ("tensorboard", "torch.utils.tensorboard")])
-def test_a_missing_logger_is_one_line(run, tmp_path, monkeypatch, option, module):
+def test_other_logs_get_the_same_numbers(run, tmp_path, monkeypatch, option, module):
+    """Only numbers: a CPU has no mfu, and tensorboard cannot take None. If it is installed."""
     monkeypatch.setitem(sys.modules, module, None)
-    (line,) = refused(lambda: run(tmp_path, f"--{option}"), "pip install")
-    assert module.split(".")[-1] in line
-
-
-@pytest.mark.parametrize("option", ["wandb_log", "tensorboard"])
-def test_other_logs_get_the_same_numbers(run, tmp_path, monkeypatch, option):
-    """Only numbers: a CPU has no mfu, and tensorboard cannot take None."""
+    refused(lambda: run(tmp_path, f"--{option}"), "pip install", module.split(".")[-1])
     seen = []
 
     def add_scalar(name, value, step):

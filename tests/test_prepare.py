@@ -1,13 +1,8 @@
-"""prepare.py: corpora, splits, interruption, overwriting, mistakes.
-
-What needs GPT-2's vocabulary or the sample texts looks for them in ../shared/data (or in
-$NANOYURII_SHARED) and is skipped where they are absent.
-"""
+"""prepare.py: corpora, splits, interruption, overwriting, mistakes."""
 
 import hashlib
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +11,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tiktoken
+from conftest import SHARED
 
 import prepare
 from support import text
@@ -25,7 +22,6 @@ from support.meta import load_meta
 from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("NANOYURII_SHARED", ROOT.parent / "shared/data"))
 MARK = "<|endoftext|>"
 MIXED = "Ünï ☃ 🙂👩‍👩‍👧\r\nline two\n\n  \ttabs\n"
 
@@ -87,14 +83,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(prepare, "WORKER_SHARE", 1)
 
 
-@pytest.fixture
-def gpt2(tmp_path, monkeypatch):
-    """GPT-2's tokenizer, from a copy of the cache: tiktoken deletes files it does not like."""
-    copy = shutil.copytree(sample("tiktoken_cache"), tmp_path / "cache")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(copy))
-    return Tokenizer("gpt2")
-
-
 def sample(name):
     if not (SHARED / name).exists():
         pytest.skip(f"needs {SHARED / name}")
@@ -105,14 +93,15 @@ def sample(name):
 # The corpora
 
 
-def test_shakespeare_is_nanogpts(tmp_path, gpt2, small_blocks):
+def test_shakespeare_is_nanogpts(tmp_path, gpt2_cache, small_blocks):
     """It does not matter where reading and encoding cut it."""
     path = sample("shakespeare/input.txt")
     data = path.read_text()
     alphabet = "".join(sorted(set(data)))
     parts = {"train": data[:int(len(data) * 0.9)], "val": data[int(len(data) * 0.9):]}
     for corpus, encode, sizes in [
-            ("shakespeare", gpt2.bpe.encode_ordinary, {"train": 301_966, "val": 36_059}),
+            ("shakespeare", tiktoken.get_encoding("gpt2").encode_ordinary,
+             {"train": 301_966, "val": 36_059}),
             ("shakespeare_char", lambda part: [*map(alphabet.index, part)],
              {"train": 1_003_854, "val": 111_540})]:
         make(tmp_path, corpus, "--input", path, "--num_proc=1")
@@ -124,15 +113,15 @@ def test_shakespeare_is_nanogpts(tmp_path, gpt2, small_blocks):
     assert meta["vocab_size"] == 65 and meta["alphabet"] == alphabet
 
 
-def test_tinystories_document_by_document(tmp_path, gpt2, monkeypatch):
+def test_tinystories_document_by_document(tmp_path, gpt2_cache, monkeypatch):
     path = sample("tinystories/stories.txt")
     monkeypatch.setattr(prepare, "WORKER_SHARE", 1 << 20)
     make(tmp_path, "tinystories", "--input", path, "--num_proc=2")
     texts = path.read_text().removesuffix(f"\n{MARK}\n").split(f"\n{MARK}\n")
     is_val = prepare.hash_rule(len(texts), 0.005, 2357)
-    ids = {"train": [], "val": []}
+    ids, encode = {"train": [], "val": []}, tiktoken.get_encoding("gpt2").encode_ordinary
     for i, document in enumerate(texts):
-        ids["val" if is_val(i) else "train"] += [*gpt2.bpe.encode_ordinary(document), 50256]
+        ids["val" if is_val(i) else "train"] += [*encode(document), 50256]
     assert bins(tmp_path / "data/tinystories") == {
         split: np.array(ids[split], dtype=np.uint16).tobytes() for split in ids}
     assert len(texts) == 12_756 and sum(map(len, ids.values())) == 2_584_747

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import (
     HOURGLASS,
+    TINY,
     as_killed_at_3,
-    assert_same,
     assert_same_end,
     in_ranks,
     largest_difference,
@@ -40,7 +40,6 @@ import train
 from model import TEMPLATES
 from support.data import WindowOrder
 
-torture = partial(pytest.param, marks=pytest.mark.torture)
 YURII = dict(template="nesterov")
 HERE = dict(device="cpu", dtype="float32")  # what the machine is, not the run
 
@@ -62,17 +61,14 @@ RESUMED = {
     "fp16-muon": dict(dtype="float16", optimizer="muon"),
     **{f"{template}-{optimizer}": dict(template=template, optimizer=optimizer)
        for template, optimizer in zip(TEMPLATES, 5 * ("adamw", "muon"), strict=False)}}
-REST = {f"{template}-{optimizer}": dict(template=template, optimizer=optimizer)
-        for template in TEMPLATES for optimizer in ("adamw", "muon")}
 
 
 @pytest.mark.parametrize("variant, dataset", [
-    *((name, ("tiny", "edge")[i % 2]) for i, name in enumerate(RESUMED)),
-    *(torture(name, dataset) for name in REST for dataset in ("tiny", "edge"))])
+    *zip(RESUMED, 9 * ("tiny", "edge"), strict=False)])
 def test_resuming_is_bit_for_bit(run, tmp_path, variant, dataset):
     """From step 3 of 6: in the midst of the second epoch, or where it begins."""
     options = dict(dataset=dataset, dropout=0.2, eval_interval=2, save_interval=3,
-                   **(RESUMED | REST)[variant])
+                   **RESUMED[variant])
     run(tmp_path / "whole", **options)
     half = as_killed_at_3(tmp_path / "whole", tmp_path / "half")
     resume(half, dtype=options.get("dtype", "float32"))
@@ -81,18 +77,15 @@ def test_resuming_is_bit_for_bit(run, tmp_path, variant, dataset):
 
 def test_stopped_at_any_step_and_resumed(run, tmp_path):
     """By a signal, also where an evaluation or a save is due; in the midst of epochs."""
-    options = dict(YURII, optimizer="muon", dropout=0.1, eval_interval=2, save_interval=3,
-                   dataset="count")
+    options = dict(YURII, optimizer="muon", dropout=0.1, eval_interval=2, save_interval=3)
     whole, handler = tmp_path / "whole", signal.getsignal(signal.SIGTERM)
-    run(whole, hooks=[partial(record_windows, tmp_path / "w-whole")], **options)
+    run(whole, **options)
     for step in range(1, 6):
-        half, read = tmp_path / f"{step}", partial(record_windows, tmp_path / f"w-{step}")
-        run(half, hooks=[read, partial(stop_after, step)], **options)
+        half = tmp_path / f"{step}"
+        run(half, hooks=[partial(stop_after, step)], **options)
         assert load(half)["iter_num"] == step
-        run(half, hooks=[read], init_from="auto", **options)
+        run(half, init_from="auto", **options)
         assert_same_end(half, whole)
-        (found,), (expected,) = windows(tmp_path / f"w-{step}", 6), windows(tmp_path / "w-whole", 6)
-        assert (found == expected).all(), step
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
@@ -122,54 +115,31 @@ def test_a_signal_ends_an_evaluation(run, tmp_path, step, number):
     assert load(half, "best.pt")["iter_num"] == load(whole, "best.pt")["iter_num"]
 
 
-def test_a_finished_run_can_be_prolonged(run, tmp_path):
-    run(tmp_path, max_iters=3, schedule="constant")
-    assert steps_of(resume(tmp_path, max_iters=6)) == [0, 1, 2, 3, 4, 5]
-    found = resume(tmp_path)
-    assert resume(tmp_path) == found and steps_of(found) == [0, 1, 2, 3, 4, 5]  # nothing left to do
-
-
-@pytest.mark.parametrize("state, scales_seen", [
-    (dict(scale=2.0**40), {3: 2.0**39, 4: 2.0**38, 5: 2.0**37}),  # overflowing
-    (dict(scale=2.0**10, growth=1998), {3: 2.0**10, 4: 2.0**11, 5: 2.0**11}),  # about to grow
-], ids=["overflowing", "growing"])
-def test_the_scaler_resumes(run, tmp_path, state, scales_seen):
-    """From any step before, at or after a change of the scale."""
+def test_the_scaler_resumes(run, tmp_path):
+    """From any step before, at or after a change of the scale, which is about to grow."""
     options = dict(optimizer="muon", dtype="float16", dropout=0.1)
     start = tmp_path / "start"
     run(start, max_iters=3, lr_decay_iters=6, **options)
     checkpoint = load(start)
-    checkpoint["scaler"] |= {"scale": state["scale"], "_growth_tracker": state.get("growth", 0)}
+    checkpoint["scaler"] |= {"scale": 2.0**10, "_growth_tracker": 1998}
     torch.save(checkpoint, start / "ckpt.pt")
     whole = shutil.copytree(start, tmp_path / "whole")
     run(whole, hooks=[partial(log_scale, tmp_path / "scale")], init_from="resume", **options)
-    assert dict(enumerate(scales(tmp_path / "scale"), 3)) == scales_seen
+    seen = scales(tmp_path / "scale")
+    assert seen == [2.0**10, 2.0**11, 2.0**11]
     for step in (4, 5):
         half = shutil.copytree(start, tmp_path / f"{step}")
         run(half, hooks=[partial(stop_after, step)], init_from="resume", **options)
-        assert load(half)["scaler"]["scale"] == scales_seen[step - 1]
+        assert load(half)["scaler"]["scale"] == seen[step - 4]
         run(half, init_from="resume", **options)
         assert_same_end(half, whole)
-    if state["scale"] == 2.0**40:  # nothing but the scale has moved
-        assert_same(tensors(whole), tensors(start))
-
-
-def test_resuming_in_another_precision(run, tmp_path):
-    """Also in fp16, whose scaler the checkpoint does not have."""
-    run(tmp_path, max_iters=3)
-    resume(tmp_path, dtype="float16", max_iters=6)
-    resume(tmp_path, dtype="bfloat16", max_iters=7)
-    assert load(tmp_path)["iter_num"] == 7
 
 
 # -----------------------------------------------------------------------------
 # Several processes, and other numbers of them
 
 
-RANKED = {f"{parallel}-{optimizer}": dict(
-    YURII, parallel=parallel, optimizer=optimizer, dataset=dataset, dropout=0.2, save_interval=3)
-    for parallel, optimizer, dataset in (("ddp", "muon", "edge"), ("fsdp", "adamw", "tiny"),
-                                         ("fsdp", "muon", "edge"))}
+MUON = dict(YURII, parallel="fsdp", optimizer="muon", dataset="edge", dropout=0.2, save_interval=3)
 # windows of `count`, whose tokens say where they are: 12 a step, 20 an epoch
 SHARED = dict(YURII, dataset="count", batch_size=2, gradient_accumulation_steps=6,
               dtype="float64", save_interval=3)
@@ -182,76 +152,60 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranked(folder, run, job):
-    """Runs of one and of two processes, copied and sharded, and for each a copy as if it had been
-    killed after step 3."""
-    in_ranks(2, [*(job(folder / name, **options) for name, options in RANKED.items()),
-                 job(folder / "two", **SHARED), job(folder / "shards", parallel="fsdp", **SHARED)])
+    """Runs of one and of two processes, copied and sharded."""
+    in_ranks(2, [job(folder / "muon", **MUON), job(folder / "two", **SHARED),
+                 job(folder / "shards", parallel="fsdp", **SHARED)])
     run(folder / "one", hooks=[partial(record_windows, folder / "w-one")], **SHARED)
 
 
-PLANS = {  # world (0: without torchrun) -> where from, how to go on, does it warn
-    0: [("two", {}, True), ("shards", {}, True),
-        ("one", dict(batch_size=4, gradient_accumulation_steps=3), False)],
-    1: [("two", {}, True), ("shards", dict(parallel="fsdp"), True),
-        ("one", dict(parallel="fsdp"), False)],
-    2: [("one", {}, True), ("one", dict(parallel="fsdp"), True),
-        ("two", dict(parallel="fsdp"), False), ("shards", {}, False)],
-    3: [("two", {}, True), ("shards", dict(parallel="fsdp"), True),
-        ("two", dict(batch_size=1, gradient_accumulation_steps=12), True)]}
-
-
-def second_half(folder, name, source, how) -> tuple:
-    """A job for ranks: a run of `source` that was killed after step 3 goes on."""
-    out = as_killed_at_3(folder / source, folder / f"half-{name}")
-    argv = option_words(out_dir=out, init_from="resume", device="cpu", **how)
-    return argv, [partial(record_windows, folder / f"w-{name}")]
+# name -> what run goes on, in how many processes, how, does it warn
+ELSEWHERE = {
+    "two-in-one": ("two", 1, {}, True), "shards-in-one": ("shards", 1, {}, True),
+    "larger-batches": ("one", 1, dict(batch_size=4, gradient_accumulation_steps=3), False),
+    "one-in-two": ("one", 2, {}, True), "one-in-shards": ("one", 2, dict(parallel="fsdp"), True),
+    "two-in-shards": ("two", 2, dict(parallel="fsdp"), False),
+    "shards-in-two": ("shards", 2, {}, False)}
 
 
 @pytest.fixture(scope="module")
-def resumed(ranked, folder, job):
-    """The runs of two processes gone on from step 3 in two: as they were, and otherwise; what they
-    print."""
-    plan = {name: (name, dict(parallel=how["parallel"], dtype="float32"))
-            for name, how in RANKED.items()}
-    for i, (source, how, _) in enumerate(PLANS[2]):
-        plan[f"2-{i}"] = source, dict(how, dtype="float64")
-    return dict(zip(plan, in_ranks(2, [second_half(folder, name, *how) for name, how in
-                                       plan.items()]), strict=True))
+def resumed(ranked, folder):
+    """name -> what is printed where a run that was killed after step 3 goes on: those of ELSEWHERE,
+    and one as it was."""
+    plan = {**ELSEWHERE, "muon": ("muon", 2, dict(parallel="fsdp", dtype="float32"), False)}
+    printed = {}
+    for world in (1, 2):
+        names = [name for name in plan if plan[name][1] == world]
+        jobs = []
+        for name in names:
+            source, _, how, _ = plan[name]
+            out = as_killed_at_3(folder / source, folder / f"half-{name}")
+            options = dict(out_dir=out, init_from="resume", device="cpu", dtype="float64") | how
+            argv = option_words(**options)
+            jobs.append((argv, [partial(record_windows, folder / f"w-{name}")]))
+        printed |= zip(names, in_ranks(world, jobs).split("done: "), strict=False)
+    return printed
 
 
-@pytest.mark.parametrize("name", RANKED)
-def test_two_ranks_resume_bit_for_bit(resumed, folder, name):
-    assert_same_end(folder / f"half-{name}", folder / name)
-    first, second = load(folder / name)["rng"]
+def test_two_ranks_resume_bit_for_bit(resumed, folder):
+    """Sharded Muon's momentum; hostile/test_kills.py has AdamW, copied and sharded."""
+    assert_same_end(folder / "half-muon", folder / "muon")
+    first, second = load(folder / "muon")["rng"]
     assert not torch.equal(first["cpu"], second["cpu"])
 
 
-@pytest.mark.parametrize("world", [0, 2, torture(1), torture(3)])
-def test_resuming_with_another_number_of_processes(resumed, folder, job, capsys, world):
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_resuming_with_another_number_of_processes(resumed, folder, name):
     """And another micro-batch, or sharded where it was not and the reverse: the same data in the
     same steps, the same losses, and a word about the generators."""
     (expected,) = windows(folder / "w-one", 6)
     order = WindowOrder(343, 16, train.TrainConfig.seed)
     assert (np.sort(expected) == np.sort(np.reshape(order.starts(0, 72), (6, 12)))).all()
-    for i, (source, how, warned) in enumerate(PLANS[world]):
-        name, out = f"{world}-{i}", folder / f"half-{world}-{i}"
-        if world == 2:
-            said = resumed[name]
-        else:
-            argv, hooks = second_half(folder, name, source, dict(how, dtype="float64"))
-            if world:
-                (said,) = in_ranks(world, [(argv, hooks)])
-            else:
-                capsys.readouterr()
-                with pytest.MonkeyPatch.context() as patch:
-                    hooks[0](patch)
-                    train.main(argv)
-                said = capsys.readouterr().out
-        read = np.sort(np.concatenate(windows(folder / f"w-{name}", 3), axis=1))
-        assert (read == np.sort(expected)[3:]).all(), name
-        assert np.abs(losses(out) - losses(folder / "one")).max() < 1e-10, name
-        assert largest_difference(tensors(out), tensors(folder / "one")) < 1e-10, name
-        assert ("dropout restarts from the seed" in said) == warned, name
+    read = np.sort(np.concatenate(windows(folder / f"w-{name}", 3), axis=1))
+    assert (read == np.sort(expected)[3:]).all()
+    half, one = folder / f"half-{name}", folder / "one"
+    assert np.abs(losses(half) - losses(one)).max() < 1e-10
+    assert largest_difference(tensors(half), tensors(one)) < 1e-10
+    assert ("dropout restarts from the seed" in resumed[name]) == ELSEWHERE[name][-1]
 
 
 # -----------------------------------------------------------------------------
@@ -263,10 +217,9 @@ def preset(tmp_path, data_dir):
     """preset(**options): a preset file of a tiny run into tmp_path/out."""
     def write(**options) -> str:
         path = tmp_path / "preset.py"
-        assigned = dict(dataset="tiny", data_dir=str(data_dir), out_dir=str(tmp_path / "out"),
-                        n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4, max_iters=4,
-                        gradient_accumulation_steps=2, warmup_iters=2, eval_interval=2,
-                        learning_rate=1e-3, dropout=0.1, template="nesterov") | options
+        assigned = TINY | dict(dataset="tiny", data_dir=str(data_dir), max_iters=4,
+                               out_dir=str(tmp_path / "out"), eval_interval=2, dropout=0.1,
+                               template="nesterov") | options
         path.write_text("".join(f"{n} = {v!r}\n" for n, v in assigned.items()))
         return str(path)
 
@@ -276,7 +229,7 @@ def preset(tmp_path, data_dir):
 @pytest.fixture
 def started(preset, tmp_path, capsys):
     """A run of a preset and an option, stopped after step 2; a whole one beside; its words."""
-    argv = [preset(), "--beta2=0.9", *option_words(**HERE)]
+    argv = [preset(), "--beta2=0.9"]
     train.main([*argv, f"--out_dir={tmp_path}/whole"])
     with pytest.MonkeyPatch.context() as patch:
         stop_after(2, patch)
@@ -302,7 +255,7 @@ def test_the_folder_alone_or_the_same_command_again(started, tmp_path, capsys):
 def test_a_preset_named_again_changes_nothing(started, preset, tmp_path, capsys):
     """Not even the shape; what it would change is one line, with the options that do it."""
     path = preset(learning_rate=2e-3, n_layer=3, max_iters=99)
-    train.main([path, "--init_from=resume", *option_words(**HERE)])
+    train.main([path, "--init_from=resume"])
     (line,) = changes_said(capsys.readouterr().out)
     assert "keeps its own options" in line
     assert line.endswith("--learning_rate=0.002 (was 0.001) --max_iters=99 (was 4) "
@@ -319,16 +272,10 @@ def test_the_command_line_changes_some(started, tmp_path, capsys):
     assert checkpoint["iter_num"] == 5 and checkpoint["model_args"]["dropout"] == 0.0
     assert {n: checkpoint["config"][n] for n in ("learning_rate", "beta2", "dropout")} == {
         "learning_rate": 2e-3, "beta2": 0.9, "dropout": 0.0}
-    resume(tmp_path / "out", max_iters=6)  # and what was changed stays so
+    found = resume(tmp_path / "out", max_iters=6)  # and what was changed stays so
     assert load(tmp_path / "out")["config"]["learning_rate"] == 2e-3
-
-
-@pytest.mark.parametrize("options", [
-    dict(n_layer=3, template="tmm"), dict(vocab_size=512), dict(block_size=32), dict(bias=True)])
-def test_another_model_is_refused_by_name(started, tmp_path, options):
-    lines = refused(lambda: resume(tmp_path / "out", **options), "the checkpoint's model has",
-                    next(f"{name}={value}" for name, value in options.items()))
-    assert len(lines) == 1 and load(tmp_path / "out")["iter_num"] == 2
+    assert steps_of(found) == [0, 1, 2, 3, 4, 5]
+    assert resume(tmp_path / "out") == found  # nothing is left to do
 
 
 def test_the_machine_is_the_calls(run, tmp_path, capsys):
@@ -343,21 +290,9 @@ def test_the_machine_is_the_calls(run, tmp_path, capsys):
     assert ", eager" in capsys.readouterr().out
 
 
-def test_another_micro_batch_goes_on_in_the_same_data(run, tmp_path):
-    """Also of a run that counts evaluations as nanoGPT does, in batches."""
-    run(tmp_path / "whole", dtype="float64", eval_iters=2)
-    run(tmp_path / "half", dtype="float64", eval_iters=2, max_iters=3, lr_decay_iters=6)
-    resume(tmp_path / "half", dtype="float64", max_iters=6, batch_size=2,
-           gradient_accumulation_steps=4)
-    assert np.abs(losses(tmp_path / "half") - losses(tmp_path / "whole")).max() < 1e-10
-    assert largest_difference(tensors(tmp_path / "half"), tensors(tmp_path / "whole")) < 1e-10
-    assert load(tmp_path / "half")["config"]["eval_tokens"] == 2 * 2 * 16
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_context_may_shrink(run, tmp_path, optimizer):
+def test_the_context_may_shrink(run, tmp_path):
     """The optimiser's state of the position tables is cut with them."""
-    run(tmp_path, max_iters=3, template="nesterov", optimizer=optimizer)
+    run(tmp_path, max_iters=3, template="nesterov", optimizer="muon")
     resume(tmp_path, block_size=8, max_iters=6)
     checkpoint = load(tmp_path)
     assert checkpoint["iter_num"] == 6 and checkpoint["model_args"]["block_size"] == 8
@@ -366,11 +301,6 @@ def test_the_context_may_shrink(run, tmp_path, optimizer):
         assert state["exp_avg"].shape == checkpoint["model"][name].shape, name
     resume(tmp_path, max_iters=7)  # and stays so
     assert load(tmp_path)["model_args"]["block_size"] == 8
-
-
-def test_auto_resumes_if_it_can(run, tmp_path):
-    assert steps_of(run(tmp_path, max_iters=3, init_from="auto")) == [0, 1, 2]
-    assert steps_of(run(tmp_path, init_from="auto")) == [0, 1, 2, 3, 4, 5]
 
 
 def test_eval_only_writes_nothing(run, tmp_path, capsys):
@@ -386,44 +316,30 @@ def test_eval_only_writes_nothing(run, tmp_path, capsys):
 # The data of a run that goes on
 
 
-def test_the_same_data_under_another_name_resume(run, tmp_path, data_dir):
-    run(tmp_path / "whole")
-    run(tmp_path / "half", max_iters=3, lr_decay_iters=6)
-    shutil.copytree(data_dir / "tiny", tmp_path / "moved")
-    resume(tmp_path / "half", data_dir=tmp_path, dataset="moved", max_iters=6)
-    assert_same(load(tmp_path / "half")["model"], load(tmp_path / "whole")["model"])
-
-
-def test_other_data_are_refused(run, tmp_path):
+def test_data_are_known_by_what_they_hold(run, tmp_path, data_dir):
+    """Under any name; others of the same name and size are refused."""
     run(tmp_path / "a", max_iters=3)
-    write_data(tmp_path / "data" / "tiny", np.zeros(343), np.zeros(300))  # the same name and size
-    refused(lambda: resume(tmp_path / "a", data_dir=tmp_path / "data"), "not the data",
-            "--init_from=")
-    refused(lambda: resume(tmp_path / "a", dataset="edge"), "edge", "not the data")
-    write_data(tmp_path / "data" / "char", np.zeros(343), vocab_size=2, tokenizer="char",
-               alphabet="ab")
-    for source in ("resume", tmp_path / "a" / "ckpt.pt"):
-        refused(lambda source=source: run(tmp_path / "a", "--overwrite", init_from=source,
-                                          data_dir=tmp_path / "data", dataset="char"),
-                "another tokenizer", "bytes")
-    assert load(tmp_path / "a")["iter_num"] == 3
+    shutil.copytree(data_dir / "tiny", tmp_path / "moved")
+    assert steps_of(resume(tmp_path / "a", data_dir=tmp_path, dataset="moved", max_iters=4)) == [
+        0, 1, 2, 3]
+    write_data(tmp_path / "data" / "tiny", np.zeros(343), np.zeros(300))
+    refused(lambda: resume(tmp_path / "a", data_dir=tmp_path / "data", dataset="tiny"),
+            "not the data", "--init_from=")
+    assert load(tmp_path / "a")["iter_num"] == 4
 
 
 def test_nanogpts_data(run, tmp_path):
-    """A model of our gpt2 data may be trained on a folder of nanoGPT's, which is known by the hash
-    of its ends."""
+    """A model of our gpt2 data may be trained on a folder of nanoGPT's."""
     write_data(tmp_path / "ours", np.arange(343), vocab_size=50257, padded_vocab_size=50304,
                tokenizer="gpt2")
-    for name, first in (("nano", 0), ("moved", 0), ("other", 1)):
-        write_data(tmp_path / name, np.arange(343) + first)
-        (tmp_path / name / "meta.json").unlink()
+    write_data(tmp_path / "nano", np.arange(343))
+    (tmp_path / "nano" / "meta.json").unlink()
     options = dict(data_dir=tmp_path, n_embd=4, n_layer=1, max_iters=1, eval_tokens=64)
     run(tmp_path / "a", dataset="ours", **options)
     run(tmp_path / "b", dataset="nano", init_from=tmp_path / "a" / "ckpt.pt", **options)
     assert load(tmp_path / "b")["model_args"]["vocab_size"] == 50304
     assert load(tmp_path / "b")["model_args"]["vocab_used"] == 50257
-    refused(lambda: resume(tmp_path / "b", dataset="other", max_iters=2), "not the data")
-    resume(tmp_path / "b", dataset="moved", max_iters=2)
+    resume(tmp_path / "b", max_iters=2)
     assert load(tmp_path / "b")["iter_num"] == 2
 
 
@@ -431,20 +347,8 @@ def test_nanogpts_data(run, tmp_path):
 # Earlier runs, nanoGPT's, and runs from other weights
 
 
-def test_an_earlier_versions_run_is_refused(run, tmp_path):
-    """It read the windows in another order. Its weights start a run."""
-    run(tmp_path / "a", max_iters=3)
-    checkpoint = load(tmp_path / "a")
-    del checkpoint["run"], checkpoint["data"]
-    torch.save(checkpoint | {"tokens_seen": 384, "log_length": 9}, tmp_path / "a" / "ckpt.pt")
-    (line,) = refused(lambda: resume(tmp_path / "a"), "earlier version", "another order",
-                      f"--init_from={tmp_path}/a/ckpt.pt")
-    run(tmp_path / "b", init_from=tmp_path / "a" / "ckpt.pt", learning_rate=0, min_lr=0)
-    assert_same(load(tmp_path / "b")["model"], dict(checkpoint["model"]))
-
-
-def test_a_nanogpt_checkpoint_resumes(tmp_path, data_dir):
-    """With the options that it stored; but not the machine's."""
+def test_a_nanogpt_checkpoint_resumes(tmp_path, data_dir, capsys):
+    """With the options that it stored, but not the machine's; or with others."""
     model, moments = nanogpt_checkpoint(tmp_path / "ckpt.pt")
     found = resume(tmp_path, data_dir=data_dir, max_iters=5)
     assert [(r["type"], r.get("iter")) for r in found] == [("config", None), ("train", 4),
@@ -459,19 +363,17 @@ def test_a_nanogpt_checkpoint_resumes(tmp_path, data_dir):
         assert torch.allclose(state["exp_avg_sq"], 0.95 * old, atol=1.0), name
     assert largest_difference(dict(model.state_dict()), load(tmp_path)["model"]) < 0.1
     assert load(tmp_path)["run"]["position"] == 8  # the data from the start: nanoGPT has no order
-
-
-@pytest.mark.parametrize("options, warned", [
-    (dict(optimizer="muon"), "optimiser"), (dict(dtype="float16"), "generator")])
-def test_a_nanogpt_checkpoint_with_other_options(tmp_path, data_dir, capsys, options, warned):
     nanogpt_checkpoint(tmp_path / "ckpt.pt")
-    resume(tmp_path, data_dir=data_dir, max_iters=5, **options)
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert load(tmp_path)["iter_num"] == 5 and any(warned in line for line in said)
+    found = resume(tmp_path, data_dir=data_dir, max_iters=5, optimizer="muon", dtype="float16",
+                   batch_size=2, gradient_accumulation_steps=4)
+    assert load(tmp_path)["iter_num"] == 5 and found[0]["eval_tokens"] == 3 * 2 * 16
+    optimizer, generators = [line for line in capsys.readouterr().out.splitlines()
+                             if line.startswith("warning: the checkpoint")][-2:]
+    assert "optimiser" in optimizer and "generator" in generators
 
 
 def test_weights_of_a_file_start_a_fresh_run(run, tmp_path, data_dir):
-    """On other data, with the file's architecture, perhaps a smaller context, from step 0."""
+    """On other data, with the file's architecture, from step 0."""
     run(tmp_path / "a", template="nesterov")
     weights = tmp_path / "a" / "ckpt.pt"
     other = run(tmp_path / "b", dataset="edge", init_from=weights, max_iters=1)
@@ -480,7 +382,3 @@ def test_weights_of_a_file_start_a_fresh_run(run, tmp_path, data_dir):
     assert [r["iter"] for r in other[1:]] == [0, 0, 1]
     same = run(tmp_path / "c", init_from=weights, max_iters=1)
     assert same[1]["val_loss"] == load(tmp_path / "a")["best_val_loss"] != other[1]["val_loss"]
-    run(tmp_path / "d", init_from=weights, block_size=8, max_iters=1)
-    assert load(tmp_path / "d")["model_args"]["block_size"] == 8
-    refused(lambda: run(tmp_path / "e", init_from=weights, template="tmm"), "template=tmm",
-            "template=nesterov")

@@ -493,14 +493,8 @@ def test_a_damaged_best_does_not_keep_from_the_latest(out, tmp_path):
 
 
 @pytest.mark.parametrize("size", [50257, 50304])
-def test_a_vocabulary_of_gpt2s_size_is_gpt2s(out, tmp_path, monkeypatch, size):
+def test_a_vocabulary_of_gpt2s_size_is_gpt2s(out, tmp_path, gpt2_cache, size):
     """Also where the padding's rows would win."""
-    shared = Path(os.environ.get("NANOYURII_SHARED", ROOT.parent / "shared/data"))
-    if not (shared / "tiktoken_cache").is_dir():
-        pytest.skip("no copy of GPT-2's vocabulary")
-    cache = shutil.copytree(shared / "tiktoken_cache", tmp_path / "cache",
-                            copy_function=shutil.copyfile)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
     path = tmp_path / "out" / "ckpt.pt"
     write_checkpoint(path, None, vocab_size=size)
     checkpoint = torch.load(path, weights_only=True)

@@ -1,14 +1,8 @@
-"""support/tokenizer.py: the tokenizers, and what a data folder says of itself.
-
-What needs GPT-2's vocabulary looks for it in ../shared/data (or in $NANOYURII_SHARED) and is
-skipped where it is absent.
-"""
+"""support/tokenizer.py: the tokenizers, and what a data folder says of itself."""
 
 import json
 import operator
-import os
 import pickle
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +15,6 @@ from support.errors import UserError
 from support.meta import CORPORA, load_meta
 from support.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-CACHE = Path(os.environ.get("NANOYURII_SHARED", ROOT.parent / "shared/data")) / "tiktoken_cache"
 MARK = "<|endoftext|>"
 MIXED = "Ünï ☃ 🙂👩‍👩‍👧\r\nline two\n\n  \ttabs\n"
 
@@ -52,11 +44,7 @@ def test_end_of_text_counts_in_prompts_only():
         Tokenizer("char", "ab").encode_prompt("abc<")
 
 
-def test_gpt2_is_tiktokens(tmp_path, monkeypatch):
-    if not CACHE.is_dir():
-        pytest.skip(f"needs {CACHE}")
-    copy = shutil.copytree(CACHE, tmp_path / "cache")  # tiktoken deletes files it does not like
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(copy))
+def test_gpt2_is_tiktokens(gpt2_cache):
     gpt2 = Tokenizer("gpt2")
     assert (gpt2.n_vocab, gpt2.padded_vocab, gpt2.eot, gpt2.dtype) == (50257, 50304, 50256, "<u2")
     text = f"Hello{MARK}\n world 🙂{MARK}"
