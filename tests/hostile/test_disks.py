@@ -10,14 +10,7 @@ import subprocess
 import pytest
 from conftest import assert_same, assert_same_end
 from faults import at_step, delete, limit_files
-from processes import (
-    SMALL,
-    checkpoints,
-    run_ranks,
-    start_ranks,
-    state,
-    survey,
-)
+from processes import SMALL, checkpoints, run_ranks, start_ranks, state, survey
 
 torture = pytest.mark.torture
 both = pytest.mark.parametrize("world, parallel", [

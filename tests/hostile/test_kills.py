@@ -16,18 +16,7 @@ import time
 import pytest
 from conftest import assert_same_end
 from faults import at_step, crash, die, hang, kill_at, spoil_data
-from processes import (
-    LEFT_ALONE,
-    ROOT,
-    SMALL,
-    kill,
-    run_ranks,
-    start_ranks,
-    steps_made,
-    survey,
-    until,
-)
-from torch.distributed import TCPStore
+from processes import LEFT_ALONE, SMALL, kill, run_ranks, start_ranks, steps_made, survey, until
 
 SEED = int(os.environ.get("TORTURE_SEED", 1))
 torture = pytest.mark.torture
@@ -39,8 +28,7 @@ torture = pytest.mark.torture
 
 @pytest.mark.parametrize("kills, inside, world, interval", [
     (6, 4, 1, 1), (2, 2, 2, 1),
-    pytest.param(50, 30, 1, 1, marks=torture), pytest.param(50, 30, 1, 2, marks=torture),
-    pytest.param(16, 11, 2, 1, marks=torture)])
+    pytest.param(50, 30, 1, 2, marks=torture), pytest.param(16, 11, 2, 1, marks=torture)])
 def test_kill_9(words, tmp_path, kills, inside, world, interval):
     """Again and again, `inside` of the times within a save, the others at any time; two processes
     are sharded. Then the run is let to its end."""
@@ -51,7 +39,7 @@ def test_kill_9(words, tmp_path, kills, inside, world, interval):
     moments = int(output.split("moments so far: ")[-1].split()[0]) // options["max_iters"]
     plan = [True] * inside + [False] * (kills - inside)
     rng.shuffle(plan)
-    saved, begun = 0, time.monotonic()
+    saved = 0
     for in_a_save in plan:
         rank = rng.randrange(world)
         hook = functools.partial(at_step, None, hang, after=6)
@@ -76,8 +64,6 @@ def test_kill_9(words, tmp_path, kills, inside, world, interval):
     survey(out, interval)
     assert_same_end(out, whole)
     assert not list(out.glob("*.partial"))
-    print(f"\n{kills} kills of {world} process(es) survived, of these {inside} inside a save "
-          f"(about {moments} moments each); seed {SEED}, {time.monotonic() - begun:.0f} s")
 
 
 @pytest.mark.parametrize("step, every, world", [  # with a ckpt_prev.pt, but no best.pt
@@ -113,25 +99,10 @@ def test_every_moment_of_a_save(words, tmp_path, step, every, world):
             break
         shutil.rmtree(out)
     assert moment > 12
-    print(f"\n{moment // every} kills survived, all inside the save after step {step}")
 
 
 # -----------------------------------------------------------------------------
 # torchrun starts a run again
-
-
-def test_a_second_attempt_in_the_same_store(words, tmp_path):
-    """torchrun's store outlives the processes, with the addresses of the dead."""
-    whole, out, options = tmp_path / "whole", tmp_path / "out", {**SMALL, "max_iters": 4}
-    run_ranks(words(whole, **options), 2)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torchruns = dict(MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
-    programs = start_ranks(words(out, **options), 2, functools.partial(at_step, 2, die, 1),
-                           **torchruns, TORCHELASTIC_RESTART_COUNT="0")
-    assert programs[1].wait() == -signal.SIGKILL
-    kill(programs)
-    run_ranks(words(out, **options), 2, **torchruns, TORCHELASTIC_RESTART_COUNT="1")
-    assert_same_end(out, whole)
 
 
 FIRST_ATTEMPT_DIES = """
@@ -139,22 +110,20 @@ import os, train
 from faults import at_step, die
 from support.errors import cli
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    at_step(5, die, rank={rank})
+    at_step(2, die, rank=1)
 cli(train.main)
 """
 
 
-@torture
-@pytest.mark.parametrize("parallel, rank", [("ddp", 1), ("fsdp", 0)])
-def test_torchrun_starts_a_killed_run_again(words, tmp_path, parallel, rank):
+def test_torchrun_starts_a_killed_run_again(words, tmp_path):
+    """Its store outlives the processes, with the addresses of the dead."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = {**SMALL, "parallel": parallel, "max_iters": 9, "save_interval": 2}
+    options = {**SMALL, "max_iters": 4}
     run_ranks(words(whole, **options), 2)
-    (tmp_path / "run.py").write_text(FIRST_ATTEMPT_DIES.format(rank=rank))
+    (tmp_path / "run.py").write_text(FIRST_ATTEMPT_DIES)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          "--max-restarts=1", tmp_path / "run.py", *words(out, **options)],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
     assert done.returncode == 0 and "resuming" in done.stdout, done.stdout
     assert_same_end(out, whole)
@@ -169,9 +138,7 @@ def test_torchrun_starts_a_killed_run_again(words, tmp_path, parallel, rank):
     ("ddp", 0, 1, spoil_data, 2, "error: train.bin has a fault"),
     *(pytest.param(*row, marks=torture) for row in (
         ("fsdp", 0, 2, die, -signal.SIGKILL, "killed"), ("ddp", 0, 0, die, -signal.SIGKILL, ""),
-        ("fsdp", 1, 3, die, -signal.SIGKILL, ""), ("ddp", 0, 2, crash, 1, "ZeroDivisionError"),
-        ("ddp", 1, 2, crash, 1, "Zero"), ("fsdp", 0, 2, crash, 1, "Zero"),
-        ("fsdp", 1, 1, spoil_data, 2, "error: train.bin has a fault")))])
+        ("ddp", 0, 2, crash, 1, "Zero"), ("fsdp", 1, 1, spoil_data, 2, "has a fault")))])
 def test_a_process_that_ends_takes_the_other_along(words, tmp_path, parallel, rank, step, action,
                                                    code, last_words):
     """Killed, by an exception, by a fault in its part of the data."""
