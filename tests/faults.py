@@ -8,7 +8,6 @@ import builtins
 import io
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -159,10 +158,6 @@ def spoil_data() -> None:
     Tokens.read = lambda *_: fail("train.bin has a fault")
 
 
-def delete(folder: str) -> None:
-    shutil.rmtree(folder)
-
-
 def limit_files(size: int | None = None, log: str = "") -> None:
     """Let no file become longer than that, as if the disk were full; or than `log` almost is."""
     size = os.path.getsize(log) + 100 if log else size
@@ -170,16 +165,13 @@ def limit_files(size: int | None = None, log: str = "") -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def slow_save(seconds: float = 60.0) -> None:
-    """Rank 0 writes for a minute, and the others wait for it in a collective."""
+def slow_save() -> None:
+    """Rank 0 writes for ever, and the others wait for it in a collective."""
     from support import resume
-
-    save_checkpoint = resume.save_checkpoint
 
     def slowly(*args, **options):
         print("saving", flush=True)
-        time.sleep(seconds)
-        save_checkpoint(*args, **options)
+        hang()
 
     resume.save_checkpoint = slowly
 

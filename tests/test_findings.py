@@ -14,10 +14,9 @@ def test_t_quantiles(df, t):
 
 def test_paired_intervals_are_scipys():
     stats = pytest.importorskip("scipy.stats")
-    own = dict(enumerate([1.02, 0.97, 1.05, 1.01, 0.99]))
-    first = dict(enumerate([1.00, 0.98, 1.01, 1.00, 0.95]))
-    mean, half = findings.paired(own, first)
-    interval = stats.ttest_rel(list(own.values()), list(first.values())).confidence_interval(0.95)
+    losses, first = [1.02, 0.97, 1.05, 1.01, 0.99], [1.00, 0.98, 1.01, 1.00, 0.95]
+    mean, half = findings.paired(dict(enumerate(losses)), dict(enumerate(first)))
+    interval = stats.ttest_rel(losses, first).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high), abs=1e-5)
 
 

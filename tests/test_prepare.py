@@ -162,9 +162,9 @@ def test_a_validation_text_of_its_own(tmp_path):
 
 def write_parquet(path, prefix, n):
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = {"text": [f"{prefix}{i} {MIXED}" for i in range(n)], "label": [*range(n)]}
-    pyarrow.parquet.write_table(pyarrow.table(rows), path)
-    return rows["text"]
+    rows = [f"{prefix}{i} {MIXED}" for i in range(n)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), path)
+    return rows
 
 
 def test_datasets(tmp_path, monkeypatch):
@@ -214,9 +214,9 @@ def test_hash_rule():
             assert 0 < sum(map(rule, range(n))) < n
 
 
-def test_one_document_is_cut_near_its_end(tmp_path):
-    (tmp_path / "a").write_text("0123456789" * 10)
-    make(tmp_path, "text", "--tokenizer=bytes", "--input", tmp_path / "a", "--val_fraction=0.07")
+def test_one_document_is_cut_near_its_end(tmp_path, stories, command):
+    stories.write_text("0123456789" * 10)
+    make(tmp_path, *command, "--val_fraction=0.07")
     assert documents(tmp_path / "data/text") == [("0123456789" * 10)[:93]]
     assert documents(tmp_path / "data/text", "val") == ["3456789"]
     assert "cut after 93 characters" in load_meta(tmp_path / "data/text")["split_rule"]
@@ -284,21 +284,17 @@ def test_complete_data_is_kept_unless_overwritten(tmp_path, stories, command, mo
     assert "files: [1, " in refused(tmp_path, *command, "--seed=1")
 
 
-def test_nanogpt_data_is_kept_unless_overwritten(tmp_path, command):
+def test_what_others_have_made_or_make(tmp_path, command):
+    """nanoGPT's data are kept unless overwritten; a second run is kept out."""
     folder = tmp_path / "data/text"
-    folder.mkdir(parents=True)
+    (folder / "partial").mkdir(parents=True)
     for split in "train", "val":
         np.arange(10, dtype=np.uint16).tofile(folder / f"{split}.bin")
     assert "has other data (by nanoGPT); --overwrite" in refused(tmp_path, *command)
+    with locked(folder / "partial", "held by the test"):
+        assert "another prepare.py is writing" in refused(tmp_path, *command, "--overwrite")
     make(tmp_path, *command, "--overwrite")
     assert len(documents(folder)) > 250
-
-
-def test_a_second_run_is_kept_out(tmp_path, command):
-    pytest.importorskip("fcntl")
-    (tmp_path / "data/text/partial").mkdir(parents=True)
-    with locked(tmp_path / "data/text/partial", "held by the test"):
-        assert "another prepare.py is writing" in refused(tmp_path, *command)
 
 
 # -----------------------------------------------------------------------------
@@ -314,7 +310,6 @@ def test_a_second_run_is_kept_out(tmp_path, command):
     ("pydoc --val_split=x", "is for text from the Hub"),
     ("tinystories --val_input=x", "--val_input needs --input"),
     ("text --input=x --val_input=y --val_fraction=0.1", "does not go with"),
-    ("text --input=no/such", "no file or folder no/such"),
     ("pydoc --tokenizer=gtp2", "no tokenizer gtp2; did you mean gpt2?"),
     ("tinystorys", "did you mean tinystories?")])
 def test_mistakes_on_the_command_line(tmp_path, words, message):
@@ -335,14 +330,11 @@ def test_all_mistakes_and_help(capsys):
     assert "[tinystories | openwebtext | shakespeare | shakespeare_char | pydoc | text" in helped
 
 
-def test_text_that_cannot_be_split(tmp_path):
-    (tmp_path / "input.txt").write_text("x")
-    words = ["text", "--tokenizer=bytes", "--input", tmp_path / "input.txt"]
-    assert "too little text to split" in refused(tmp_path, *words)
+def test_text_that_cannot_be_split_or_encoded(tmp_path, stories, command, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", lambda self, text: [70_000])
+        assert refused(tmp_path, *command) == "the token id 70000 does not fit a vocabulary of 257"
+    stories.write_text("x")
+    assert "too little text to split" in refused(tmp_path, *command)
     with pytest.raises(UserError):
         load_meta(tmp_path / "data/text")
-
-
-def test_an_id_that_does_not_fit(tmp_path, command, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: [70_000])
-    assert refused(tmp_path, *command) == "the token id 70000 does not fit a vocabulary of 257"

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import refused
 
 from support import text
-from support.errors import UserError
 from support.text import SAFE_CUT, cut_in_two, file_pieces, list_files, text_pieces
 
 MARK = "<|endoftext|>"
@@ -106,10 +106,9 @@ def test_parquet(tmp_path):
     rows = {"text": [f"row {i} {MIXED}" for i in range(600)], "label": [*range(600)]}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
     assert documents(tmp_path / "a.parquet") == rows["text"]
-    with pytest.raises(UserError, match="no field foo; --field chooses one of: text, label"):
-        documents(tmp_path / "a.parquet", field="foo")
-    with pytest.raises(UserError, match="record 1 has 0 for its text"):
-        documents(tmp_path / "a.parquet", field="label")
+    for field, said in (("foo", "no field foo; --field chooses one of: text, label"),
+                        ("label", "record 1 has 0 for its text")):
+        refused(lambda field=field: documents(tmp_path / "a.parquet", field=field), said)
 
 
 def test_folders_and_several_files(tmp_path):
@@ -120,8 +119,7 @@ def test_folders_and_several_files(tmp_path):
         (folder / name).write_text(content)
     (tmp_path / "z").write_text("z")
     assert documents(folder, tmp_path / "z") == ["one", "two", "b x", "three", "four", "z"]
-    with pytest.raises(UserError, match="no file or folder"):
-        documents(folder, tmp_path / "none")
+    refused(lambda: documents(folder, tmp_path / "none"), "no file or folder")
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -136,6 +134,4 @@ def test_folders_and_several_files(tmp_path):
     ("a.parquet", b"PAR1 no", "a.parquet is not a parquet file that can be read")])
 def test_faults_of_a_file(read, monkeypatch, name, content, message):
     monkeypatch.setattr(text, "BLOCK", 1000)
-    with pytest.raises(UserError, match=message) as error:
-        read(content, name)
-    assert "\n" not in str(error.value)
+    assert len(refused(lambda: read(content, name), message)) == 1

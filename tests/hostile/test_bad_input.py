@@ -31,7 +31,6 @@ from processes import ROOT, Program
 import prepare
 import sample
 import train
-from model import GPT, GPTConfig
 from support.errors import UserError, cli
 
 LETTERS = string.ascii_lowercase
@@ -94,9 +93,9 @@ def program(monkeypatch, capsys):
     def go(name, words):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv(name, words)])
         capsys.readouterr()
+        code = 0
         try:
             cli(MAINS[name])
-            code = 0
         except SystemExit as stop:
             code = stop.code
         return code, capsys.readouterr().err.splitlines()
@@ -104,22 +103,21 @@ def program(monkeypatch, capsys):
     return go
 
 
-def check(code: int, lines: list[str], expected, problems: int = 1) -> None:
-    """Exit code 2, one line a problem, these words; nothing that could steer a terminal."""
+def check(code: int, lines: list[str], expected) -> None:
+    """Exit code 2, one line, these words; nothing that could steer a terminal."""
     lines = [line for line in lines if line and not line.startswith(("reading: ", "encoding: "))]
     assert code == 2, f"exit code {code}: {' | '.join(lines[-1:])[-300:]}"
-    assert len(lines) == problems, lines
-    assert all(line.startswith("error: ") and line.isprintable() for line in lines), lines
-    assert all(len(line) < 1000 for line in lines), "a line that no one reads"
-    assert all(word in "\n".join(lines) for word in expected), (expected, lines)
+    (line,) = lines
+    assert line.startswith("error: ") and line.isprintable() and len(line) < 1000, line
+    assert all(word in line for word in expected), (expected, line)
 
 
 @pytest.fixture
 def refused(place, program):
     """refused(name, words, expected): what is there stays, byte for byte, and nothing comes."""
-    def go(name, words, expected, problems=1, program=program):
+    def go(name, words, expected, program=program):
         before = contents(place)
-        check(*program(name, words), expected, problems)
+        check(*program(name, words), expected)
         after = contents(place)
         assert after.keys() == before.keys()
         assert after == before
@@ -141,8 +139,7 @@ def put(path, content):
     """Write a file, a text or bytes; None: remove it; a folder: {}."""
     def spoil(place):
         target = place / path
-        if target.exists():
-            target.unlink()
+        target.unlink(missing_ok=True)
         if content == {}:
             target.mkdir()
         elif content is not None:
@@ -152,29 +149,20 @@ def put(path, content):
 
 
 def cut(path, length):
-    """Keep the first bytes of a file; a negative length counts from its end, a share is one."""
-    def spoil(place):
-        content = (place / path).read_bytes()
-        end = int(length * len(content)) if isinstance(length, float) else length
-        (place / path).write_bytes(content[:end])
-
-    return spoil
+    """Keep the first bytes of a file; a negative length counts from its end."""
+    return lambda place: (place / path).write_bytes((place / path).read_bytes()[:length])
 
 
-def ids(path, *tokens, dtype="<u2"):
+def ids(path, *tokens):
     """Write a bin."""
-    return put(path, np.array(tokens, dtype).tobytes())
+    return put(path, np.array(tokens, "<u2").tobytes())
 
 
 def meta(dataset="tiny", **changes):
-    """Change keys of a meta.json; train=... updates inside."""
+    """Change keys of a meta.json."""
     def spoil(place):
         path = place / "data" / dataset / "meta.json"
-        content = json.loads(path.read_text())
-        for key, value in changes.items():
-            inner = isinstance(value, dict) and key in content
-            content[key] = content[key] | value if inner else value
-        path.write_text(json.dumps(content))
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return spoil
 
@@ -221,8 +209,7 @@ class Payload:
 
 @pytest.mark.parametrize("form", ["pickle", "zip", "legacy"])
 @rows("name, words",
-      ("train", RESUME, "run/ckpt.pt"), ("train", "--init_from=auto --out_dir=run", "run/ckpt.pt"),
-      ("train", "--init_from=other.pt", "other.pt"), ("sample", "", "run/ckpt.pt"),
+      ("train", RESUME, "run/ckpt.pt"), ("train", "--init_from=other.pt", "other.pt"),
       ("sample", "", "run/best.pt"), ("sample", "--init_from=other.pt", "other.pt"))
 def test_a_checkpoint_runs_nothing(place, refused, form, name, words, expected):
     """What would be a checkpoint of a model, but for one value."""
@@ -252,32 +239,29 @@ def test_a_meta_pkl_runs_nothing(place, refused, name, words, key):
 
 
 FORBIDDEN = {"pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "marshal.load",
-             "shelve.open", "joblib.load", "numpy.load", "eval", "exec", "os.system", "os.popen"}
+             "shelve.open", "joblib.load", "numpy.load", "np.load", "eval", "exec", "os.system",
+             "os.popen"}
 
 
 def test_no_file_is_unpickled_freely():
-    """Every torch.load says weights_only=True; nothing else unpickles but a reader that admits no
-    class; nothing is evaluated but presets, which are code."""
-    readers, folders = [], ("", "config/", "support/", "tools/")
-    for path in (path for folder in folders for path in ROOT.glob(f"{folder}*.py")):
+    """Every torch.load says weights_only=True; nothing else unpickles but one reader, which admits
+    no class; nothing is evaluated but presets, which are code."""
+    paths = [path for folder in ("", "config", "support", "tools")
+             for path in (ROOT / folder).glob("*.py")]
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            where = f"{path.relative_to(ROOT)}, line {getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Call):
-                called = ast.unparse(node.func)
-                options = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
-                if (called, str(path.relative_to(ROOT))) != ("exec", "config/__init__.py"):
-                    assert called not in FORBIDDEN, where
-                assert called != "torch.load" or options.get("weights_only") is True, where
-                assert not {"allow_pickle", "shell", "trust_remote_code"} & options.keys(), where
+                call, called = ast.unparse(node), ast.unparse(node.func)
+                assert called != "torch.load" or "weights_only=True" in call, call
+                exempt = (called, path) == ("exec", ROOT / "config/__init__.py")
+                assert exempt or called not in FORBIDDEN, call
+                assert not {"allow_pickle", "shell", "trust_remote_code"} & {
+                    option.arg for option in node.keywords}, call
             if isinstance(node, ast.ImportFrom):  # no short names, which would not be found above
                 names = {f"{node.module}.{a.name}" for a in node.names}
-                assert not names & (FORBIDDEN | {"torch.load"}), where
-            if isinstance(node, ast.ClassDef) and "Unpickler" in " ".join(map(ast.unparse,
-                                                                              node.bases)):
-                readers.append(node)
-    (reader,) = readers  # a new one needs tests like these
-    (method,) = (m for m in reader.body if getattr(m, "name", "") == "find_class")
-    assert isinstance(method.body[-1], ast.Raise)
+                assert not names & (FORBIDDEN | {"torch.load"}), path
+    readers = [path.name for path in paths if "pickle.Unpickler" in path.read_text()]
+    assert readers == ["meta.py"]  # a new one needs tests like these
 
 
 # -----------------------------------------------------------------------------
@@ -289,13 +273,11 @@ def test_no_file_is_unpickled_freely():
     ("tiny", cut("data/tiny/train.bin", -1), "train", "--overwrite"),
     ("tiny", cut("data/tiny/val.bin", -1), "val", "damaged"),
     ("tiny", meta(dtype="uint32"), "train", "damaged"),
-    ("tiny", ids("data/tiny/train.bin", *range(343), dtype="<u4"), "train", "damaged"),
     ("tiny", ids("data/tiny/train.bin", *[1] * 344), "train", "damaged"),
     ("tiny", ids("data/tiny/val.bin"), "val", "damaged"),
     ("tiny", put("data/tiny/train.bin", None), "train.bin", "prepare.py"),
     ("tiny", put("data/tiny/val.bin", None), "val.bin", "prepare.py"),
     ("tiny", put("data/tiny/train.bin", {}), "train.bin"),
-    ("tiny", put("data/tiny/partial", {}) and put("data/tiny/val.bin", None), "val.bin"),
     ("gpt2", cut("data/gpt2/train.bin", -1), "train.bin"),
     ("gpt2", ids("data/gpt2/train.bin"), "train.bin", "0 tokens"),
     ("gpt2", ids("data/gpt2/train.bin", *range(16)), "train.bin", "16 tokens", "17",
@@ -304,16 +286,15 @@ def test_no_file_is_unpickled_freely():
     *(("tiny", put("data/tiny/meta.json", content), "meta.json") for content in (
         "", "{", "[]", '{"dtype": "uint16"}', "[" * 100_000, b"\xff\xfe{}", {})),
     *(("tiny", meta(**{key: value}), "meta.json", "--overwrite") for key, value in (
-        ("vocab_size", "257"), ("vocab_size", 0), ("vocab_size", True), ("vocab_size", None),
+        ("vocab_size", "257"), ("vocab_size", 0), ("vocab_size", True),
         ("padded_vocab_size", float("inf")), ("padded_vocab_size", MANY), ("dtype", "float32"),
         ("dtype", ["uint16"]), ("tokenizer", 3), ("train", []), ("val", None), ("alphabet", 7))),
-    *(("tiny", meta(train={"tokens": tokens}), "damaged") for tokens in (
-        "343", None, 342, -343, True)),
+    *(("tiny", meta(train={"tokens": tokens}), "damaged") for tokens in ("343", 342, True)),
     *(("char", meta("char", alphabet=alphabet), "meta.json") for alphabet in (
-        LETTERS[1:], "a" * 26, list(LETTERS), None)),
+        LETTERS[1:], "a" * 26, list(LETTERS))),
     *(("nano", put("data/nano/meta.pkl", content), "meta.pkl") for content in (
-        b"", b"no pickle", *map(pickle.dumps, (
-            7, {}, {"itos": 7}, {"itos": {1: "a"}}, {"itos": {0: b"a"}}, {"itos": {}})))),
+        b"", b"no pickle", *map(pickle.dumps, (7, {}, {"itos": 7}, {"itos": {1: "a"}},
+                                               {"itos": {0: b"a"}}, {"itos": {}})))),
     ("../run", lambda place: None, "run", "prepare.py"))
 def test_a_bad_data_folder(place, refused, dataset, spoil, expected):
     spoil(place)
@@ -321,8 +302,7 @@ def test_a_bad_data_folder(place, refused, dataset, spoil, expected):
 
 
 @pytest.mark.parametrize("dataset, split, token, size", [
-    ("tiny", "train", 257, 257), ("tiny", "val", 300, 257), ("tiny", "train", 65535, 257),
-    ("char", "train", 26, 26), ("nano", "train", 26, 26), ("nano", "val", 40000, 26)])
+    ("tiny", "train", 257, 257), ("tiny", "val", 65535, 257), ("nano", "train", 26, 26)])
 def test_an_id_past_the_vocabulary(place, program, dataset, split, token, size):
     """Where it is read; the run may have begun its log, but not written a checkpoint."""
     path = place / f"data/{dataset}/{split}.bin"
@@ -342,27 +322,26 @@ STEERS = "a\x1b[2J\nerror: b"  # a name that holds a newline, and a code that st
 @rows(
     "spoil",
     # --- the file
-    *((cut("run/ckpt.pt", length), "ckpt.pt") for length in (0, 1, 100, 0.5, 0.9, -100, -1)),
+    *((cut("run/ckpt.pt", length), "ckpt.pt") for length in (0, 1, 10_000, -100, -1)),
     (put("run/ckpt.pt", "not weights\n"), "ckpt.pt"), (put("run/ckpt.pt", {}), "ckpt.pt"),
     *((holds(thing), "ckpt.pt", "model_args") for thing in (
-        torch.zeros(3), [1, 2], 7, None, {}, "x", {"w": torch.zeros(2)})),
+        torch.zeros(3), [1, 2], None, "x", {"w": torch.zeros(2)})),
     (without("model_args"), "model_args"), (without("model"), "model"),
     # --- its model's options
-    *((setting(model_args=value), "model_args") for value in (None, 7, [1], "n_layer=2")),
+    *((setting(model_args=value), "model_args") for value in (None, [1], "n_layer=2")),
     (setting("model_args", n_experts=8), "n_experts", "version"),
     (setting("model_args", template="lion"), "template=lion"),
     (setting("model_args", template=STEERS), "template"),
     (without("n_layer", "model_args"), "weights"),
     *((setting("model_args", **{name: value}), name) for name, value in (
-        ("n_layer", 0), ("n_layer", -2), ("n_head", 3), ("n_embd", True), ("dropout", 2.0),
-        ("dropout", float("nan")), ("block_size", -16), ("vocab_size", 0), ("bias", "maybe"),
-        ("ffn", 3))),
+        ("n_layer", 0), ("n_head", 3), ("n_embd", True), ("dropout", float("nan")),
+        ("block_size", -16), ("vocab_size", 0), ("bias", "maybe"), ("ffn", 3))),
     *((setting("model_args", **{name: value}), "model_args") for name, value in (
         ("n_layer", "2"), ("n_layer", 2.5), ("n_head", None), ("n_embd", [32]))),
     (checkpoint(lambda c: c["model_args"].update({7: 7})), "options"),
     # --- its weights
     *((setting(model=value), "weights") for value in (
-        None, 7, [torch.zeros(2)], torch.zeros(2), {}, {7: torch.zeros(2)})),
+        None, [torch.zeros(2)], torch.zeros(2), {}, {7: torch.zeros(2)})),
     (without(FC, "model"), FC), (weight(FC, lambda w: w[:, :3]), FC, "size"),
     (weight("transformer.extra", lambda _: torch.zeros(2)), "transformer.extra"),
     (weight(STEERS, lambda _: torch.zeros(2)), "model_args"),
@@ -371,8 +350,8 @@ STEERS = "a\x1b[2J\nerror: b"  # a name that holds a newline, and a code that st
     (setting("model_args", n_layer=3), "weights"), (setting("model_args", head_dim=4), "weights"),
     # --- its tokenizer, its run's options
     *((setting(tokenizer=value), "tokenizer") for value in (
-        "bytes", 7, {"tokenizer": 7}, {"alphabet": "ab"}, {"tokenizer": "char"},
-        {"tokenizer": "gtp2"}, {"tokenizer": STEERS}, {"tokenizer": "char", "alphabet": 7},
+        "bytes", 7, {"tokenizer": 7}, {"alphabet": "ab"}, {"tokenizer": "gtp2"},
+        {"tokenizer": STEERS}, {"tokenizer": "char", "alphabet": 7},
         {"tokenizer": "char", "alphabet": "aab", "vocab_size": 3})),
     (setting(config=[1]), "config"))
 def test_a_bad_checkpoint(place, refused, spoil, expected):
@@ -391,9 +370,8 @@ def test_a_bad_checkpoint(place, refused, spoil, expected):
         ("run", 7), ("run", [1]), ("run", {"pace": 7}), ("optimizer", [1]),
         ("optimizer", {"adamw": 7}), ("rng", 7), ("rng", [7]), ("rng", [{"cpu": torch.zeros(3)}]))),
     *((setting("run", **{key: value}), "run", "damaged") for key, value in (
-        ("step", -5), ("step", "two"), ("step", None), ("step", 2.5), ("position", -16),
-        ("position", MORE), ("log_length", -1), ("log_length", "long"), ("evaluated", "yes"),
-        ("best_val_loss", "low"))),
+        ("step", -5), ("step", "two"), ("step", 2.5), ("position", MORE), ("log_length", -1),
+        ("log_length", "long"), ("evaluated", "yes"), ("best_val_loss", "low"))),
     *((checkpoint(lambda c, key=key, value=value: c.pop("run") and c.update({key: value})),
        "damaged") for key, value in (  # as nanoGPT's have them
            ("iter_num", "two"), ("iter_num", None), ("best_val_loss", "low"))),
@@ -407,7 +385,6 @@ def test_a_bad_state_of_a_run(place, refused, spoil, expected):
 @rows(
     "spoil",
     (weight("transformer.ln_f.weight", lambda w: w * torch.nan), "nan"),
-    (setting(tokenizer={"tokenizer": "gtp2"}), "gtp2", "gpt2"),
     *((checkpoint(lambda c, config=config: c.pop("tokenizer") and c.update(config=config)), "257",
        "data") for config in ({}, {"dataset": "char"})))
 def test_a_checkpoint_that_cannot_be_sampled(place, refused, spoil, expected):
@@ -443,13 +420,6 @@ def test_a_bad_number(place, name, options, words):
     assert contents(place) == before
 
 
-def as_imex(content):
-    """Make the checkpoint one of an IMEX model whose layers repeat themselves for ever."""
-    args = content["model_args"] | {"template": "imex"}
-    content.update(model=GPT(GPTConfig(**args)).state_dict(),
-                   model_args=args | {"imex_steps": MANY})
-
-
 @rows(
     "name, words, spoil",
     *(("train", f"--{name}={MANY}", None, name) for name in (
@@ -459,8 +429,7 @@ def as_imex(content):
       for name in ("ffn_hidden", "head_dim", "block_size")),
     ("sample", f"--num_samples={MANY}", None, "num_samples"),
     *((*program, setting("model_args", **{name: MANY}), name)
-      for name in ("n_layer", "n_embd", "block_size") for program in BOTH),
-    *((*program, checkpoint(as_imex), "imex_steps") for program in BOTH))
+      for name in ("n_layer", "n_embd", "block_size", "imex_steps") for program in BOTH))
 def test_a_huge_number(place, refused, name, words, spoil, expected):
     """No allocation that ends in a traceback, and no loop that never ends: 4 GiB of memory, four
     seconds of CPU."""
@@ -484,21 +453,16 @@ def test_an_extreme_number_works_or_is_refused(place, program, words):
 
 @rows(
     "name, words",
-    # --- what goes with what; the model's rules are in test_model.py
-    ("train", "--min_lr=0.1", "min_lr=0.1", "learning_rate=0.001"),
-    ("train", "--schedule=wsd --decay_fraction=0.9", "warmup_iters=2", "step 1", "lr_decay_iters"),
-    ("train", "--eval_iters=2 --eval_tokens=64", "eval_iters", "eval_tokens", "drop"),
+    # --- what does not go with a checkpoint; the other rules are in test_model.py, test_train.py
     *(("train", f"--init_from=run/ckpt.pt {words}", expected, "checkpoint") for words, expected in (
-        ("--template=nesterov", "template=gd"), ("--ffn=swiglu", "ffn=mlp"),
-        ("--n_embd=64", "n_embd=32"), ("--bias", "bias=False"), ("--position=rope", "learned"),
-        ("--head_dim=8", "head_dim"), ("--block_size=17", "block_size=16"))),
+        ("--ffn=swiglu", "ffn=mlp"), ("--head_dim=8", "head_dim"),
+        ("--block_size=17", "block_size=16"))),
     *(("train", f"{RESUME} --dataset={name}", name, "tokenizer", "bytes")
       for name in ("char", "nano")),
     # --- names; those of options are in test_config.py
     ("train", "--init_from=resme", "init_from=resme", "resume"),
     ("train", "--init_from=text.pt", "no checkpoint text.pt"),
     ("train", "--init_from=run", "init_from=run", ".pt"), ("sample", "--init_from=run", "run"),
-    ("train", "--out_dir=run", "run", "--init_from=resume", "--overwrite"),
     ("train", f"{RESUME}/none", "run/none", "resume"),
     ("train", "--device=cpu:x", "device=cpu:x"), ("train", "--device=meta", "device=meta", "cpu"),
     ("train", "--out_dir=text.txt", "text.txt"), ("train", "--out_dir=text.txt/new", "text.txt"),
@@ -546,8 +510,8 @@ def test_a_prompt_outside_the_alphabet(place, refused):
         refused("sample", f"'--start={prompt}'", ["alphabet", shown])
 
 
-@pytest.mark.parametrize("prompt", ["x" * 5000, "\x00", "\n", "<|endoftext|>", "e\u0301😀" * 99])
-def test_a_strange_prompt_that_works(place, program, prompt):
+def test_a_strange_prompt_that_works(place, program):
     """Longer than the context, or hardly a text."""
-    (place / "prompt.txt").write_text(prompt)
-    assert program("sample", "--start=FILE:prompt.txt") == (0, [])
+    for prompt in "x" * 5000, "\x00", "\n", "<|endoftext|>", "e\u0301😀" * 99:
+        (place / "prompt.txt").write_text(prompt)
+        assert program("sample", "--start=FILE:prompt.txt") == (0, [])

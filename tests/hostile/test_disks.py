@@ -9,19 +9,8 @@ import subprocess
 
 import pytest
 from conftest import assert_same, assert_same_end
-from faults import at_step, delete, limit_files
-from processes import (
-    SMALL,
-    checkpoints,
-    run_ranks,
-    start_ranks,
-    state,
-    survey,
-)
-
-torture = pytest.mark.torture
-both = pytest.mark.parametrize("world, parallel", [
-    (1, "ddp"), pytest.param(2, "fsdp", marks=torture)])
+from faults import at_step, limit_files
+from processes import SMALL, checkpoints, run_ranks, start_ranks, state, survey
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +48,7 @@ def test_a_log_that_cannot_grow(words, tmp_path):
 
 @contextlib.contextmanager
 def mounted(folder, size):
-    """A file system of its own; what it yields mounts it again with other options."""
+    """A file system of its own; what it yields gives it another size."""
     folder.mkdir()
 
     def mount(options):
@@ -69,7 +58,7 @@ def mounted(folder, size):
     if shutil.which("mount") is None or mount(f"size={size}"):
         pytest.skip("mounting a small disk is not permitted here")
     try:
-        yield lambda options: mount(f"remount,{options}")
+        yield lambda size: mount(f"remount,size={size}")
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -77,21 +66,15 @@ def mounted(folder, size):
 def test_a_disk_that_is_full(words, tmp_path, whole):
     """It holds one checkpoint, not two; then it is made larger."""
     size = (whole / "ckpt.pt").stat().st_size
-    with mounted(tmp_path / "disk", int(1.6 * size)) as remount:
+    with mounted(tmp_path / "disk", int(1.6 * size)) as resize:
         out = tmp_path / "disk" / "out"
         for _ in range(2):
             (program,) = start_ranks(words(out, **SMALL), 1)
             program.refused(str(out), "ckpt.pt")
             assert survey(out) == 1 and not list(out.glob("*.partial"))
-        assert remount(f"size={20 * size}") == 0
+        assert resize(20 * size) == 0
         run_ranks(words(out, **SMALL), 1)
         assert_same_end(out, whole)
-        if remount("ro") == 0:
-            before = checkpoints(out)
-            (program,) = start_ranks(words(out, **SMALL | {"max_iters": 8}), 1)
-            program.refused(str(out), "Read-only file system")
-            assert checkpoints(out) == before
-            remount("rw")
 
 
 @contextlib.contextmanager
@@ -110,28 +93,27 @@ def frozen(folder):
         os.chmod(folder, 0o755)
 
 
-@both
-def test_a_folder_that_becomes_read_only(words, tmp_path, world, parallel):
-    options, out = {**SMALL, "parallel": parallel}, tmp_path / "out"
-    run_ranks(words(out, **options | {"max_iters": 2}), world)
+def test_a_folder_that_becomes_read_only(words, tmp_path):
+    out = tmp_path / "out"
+    run_ranks(words(out, **SMALL | {"max_iters": 2}), 1)
     before = checkpoints(out)
     with frozen(out):
-        programs = start_ranks(words(out, **options), world)
-        programs[0].refused(str(out))
-        assert all(program.wait(60) == 2 for program in programs)
+        (program,) = start_ranks(words(out, **SMALL), 1)
+        program.refused(str(out))
     assert checkpoints(out) == before and survey(out) == 2
-    run_ranks(words(out, **options), world)
+    run_ranks(words(out, **SMALL), 1)
     assert survey(out) == 6
 
 
-@both
+@pytest.mark.parametrize("world, parallel", [
+    (1, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.torture)])
 def test_a_folder_deleted_meanwhile(words, tmp_path, world, parallel):
     """The next save makes it anew, and then the run ends, because its log is lost."""
     options = {**SMALL, "parallel": parallel}
     whole, out = tmp_path / "whole", tmp_path / "out"
     run_ranks(words(whole, **options), world)
     for program in start_ranks(words(out, **options), world, functools.partial(
-            at_step, 3, functools.partial(delete, str(out)))):
+            at_step, 3, functools.partial(shutil.rmtree, out))):
         program.refused(str(out), "deleted", "step 4", "--init_from=resume")
     assert state(out)["iter_num"] == 4 and not list(out.glob("*.partial"))
     run_ranks(words(out, **options), world)
@@ -144,7 +126,7 @@ def test_data_deleted_meanwhile(words, tmp_path, data_dir, whole):
     options = {**SMALL, "data_dir": tmp_path / "data"}
     out = tmp_path / "out"
     run_ranks(words(out, **options), 1, functools.partial(
-        at_step, 2, functools.partial(delete, str(tmp_path / "data/easy"))))
+        at_step, 2, functools.partial(shutil.rmtree, tmp_path / "data/easy")))
     assert_same(state(out), state(whole))
     before = checkpoints(out)
     (program,) = start_ranks(words(out, **options | {"max_iters": 8}), 1)

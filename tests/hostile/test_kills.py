@@ -16,18 +16,7 @@ import time
 import pytest
 from conftest import assert_same_end
 from faults import at_step, crash, die, hang, kill_at, spoil_data
-from processes import (
-    LEFT_ALONE,
-    ROOT,
-    SMALL,
-    kill,
-    run_ranks,
-    start_ranks,
-    steps_made,
-    survey,
-    until,
-)
-from torch.distributed import TCPStore
+from processes import LEFT_ALONE, SMALL, kill, run_ranks, start_ranks, steps_made, survey, until
 
 SEED = int(os.environ.get("TORTURE_SEED", 1))
 torture = pytest.mark.torture
@@ -37,33 +26,19 @@ torture = pytest.mark.torture
 # kill -9
 
 
-@pytest.mark.parametrize("kills, inside, world, interval", [
-    (6, 4, 1, 1), (2, 2, 2, 1),
-    pytest.param(50, 30, 1, 1, marks=torture), pytest.param(50, 30, 1, 2, marks=torture),
-    pytest.param(16, 11, 2, 1, marks=torture)])
-def test_kill_9(words, tmp_path, kills, inside, world, interval):
-    """Again and again, `inside` of the times within a save, the others at any time; two processes
-    are sharded. Then the run is let to its end."""
-    rng, whole, out = random.Random(SEED), tmp_path / "whole", tmp_path / "killed"
+@pytest.mark.parametrize("kills, world, interval", [
+    (4, 1, 1), (1, 2, 1),
+    pytest.param(50, 1, 2, marks=torture), pytest.param(16, 2, 1, marks=torture)])
+def test_kill_9(words, tmp_path, kills, world, interval):
+    """Again and again, at any time; two processes are sharded. Then the run is let to its end."""
+    rng, whole, out, saved = random.Random(SEED), tmp_path / "whole", tmp_path / "killed", 0
     options = {**SMALL, "save_interval": interval, "parallel": "ddp" if world == 1 else "fsdp",
-               "max_iters": 6 * (kills - inside) + 3 * interval * inside}
-    output = run_ranks(words(whole, **options), world, functools.partial(kill_at, 0))
-    moments = int(output.split("moments so far: ")[-1].split()[0]) // options["max_iters"]
-    plan = [True] * inside + [False] * (kills - inside)
-    rng.shuffle(plan)
-    saved, begun = 0, time.monotonic()
-    for in_a_save in plan:
-        rank = rng.randrange(world)
-        hook = functools.partial(at_step, None, hang, after=6)
-        if in_a_save:  # of another rank than the first there are fewer moments: it writes nothing
-            latest = 2 * moments if rank == 0 else 3
-            hook = functools.partial(kill_at, rng.randint(1, latest), rank=rank)
-        programs = start_ranks(words(out, **options), world, hook)
-        if in_a_save:
-            assert programs[rank].wait() == -signal.SIGKILL, programs[rank].output
-            assert "killed inside" in programs[rank].output
-            time.sleep(rng.choice((0, 0, 0.2)) if world > 1 else 0)  # alone, the others see it
-        elif rng.random() < 0.5:
+               "max_iters": 6 * kills + 3}
+    run_ranks(words(whole, **options), world)
+    for _ in range(kills):
+        programs = start_ranks(words(out, **options), world, functools.partial(
+            at_step, None, hang, after=6))
+        if rng.random() < 0.5:
             time.sleep(rng.uniform(0, 0.6 * world))
         else:
             made = steps_made(out)
@@ -76,12 +51,10 @@ def test_kill_9(words, tmp_path, kills, inside, world, interval):
     survey(out, interval)
     assert_same_end(out, whole)
     assert not list(out.glob("*.partial"))
-    print(f"\n{kills} kills of {world} process(es) survived, of these {inside} inside a save "
-          f"(about {moments} moments each); seed {SEED}, {time.monotonic() - begun:.0f} s")
 
 
 @pytest.mark.parametrize("step, every, world", [  # with a ckpt_prev.pt, but no best.pt
-    (1, 5, 1), *(pytest.param(step, 1, 1, marks=torture) for step in range(4)),
+    (1, 5, 1), (2, 20, 2), *(pytest.param(step, 1, 1, marks=torture) for step in range(4)),
     pytest.param(2, 3, 2, marks=torture)])
 def test_every_moment_of_a_save(words, tmp_path, step, every, world):
     """Killed before, within and after the operations of the save after a step: the first, one with
@@ -113,25 +86,10 @@ def test_every_moment_of_a_save(words, tmp_path, step, every, world):
             break
         shutil.rmtree(out)
     assert moment > 12
-    print(f"\n{moment // every} kills survived, all inside the save after step {step}")
 
 
 # -----------------------------------------------------------------------------
 # torchrun starts a run again
-
-
-def test_a_second_attempt_in_the_same_store(words, tmp_path):
-    """torchrun's store outlives the processes, with the addresses of the dead."""
-    whole, out, options = tmp_path / "whole", tmp_path / "out", {**SMALL, "max_iters": 4}
-    run_ranks(words(whole, **options), 2)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torchruns = dict(MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
-    programs = start_ranks(words(out, **options), 2, functools.partial(at_step, 2, die, 1),
-                           **torchruns, TORCHELASTIC_RESTART_COUNT="0")
-    assert programs[1].wait() == -signal.SIGKILL
-    kill(programs)
-    run_ranks(words(out, **options), 2, **torchruns, TORCHELASTIC_RESTART_COUNT="1")
-    assert_same_end(out, whole)
 
 
 FIRST_ATTEMPT_DIES = """
@@ -139,22 +97,20 @@ import os, train
 from faults import at_step, die
 from support.errors import cli
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    at_step(5, die, rank={rank})
+    at_step(2, die, rank=1)
 cli(train.main)
 """
 
 
-@torture
-@pytest.mark.parametrize("parallel, rank", [("ddp", 1), ("fsdp", 0)])
-def test_torchrun_starts_a_killed_run_again(words, tmp_path, parallel, rank):
+def test_torchrun_starts_a_killed_run_again(words, tmp_path):
+    """Its store outlives the processes, with the addresses of the dead."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = {**SMALL, "parallel": parallel, "max_iters": 9, "save_interval": 2}
+    options = {**SMALL, "max_iters": 4}
     run_ranks(words(whole, **options), 2)
-    (tmp_path / "run.py").write_text(FIRST_ATTEMPT_DIES.format(rank=rank))
+    (tmp_path / "run.py").write_text(FIRST_ATTEMPT_DIES)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          "--max-restarts=1", tmp_path / "run.py", *words(out, **options)],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
     assert done.returncode == 0 and "resuming" in done.stdout, done.stdout
     assert_same_end(out, whole)
@@ -169,9 +125,7 @@ def test_torchrun_starts_a_killed_run_again(words, tmp_path, parallel, rank):
     ("ddp", 0, 1, spoil_data, 2, "error: train.bin has a fault"),
     *(pytest.param(*row, marks=torture) for row in (
         ("fsdp", 0, 2, die, -signal.SIGKILL, "killed"), ("ddp", 0, 0, die, -signal.SIGKILL, ""),
-        ("fsdp", 1, 3, die, -signal.SIGKILL, ""), ("ddp", 0, 2, crash, 1, "ZeroDivisionError"),
-        ("ddp", 1, 2, crash, 1, "Zero"), ("fsdp", 0, 2, crash, 1, "Zero"),
-        ("fsdp", 1, 1, spoil_data, 2, "error: train.bin has a fault")))])
+        ("ddp", 0, 2, crash, 1, "Zero"), ("fsdp", 1, 1, spoil_data, 2, "has a fault")))])
 def test_a_process_that_ends_takes_the_other_along(words, tmp_path, parallel, rank, step, action,
                                                    code, last_words):
     """Killed, by an exception, by a fault in its part of the data."""

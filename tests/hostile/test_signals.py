@@ -8,25 +8,14 @@ import time
 import pytest
 from conftest import assert_same, records, without_times
 from faults import slow_save, without_hangups
-from processes import (
-    SMALL,
-    kill,
-    run_ranks,
-    start_ranks,
-    state,
-    steps_made,
-    survey,
-    until,
-)
+from processes import SMALL, kill, run_ranks, start_ranks, state, steps_made, survey, until
 
 torture = pytest.mark.torture
 
 
 @pytest.mark.parametrize("world, parallel, rank, number", [
     (1, "ddp", 0, signal.SIGHUP), (2, "fsdp", 0, signal.SIGINT),
-    *(pytest.param(*row, marks=torture) for row in (
-        (1, "ddp", 0, signal.SIGTERM), (2, "ddp", 1, signal.SIGTERM), (2, "ddp", 0, signal.SIGINT),
-        (2, "fsdp", 1, signal.SIGHUP)))])
+    pytest.param(2, "ddp", 1, signal.SIGTERM, marks=torture)])
 def test_a_signal_stops_a_run(words, tmp_path, world, parallel, rank, number):
     """To one process of two: both make the step to its end; one checkpoint; resumed, the run is as
     if undisturbed."""
@@ -59,8 +48,8 @@ def test_what_nohup_starts_survives_a_hangup(words, tmp_path):
 
 
 @pytest.mark.parametrize("world, rank, second", [
-    (2, 1, signal.SIGTERM), *(pytest.param(*row, marks=torture) for row in (
-        (1, 0, signal.SIGINT), (1, 0, signal.SIGTERM), (2, 0, signal.SIGINT)))])
+    (2, 1, signal.SIGTERM), pytest.param(1, 0, signal.SIGINT, marks=torture),
+    pytest.param(2, 0, signal.SIGINT, marks=torture)])
 def test_a_second_signal_ends_it_at_once(words, tmp_path, world, rank, second):
     """While rank 0's save takes for ever, and rank 1 waits for it in a collective. At once after
     the first it counts as the same one."""
