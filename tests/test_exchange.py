@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same, refused, write_data
+from conftest import SHARED, assert_same, refused, write_data
 from variants import VARIANTS
 
 import bench
@@ -22,8 +21,6 @@ from support.errors import UserError
 from support.meta import TOKENIZER_KEYS
 from support.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 IDX = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
 
 
@@ -51,16 +48,6 @@ def logits(model, idx=IDX) -> torch.Tensor:
 def export(ckpt, out, *words):
     bench.main(["export", f"--ckpt={ckpt}", f"--out={out}", *words])
     return out
-
-
-@pytest.fixture
-def gpt2_cache(tmp_path, monkeypatch):
-    """A copy: tiktoken deletes files it does not like."""
-    if not (SHARED / "tiktoken_cache").is_dir():
-        pytest.skip("no copy of GPT-2's vocabulary")
-    shutil.copytree(SHARED / "tiktoken_cache", tmp_path / "cache", copy_function=shutil.copyfile)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 # -----------------------------------------------------------------------------
