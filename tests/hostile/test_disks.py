@@ -20,28 +20,22 @@ def whole(tmp_path_factory, words):
     return out
 
 
-@pytest.mark.parametrize("world, parallel", [(1, "ddp"), (2, "fsdp")])
-def test_a_checkpoint_that_cannot_grow(words, tmp_path, world, parallel):
-    """In the middle of the second one, which rank 0 writes."""
-    options, out = {**SMALL, "parallel": parallel, "max_iters": 3}, tmp_path / "out"
-    for program in start_ranks(words(out, **options), world, functools.partial(
-            at_step, 1, functools.partial(limit_files, 40_000))):
-        program.refused(str(out), "ckpt.pt", "File too large", "intact")
-    assert survey(out) == 1 and not list(out.glob("*.partial"))
-    run_ranks(words(out, **options), world)
-    run_ranks(words(tmp_path / "whole", **options), world)
-    assert_same_end(out, tmp_path / "whole")
-
-
-def test_a_log_that_cannot_grow(words, tmp_path):
+@pytest.mark.parametrize("world, step, interval, log, said", [
+    (1, 1, 1, False, "ckpt.pt"), (2, 1, 1, False, "ckpt.pt"), (1, 65, 20, True, "intact")])
+def test_a_file_that_cannot_grow(words, tmp_path, world, step, interval, log, said):
+    """In the middle of the second checkpoint, which rank 0 writes, or of the log; two processes are
+    sharded."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = {**SMALL, "max_iters": 70, "save_interval": 20, "eval_interval": 20}
-    run_ranks(words(whole, **options), 1)
-    (program,) = start_ranks(words(out, **options), 1, functools.partial(
-        at_step, 65, functools.partial(limit_files, log=str(out / "log.jsonl"))))
-    program.refused(str(out), "File too large")
-    assert survey(out, 20) == 60
-    run_ranks(words(out, **options), 1)
+    options = {**SMALL, "parallel": "ddp" if world == 1 else "fsdp", "max_iters": step + 2,
+               "save_interval": interval, "eval_interval": 3 * interval}
+    run_ranks(words(whole, **options), world)
+    limit = functools.partial(limit_files, 40_000, str(out / "log.jsonl") if log else "")
+    for program in start_ranks(words(out, **options), world, functools.partial(
+            at_step, step, limit)):
+        program.refused(str(out), said, "File too large", "intact")
+    assert survey(out, interval) == step // interval * interval
+    assert not list(out.glob("*.partial"))
+    run_ranks(words(out, **options), world)
     assert_same_end(out, whole)
 
 
