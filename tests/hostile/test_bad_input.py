@@ -443,12 +443,12 @@ def test_a_huge_number(place, refused, name, words, spoil, expected):
     refused(name, words, expected, program=limited)
 
 
-@pytest.mark.parametrize("words", ["--temperature=1e-40", "--temperature=1e-320", "--top_p=1e-320",
-                                   "--temperature=1e300", f"--top_k={MANY}", "--seed=-1"])
-def test_an_extreme_number_works_or_is_refused(place, program, words):
-    code, lines = program("sample", words)
-    if (code, lines) != (0, []):
-        check(code, lines, (words.split("=")[0].strip("-"),))
+def test_an_extreme_number_works_or_is_refused(place, program):
+    for option, value in (("temperature", 1e-40), ("temperature", 1e-320), ("top_p", 1e-320),
+                          ("temperature", 1e300), ("top_k", MANY), ("seed", -1)):
+        code, lines = program("sample", f"--{option}={value}")
+        if (code, lines) != (0, []):
+            check(code, lines, (option,))
 
 
 @rows(

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from faults import WRITE, kill_at, limit_files, small_blocks
@@ -144,9 +145,7 @@ def test_workers_do_not_outlive_their_parent(tmp_path, command, kills):
 
 
 def test_a_killed_worker(tmp_path, command, monkeypatch):
-    def broken(*_):
-        raise prepare.BrokenProcessPool
-
+    broken = Mock(side_effect=prepare.BrokenProcessPool)
     monkeypatch.setattr(prepare.ProcessPoolExecutor, "submit", broken)
     monkeypatch.setattr(prepare, "WORKER_SHARE", 1)
     with pytest.raises(UserError, match="^a worker process died .* the same command continues"):
