@@ -251,16 +251,15 @@ def test_changed_options(study):
 
 
 def test_other_data(study, data_dir, tmp_path):
-    """Bins without meta.json's sums are told apart, too."""
+    """Without meta.json's sums, too."""
     study("a: template=gd")
     folder = shutil.copytree(data_dir / "easy", tmp_path / "d" / "tiny")
-    refused(lambda: study("a: template=gd", data_dir=tmp_path / "d"), "of other data",
-            "another --study")
     meta = json.loads((folder / "meta.json").read_text())
     for split in ("train", "val"):
         del meta[split]["sha256"]
     (folder / "meta.json").write_text(json.dumps(meta))
-    refused(lambda: study("a: template=gd", data_dir=tmp_path / "d"), "of other data")
+    refused(lambda: study("a: template=gd", data_dir=tmp_path / "d"), "of other data",
+            "another --study")
 
 
 @pytest.mark.parametrize("variants, options, said", [
@@ -285,13 +284,14 @@ def test_what_is_refused(study, variants, options, said):
     assert study.launched == [] and not Path("found").exists()
 
 
-def test_results_that_cannot_be_read_or_written(study, tmp_path):
+def test_results_that_cannot_be_read_or_written(study):
     """It is known before anything trains."""
-    study("a: template=gd")
-    Path("found/s/results.json").write_text("<<<<<<< HEAD")
+    results = Path("found/s/results.json")
+    results.parent.mkdir(parents=True)
+    results.write_text("<<<<<<< HEAD")
     refused(lambda: study("a: template=gd"), "results.json is damaged")
-    assert Path("found/s/results.json").read_text() == "<<<<<<< HEAD"
-    refused(lambda: study("a: template=gd", results="found/s/results.json"), "results.json")
+    assert results.read_text() == "<<<<<<< HEAD"
+    refused(lambda: study("a: template=gd", results=results), "results.json")
     assert study.launched == []
 
 
@@ -384,36 +384,20 @@ def test_a_study_that_trains(words, tmp_path, data_dir, run, monkeypatch, capsys
 # The papers' tables, from the download to the last line, scaled down
 
 
-TASK = """task: mine
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/mine.jsonl}}, cache_dir: {folder}/cache}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{text}}}}"
-doc_to_target: label
-doc_to_choice: [dog, s, " sat"]
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-
-
 @pytest.mark.torture
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_reproduce(tmp_path):
-    """The lines of the Makefile, with small options, a text and a task of our own."""
-    pytest.importorskip("lm_eval")
+    """The lines of the Makefile, with small options and a text of our own."""
     stories = "\n".join(f"Once upon a time there were {n} cats.\n<|endoftext|>" for n in range(900))
     (tmp_path / "stories.txt").write_text(stories)
-    (tmp_path / "mine.yaml").write_text(TASK.format(folder=tmp_path))
-    (tmp_path / "mine.jsonl").write_text('{"text": "cat", "label": 1}\n' * 2)
     scale = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2",
              "--gradient_accumulation_steps=1", "--max_iters=4", "--warmup_iters=1",
              "--eval_interval=2", "--save_interval=2", "--eval_tokens=64", "--device=cpu",
              f"--results={tmp_path}/results", f"--out_dir={tmp_path}/out",
-             "--tasks=mine", "--num_fewshot=0", f"--include_path={tmp_path}",
              "--only", "gd (GPT)", "nesterov (YuriiFormer)"]
     prepare = [f"--input={tmp_path}/stories.txt", "--tokenizer=bytes", "--val_fraction=0.1"]
     lines = subprocess.run(
-        ["make", "-n", "reproduce-owt", "PREPARE=" + shlex.join(prepare),
+        ["make", "-n", "reproduce-tinystories", "PREPARE=" + shlex.join(prepare),
          "COMPARE=" + shlex.join(scale)], cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.splitlines()
     lines = [line for line in lines if line.startswith(".venv/bin/python ")]
@@ -422,8 +406,8 @@ def test_reproduce(tmp_path):
         argv = [sys.executable, *shlex.split(line)[1:], f"--data_dir={tmp_path}/data"]
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
-    table = (tmp_path / "results/paper_owt/table.md").read_text()
-    assert "published best" in table and "nesterov (YuriiFormer)" in table and "mine" in table
+    table = (tmp_path / "results/paper_tinystories/table.md").read_text()
+    assert "published best" in table and "nesterov (YuriiFormer)" in table
     assert math.isfinite(float(table.split("| gd (GPT) | 1 | ")[1].split(" ")[0]))
 
 

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -189,13 +190,6 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def raising(error: BaseException):
-    def function(*_, **__):
-        raise error
-
-    return function
-
-
 def test_messages_are_what_the_programs_print(place, monkeypatch, capsys):
     """Every message that troubleshooting.md quotes is printed by one of these commands."""
     tiny = option_words(**TINY | dict(dataset="mine"))
@@ -203,7 +197,7 @@ def test_messages_are_what_the_programs_print(place, monkeypatch, capsys):
     letters = {"tokenizer": "char", "alphabet": "abcdefghijklmnopqrstuvwxyz", "vocab_size": 26}
     torch.save(torch.load("out/ckpt.pt", weights_only=True) | {"tokenizer": letters}, "letters.pt")
     Path("yurii.pt").touch()
-    offline = raising(urllib.error.URLError("no network"))
+    offline = Mock(side_effect=urllib.error.URLError("no network"))
     new = "train --out_dir=new"
 
     def four_ranks(config, ranks=train.Ranks):
@@ -219,7 +213,7 @@ def test_messages_are_what_the_programs_print(place, monkeypatch, capsys):
         ("train --min_lr=0.1",),
         ("train --eval_iters=2 --eval_tokens=9",),
         ("train",),
-        (f"{new} --compile=True", torch, "compile", raising(RuntimeError("no compiler"))),
+        (f"{new} --compile=True", torch, "compile", Mock(side_effect=RuntimeError("no compiler"))),
         ("sample --init_from=gpt2", sys.modules, "transformers", None),
         (f"{new} --wandb_log", sys.modules, "wandb", None),
         (f"{new} --dataset=shakespeare_char",),
@@ -234,13 +228,14 @@ def test_messages_are_what_the_programs_print(place, monkeypatch, capsys):
         ("train --init_from=resume --dataset=other",),
         ("sample --out_dir=nowhere",),
         (f"{new} --learning_rate=1e38 --warmup_iters=0 --eval_interval=1",),
-        (new, train, "train", raising(torch.OutOfMemoryError("CUDA out of memory."))),
+        (new, train, "train", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))),
         (f"{new} --gradient_accumulation_steps=6", train, "Ranks", four_ranks),
         ("sample --start=",),
         ("bench convert --ckpt=out --template=tmm --velocity_norm=none --out=yurii.pt",),
         ("bench eval --ckpt=out --tasks=hellaswag", sys.modules, "lm_eval", None),
         ("bench plot out --draw=scalars",),
-        ("sample", sample, "draw_samples", raising(torch.OutOfMemoryError("out of memory"))),
+        ("sample", sample, "draw_samples",
+         Mock(side_effect=torch.OutOfMemoryError("out of memory"))),
     ]
     quoted = {m: re.escape(m).replace(r"\.\.\.", ".+")
               for m in re.findall(r"`((?:error: |not compiled)[^`]*)`", TROUBLE)}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -33,10 +34,8 @@ def make(tmp_path, *words):
 
 def refused(tmp_path, *words):
     """Run the command, which must fail in one line; return that line."""
-    with pytest.raises(UserError) as error:
-        make(tmp_path, *words)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    (line,) = conftest.refused(lambda: make(tmp_path, *words))
+    return line
 
 
 def bins(folder):
@@ -318,9 +317,8 @@ def test_mistakes_on_the_command_line(tmp_path, words, message):
 
 
 def test_all_mistakes_and_help(capsys):
-    with pytest.raises(UserError) as error:
-        prepare.main(["pydoc", "--seed=-1", "--num_proc=0", "--val_fraction=2"])
-    assert str(error.value).splitlines() == [
+    wrong = ["pydoc", "--seed=-1", "--num_proc=0", "--val_fraction=2"]
+    assert conftest.refused(lambda: prepare.main(wrong)) == [
         "val_fraction=2.0: expected more than 0 and less than 1",
         "num_proc=0: expected at least 1", "seed=-1: expected 0 to 2**63 - 1"]
     with pytest.raises(SystemExit):

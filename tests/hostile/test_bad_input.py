@@ -443,12 +443,12 @@ def test_a_huge_number(place, refused, name, words, spoil, expected):
     refused(name, words, expected, program=limited)
 
 
-@pytest.mark.parametrize("words", ["--temperature=1e-40", "--temperature=1e-320", "--top_p=1e-320",
-                                   "--temperature=1e300", f"--top_k={MANY}", "--seed=-1"])
-def test_an_extreme_number_works_or_is_refused(place, program, words):
-    code, lines = program("sample", words)
-    if (code, lines) != (0, []):
-        check(code, lines, (words.split("=")[0].strip("-"),))
+def test_an_extreme_number_works_or_is_refused(place, program):
+    for option, value in (("temperature", 1e-40), ("temperature", 1e-320), ("top_p", 1e-320),
+                          ("temperature", 1e300), ("top_k", MANY), ("seed", -1)):
+        code, lines = program("sample", f"--{option}={value}")
+        if (code, lines) != (0, []):
+            check(code, lines, (option,))
 
 
 @rows(
@@ -506,8 +506,7 @@ def test_a_bad_file(place, refused, name, words, path, content, expected):
 def test_a_prompt_outside_the_alphabet(place, refused):
     setting(tokenizer={"tokenizer": "char", "alphabet": LETTERS, "vocab_size": 26,
                        "padded_vocab_size": 26})(place)
-    for prompt, shown in ("ABC", "ABC"), ("café", "é"), ("a\nb", r"\n"):
-        refused("sample", f"'--start={prompt}'", ["alphabet", shown])
+    refused("sample", "'--start=Acafé\n'", ["alphabet", "A", "é", r"\n"])
 
 
 def test_a_strange_prompt_that_works(place, program):

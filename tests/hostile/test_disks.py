@@ -3,7 +3,6 @@ says, what remains, and how it goes on. The errors are real ones."""
 
 import contextlib
 import functools
-import os
 import shutil
 import subprocess
 
@@ -21,34 +20,28 @@ def whole(tmp_path_factory, words):
     return out
 
 
-@pytest.mark.parametrize("world, parallel", [(1, "ddp"), (2, "fsdp")])
-def test_a_checkpoint_that_cannot_grow(words, tmp_path, world, parallel):
-    """In the middle of the second one, which rank 0 writes."""
-    options, out = {**SMALL, "parallel": parallel, "max_iters": 3}, tmp_path / "out"
-    for program in start_ranks(words(out, **options), world, functools.partial(
-            at_step, 1, functools.partial(limit_files, 40_000))):
-        program.refused(str(out), "ckpt.pt", "File too large", "intact")
-    assert survey(out) == 1 and not list(out.glob("*.partial"))
-    run_ranks(words(out, **options), world)
-    run_ranks(words(tmp_path / "whole", **options), world)
-    assert_same_end(out, tmp_path / "whole")
-
-
-def test_a_log_that_cannot_grow(words, tmp_path):
+@pytest.mark.parametrize("world, step, interval, log, said", [
+    (1, 1, 1, False, "ckpt.pt"), (2, 1, 1, False, "ckpt.pt"), (1, 65, 20, True, "intact")])
+def test_a_file_that_cannot_grow(words, tmp_path, world, step, interval, log, said):
+    """In the middle of the second checkpoint, which rank 0 writes, or of the log; two processes are
+    sharded."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = {**SMALL, "max_iters": 70, "save_interval": 20, "eval_interval": 20}
-    run_ranks(words(whole, **options), 1)
-    (program,) = start_ranks(words(out, **options), 1, functools.partial(
-        at_step, 65, functools.partial(limit_files, log=str(out / "log.jsonl"))))
-    program.refused(str(out), "File too large")
-    assert survey(out, 20) == 60
-    run_ranks(words(out, **options), 1)
+    options = {**SMALL, "parallel": "ddp" if world == 1 else "fsdp", "max_iters": step + 2,
+               "save_interval": interval, "eval_interval": 3 * interval}
+    run_ranks(words(whole, **options), world)
+    limit = functools.partial(limit_files, 40_000, str(out / "log.jsonl") if log else "")
+    for program in start_ranks(words(out, **options), world, functools.partial(
+            at_step, step, limit)):
+        program.refused(str(out), said, "File too large", "intact")
+    assert survey(out, interval) == step // interval * interval
+    assert not list(out.glob("*.partial"))
+    run_ranks(words(out, **options), world)
     assert_same_end(out, whole)
 
 
 @contextlib.contextmanager
 def mounted(folder, size):
-    """A file system of its own; what it yields gives it another size."""
+    """A file system of its own; what it yields mounts it again with other options."""
     folder.mkdir()
 
     def mount(options):
@@ -58,51 +51,30 @@ def mounted(folder, size):
     if shutil.which("mount") is None or mount(f"size={size}"):
         pytest.skip("mounting a small disk is not permitted here")
     try:
-        yield lambda size: mount(f"remount,size={size}")
+        yield lambda options: mount(f"remount,{options}")
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_disk_that_is_full(words, tmp_path, whole):
-    """It holds one checkpoint, not two; then it is made larger."""
+def test_a_disk_that_is_full_or_read_only(words, tmp_path, whole):
+    """It holds one checkpoint, not two; then it is made larger, and becomes read-only."""
     size = (whole / "ckpt.pt").stat().st_size
-    with mounted(tmp_path / "disk", int(1.6 * size)) as resize:
+    with mounted(tmp_path / "disk", int(1.6 * size)) as remount:
         out = tmp_path / "disk" / "out"
         for _ in range(2):
             (program,) = start_ranks(words(out, **SMALL), 1)
             program.refused(str(out), "ckpt.pt")
             assert survey(out) == 1 and not list(out.glob("*.partial"))
-        assert resize(20 * size) == 0
+        assert remount(f"size={20 * size}") == 0
         run_ranks(words(out, **SMALL), 1)
         assert_same_end(out, whole)
-
-
-@contextlib.contextmanager
-def frozen(folder):
-    """No file can be made or renamed in it; root needs a stronger means."""
-    os.chmod(folder, 0o555)
-    root = os.access(folder, os.W_OK)
-    try:
-        if root and (shutil.which("chattr") is None or subprocess.run(
-                ["chattr", "+i", str(folder)], capture_output=True).returncode):
-            pytest.skip("no folder is read-only for this user")
-        yield
-    finally:
-        if root and shutil.which("chattr"):
-            subprocess.run(["chattr", "-i", str(folder)], capture_output=True)
-        os.chmod(folder, 0o755)
-
-
-def test_a_folder_that_becomes_read_only(words, tmp_path):
-    out = tmp_path / "out"
-    run_ranks(words(out, **SMALL | {"max_iters": 2}), 1)
-    before = checkpoints(out)
-    with frozen(out):
-        (program,) = start_ranks(words(out, **SMALL), 1)
-        program.refused(str(out))
-    assert checkpoints(out) == before and survey(out) == 2
-    run_ranks(words(out, **SMALL), 1)
-    assert survey(out) == 6
+        before = checkpoints(out)
+        assert remount("ro") == 0
+        (program,) = start_ranks(words(out, **SMALL | {"max_iters": 8}), 1)
+        program.refused(str(out), "Read-only file system")
+        assert checkpoints(out) == before and remount("rw") == 0
+        run_ranks(words(out, **SMALL | {"max_iters": 8}), 1)
+        assert survey(out) == 8
 
 
 @pytest.mark.parametrize("world, parallel", [

@@ -1,7 +1,7 @@
 """prepare.py, killed at any moment, on disks that refuse, without a network: what remains is the
 old data, or none, or the new; and the same command makes it whole.
 
-The long series are for `make torture`. TORTURE_SEED=2 draws other moments.
+The long series are for `make torture`.
 """
 
 import functools
@@ -12,8 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from faults import WRITE, kill_at, limit_files, small_blocks
@@ -23,7 +23,6 @@ import prepare
 from support.errors import UserError
 from support.meta import load_meta
 
-SEED = int(os.environ.get("TORTURE_SEED", 1))
 torture = pytest.mark.torture
 
 
@@ -52,13 +51,9 @@ def finish(argv, then=None) -> str:
     return program.output
 
 
-def kill_inside(functions: tuple[str, ...], fatal: int) -> functools.partial:
-    """A hook that kills prepare.py at this moment of these functions of its; 0: it counts them."""
-    return functools.partial(kill_at, fatal, "prepare", functions)
-
-
-def moments(output: str) -> int:
-    return int(output.split("moments so far: ")[-1].split()[0])
+def kill_inside(fatal: int) -> functools.partial:
+    """A hook that kills prepare.py at this moment of its work on files; 0: it counts them."""
+    return functools.partial(kill_at, fatal, "prepare", WRITE)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -80,48 +75,27 @@ def accepted(folder: Path) -> dict[str, bytes] | None:
 # kill -9
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=torture)])
-def test_kill_9(tmp_path, command, kills):
-    """Again and again, within a write or at any time; a run that ends is whole, and begins anew."""
-    rng, folder, done = random.Random(SEED), tmp_path / "data/killed", 0
-    total = moments(finish(command("whole"), kill_inside(WRITE, 0)))
-    whole = contents(tmp_path / "data/whole")
-    assert whole.keys() == {"train.bin", "val.bin", "meta.json"}
-    while done < kills:
-        fatal = rng.randint(1, total // 3) if rng.random() < 0.7 else 0
-        program = start(command("killed"), kill_inside(WRITE, fatal))
-        if fatal == 0:
-            time.sleep(rng.uniform(0, 0.15))
-            program.process.kill()
-        if program.wait() == 0:
-            assert contents(folder) == whole
-            shutil.rmtree(folder)
-        else:
-            assert program.wait() == -signal.SIGKILL, program.output
-            assert accepted(folder) in (None, whole)
-            done += 1
-    finish(command("killed"))
-    assert contents(folder) == whole
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=torture)])
-def test_kill_9_while_data_moves_into_place(tmp_path, command, every, overwrite):
-    """The end of a run: the old data, or none, or the new, never a mixture; and no remains."""
-    data, functions, seen = tmp_path / "data", ("write_json", "move_into_place"), []
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=torture)])
+def test_kill_9(tmp_path, command, every, overwrite):
+    """At the moments of a run, most of them at its end, when the data move into place: it leaves
+    the old data, or none, or the new, never a mixture; the same command makes it whole."""
+    data, seen = tmp_path / "data", []
     finish(command("old", "--seed=1"))
-    last = moments(finish(command("new", "--seed=2"), kill_inside(functions, 0)))
+    output = finish(command("new", "--seed=2"), kill_inside(0))
+    last = int(output.split("moments so far: ")[-1].split()[0])
     old, new = contents(data / "old"), contents(data / "new")
     assert old["train.bin"] != new["train.bin"]
+    assert new.keys() == {"train.bin", "val.bin", "meta.json"}
     states, argv = [None, new], command("killed", "--seed=2")
     if overwrite:
         states.append(old)
         argv.append("--overwrite")
-    for fatal in range(last, last - 30, -every):
+    for fatal in (*range(1, last - 30, every * last // 20), *range(last, last - 30, -every)):
         shutil.rmtree(data / "killed", ignore_errors=True)
         if overwrite:
             shutil.copytree(data / "old", data / "killed")
-        program = start(argv, kill_inside(functions, fatal))
+        program = start(argv, kill_inside(fatal))
         assert program.wait() == -signal.SIGKILL, program.output
         assert accepted(data / "killed") in states, fatal
         seen.append(states.index(accepted(data / "killed")))
@@ -171,9 +145,7 @@ def test_workers_do_not_outlive_their_parent(tmp_path, command, kills):
 
 
 def test_a_killed_worker(tmp_path, command, monkeypatch):
-    def broken(*_):
-        raise prepare.BrokenProcessPool
-
+    broken = Mock(side_effect=prepare.BrokenProcessPool)
     monkeypatch.setattr(prepare.ProcessPoolExecutor, "submit", broken)
     monkeypatch.setattr(prepare, "WORKER_SHARE", 1)
     with pytest.raises(UserError, match="^a worker process died .* the same command continues"):
