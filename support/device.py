@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable
+import sys
 
 import torch
 
@@ -73,7 +73,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return contextlib.nullcontext()
 
 
-def can_compile(wanted: bool | None, device: torch.device, show: Callable = print) -> bool:
+def can_compile(wanted: bool | None, device: torch.device) -> bool:
     """Whether to compile: if it is wanted (None: on CUDA) and works here, which a small function
     shows. Where it is not asked for outright, what fails to compile later runs eagerly, with
     torch's warning."""
@@ -86,17 +86,18 @@ def can_compile(wanted: bool | None, device: torch.device, show: Callable = prin
         if wanted:
             fail(f"compile=True, but torch.compile does not work here: {reason(error)}; "
                  f"use --compile=False")
-        show(f"not compiled, so slower: torch.compile does not work here: {reason(error)}")
+        print(f"not compiled, so slower: torch.compile does not work here: {reason(error)}",
+              file=sys.stderr)
         return False
     torch._dynamo.config.suppress_errors = not wanted
     return True
 
 
 def try_compile(model: torch.nn.Module, wanted: bool | None, device: torch.device,
-                show: Callable = print, blocks: bool = False) -> bool:
+                blocks: bool = False) -> bool:
     """Compile the model in place if it is wanted and works here; with `blocks` each of its blocks,
     and head and loss as one function."""
-    if not can_compile(wanted, device, show):
+    if not can_compile(wanted, device):
         return False
     if blocks:
         for block in model.transformer.h:

@@ -88,7 +88,7 @@ def test_where_compilation_fails(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", fails)
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, vocab_size=4, block_size=4))
     assert try_compile(model, None, torch.device("cuda")) is False
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert "not compiled" in line and line.endswith("no compiler")
     (line,) = refused(lambda: run(tmp_path, "--compile"), "no compiler", "--compile=False")
     run(tmp_path)  # auto on a CPU and False never try
