@@ -127,25 +127,20 @@ def read_source(folder: str, checkpoint: dict | None, resumed: bool) -> tuple[di
 # The state of a run
 
 
-def named_states(optimizers: dict[str, torch.optim.Optimizer]) -> dict:
-    """optimiser -> parameter name -> its state."""
-    return {kind: {name: optimizer.state[p] for group in optimizer.param_groups
-                   for name, p in zip(group["param_names"], group["params"], strict=True)
-                   if p in optimizer.state}
-            for kind, optimizer in optimizers.items()}
+def parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tensor]]:
+    """(name, parameter), in the order in which the optimiser numbers them."""
+    return [named for group in optimizer.param_groups
+            for named in zip(group["param_names"], group["params"], strict=True)]
 
 
 def load_states(optimizers: dict[str, torch.optim.Optimizer], states: dict, ranks: Ranks) -> None:
-    """The inverse of named_states, whose `states` rank 0 has; cuts the state of a position table
-    that was cropped, and keeps of a sharded parameter's this process's part."""
+    """Give the optimisers their states (optimiser -> name -> state), which rank 0 has; of a
+    position table that was cropped only its rows, of a sharded parameter this process's part."""
     for kind, optimizer in optimizers.items():
-        plan = optimizer.state_dict()  # numbers the parameters in the order of the groups
-        for group, numbered in zip(optimizer.param_groups, plan["param_groups"], strict=True):
-            for name, p, number in zip(group["param_names"], group["params"], numbered["params"],
-                                       strict=True):
-                state = ranks.first(lambda name=name, kind=kind: states[kind].get(name))
-                if state is None:
-                    continue
+        plan = optimizer.state_dict()
+        for number, (name, p) in enumerate(parameters(optimizer)):
+            state = ranks.first(lambda name=name, kind=kind: states[kind].get(name))
+            if state is not None:
                 plan["state"][number] = {
                     key: part_of(value[:len(p)].view(p.shape), p) if value.dim() else value
                     for key, value in state.items()}
@@ -153,10 +148,8 @@ def load_states(optimizers: dict[str, torch.optim.Optimizer], states: dict, rank
 
 
 def nanogpt_states(model: GPT, state: dict) -> dict:
-    """nanoGPT's optimiser state, numbered in its order (matrices and tables, then the rest), by
-    name."""
-    named = list(model.named_parameters())
-    names = [n for n, p in named if p.dim() >= 2] + [n for n, p in named if p.dim() < 2]
+    """nanoGPT's optimiser state, numbered matrices and tables first, by name."""
+    names = [n for n, p in sorted(model.named_parameters(), key=lambda named: named[1].dim() < 2)]
     return {"adamw": {names[i]: s for i, s in state["state"].items()}}
 
 
@@ -218,9 +211,9 @@ def save(run: Progress, config: Any, model: GPT, optimizers: dict[str, torch.opt
     weights = {name: ranks.whole(w) for name, w in model.state_dict().items()
                if name != "lm_head.weight"}
     weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied
-    states = {kind: {name: {key: ranks.whole(value) for key, value in state.items()}
-                     for name, state in named.items()}
-              for kind, named in named_states(optimizers).items()}
+    states = {kind: {name: {key: ranks.whole(value) for key, value in optimizer.state[p].items()}
+                     for name, p in parameters(optimizer) if p in optimizer.state}
+              for kind, optimizer in optimizers.items()}
     rng = ranks.gather(rng_state(ranks.device))
 
     def write() -> None:
