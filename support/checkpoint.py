@@ -71,7 +71,7 @@ def read_folder(folder: str) -> dict:
             config = json.load(file)
         if config.get("model_type") == "gpt2":
             return read_pretrained(folder)
-        kept = {key: config[key] for key in ("model_args", "tokenizer") if key in config}
+        kept = {"model_args": config["model_args"], "tokenizer": config.get("tokenizer")}
         from safetensors.torch import load_file
 
         table = load_file(os.path.join(folder, "model.safetensors"))
@@ -81,8 +81,8 @@ def read_folder(folder: str) -> dict:
     except ImportError:
         fail(f"{folder} needs safetensors: pip install safetensors")
     except Exception as error:  # a damaged file raises nearly anything
-        fail(f"{folder} holds no model of bench.py export, and no GPT-2 of transformers "
-             f"({reason(error)}); of a run name the file: {os.path.join(folder, 'ckpt.pt')}")
+        fail(f"{folder} holds no model of bench.py export, or a damaged one ({reason(error)}), and "
+             f"no GPT-2 of transformers; of a run name the file: {os.path.join(folder, 'ckpt.pt')}")
     return kept | {"model": table}
 
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -159,8 +158,8 @@ def draw_losses(out_dir: str) -> None:
 
 
 def clock(seconds: float) -> str:
-    """h:mm:ss, or with days."""
-    return str(timedelta(seconds=int(seconds)))
+    """h:mm:ss."""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
 def show(line: str, keep: bool = False) -> None:
