@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -344,7 +343,7 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt:
                  ) -> Iterator[str]:
     """Yield the pieces of the text to print: the first sample as it is made, then the others."""
     device = next(model.parameters()).device
-    compiled = can_compile(config.compile, device, partial(print, file=sys.stderr))
+    compiled = can_compile(config.compile, device)
     ids = tokenizer.encode_prompt(prompt)
     if not ids:
         fail("the prompt is empty; give --start some text, a newline at least")

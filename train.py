@@ -25,7 +25,7 @@ from support.checkpoint import holds_weights, model_from, open_folder
 from support.data import Tokens, WindowOrder, evaluation_starts, prefetch, to_device
 from support.device import autocast, pick_dtype, try_compile, tune_machine
 from support.errors import cli, explained, fail
-from support.log import Log, hide, report, show
+from support.log import Log, report, show
 from support.muon import Muon
 from support.ranks import Ranks, out_folder, shard, stop_signals
 from support.resume import (
@@ -298,7 +298,7 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
                                        c.block_size) for split in ("train", "val"))
     order = WindowOrder(len(train_tokens), c.block_size, c.seed)
     model.activation_checkpointing = c.activation_checkpointing
-    compiled = try_compile(model, c.compile, device, show if master else hide, blocks=sharded)
+    compiled = try_compile(model, c.compile, device, blocks=sharded)
     if sharded:
         shard(model, ranks)
     model.to(device)

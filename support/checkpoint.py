@@ -6,12 +6,12 @@ import os
 import pickle
 import sys
 import textwrap
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 
 import torch
 
 from model import GPT, GPTConfig
-from support.errors import UserError, fail, printable, reason
+from support.errors import UserError, fail, reason
 from support.files import rename
 
 CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
@@ -24,15 +24,14 @@ CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
 def read_checkpoint(path: str) -> dict:
     """A checkpoint file, a folder that bench.py export or transformers wrote, or a gpt2* of the
     Hub, on the CPU; tensors and plain Python only. UserError if it cannot be read."""
-    if not os.path.exists(path) and path.startswith("gpt2") and not path.endswith(".pt"):
-        return read_pretrained(path)
+    if os.path.isdir(path):
+        return read_folder(path)
     if not os.path.exists(path):
+        if path.startswith("gpt2") and not path.endswith(".pt"):
+            return read_pretrained(path)
         fail(f"no checkpoint {path}; train one, or name the right folder")
     try:
-        checkpoint = read_folder(path) if os.path.isdir(path) else torch.load(
-            path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         fail(f"{path} is damaged or no checkpoint, or it holds more than tensors and plain Python, "
              f"which could run code: it was not loaded")
@@ -40,14 +39,6 @@ def read_checkpoint(path: str) -> dict:
         fail(f"{path} is damaged or no checkpoint: {reason(error)}")
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         fail(f"{path} holds no model; expected nanoGPT's keys model and model_args")
-    for name in ("model_args", "config", "tokenizer", "run"):
-        if not isinstance(checkpoint.get(name, {}), dict):
-            fail(f"{path} is damaged: its {name} is no table")
-    table = checkpoint["model"]
-    if not isinstance(table, dict) or not table or not all(
-            isinstance(name, str) and isinstance(w, torch.Tensor) and w.is_floating_point()
-            for name, w in table.items()):
-        fail(f"{path} is damaged: its model is no table of weights")
     return checkpoint
 
 
@@ -56,19 +47,18 @@ def read_latest(out_dir: str) -> dict | None:
     problems = []
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         path = os.path.join(out_dir, name)
-        if os.path.exists(path):
-            try:
-                checkpoint = read_checkpoint(path)
-            except UserError as error:
-                problems.append(str(error))
-                continue
-            if problems:
-                print(f"warning: {problems[0]}; using {path}", file=sys.stderr)
-            return checkpoint
-    best = os.path.join(out_dir, "best.pt")
-    if problems and os.path.exists(best):
-        problems[-1] += f"; perhaps {best} is whole: --init_from={best}"
+        if not os.path.exists(path):
+            continue
+        try:
+            checkpoint = read_checkpoint(path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            print(f"warning: {problem}; using {path}", file=sys.stderr)
+        return checkpoint
     if problems:
+        problems[-1] += f"; perhaps best.pt is whole: --init_from={out_dir}/best.pt"
         fail(*problems)
     return None
 
@@ -79,24 +69,21 @@ def read_folder(folder: str) -> dict:
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
-        kind = "ours" if "model_args" in config else config.get("model_type")
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        kind = None
-    if kind == "gpt2":
-        return read_pretrained(folder)
-    if kind != "ours":
-        fail(f"{folder} holds no model of bench.py export, and no GPT-2 of transformers; of a run "
-             f"name the file: {os.path.join(folder, 'ckpt.pt')}")
-    try:
+        if config.get("model_type") == "gpt2":
+            return read_pretrained(folder)
+        kept = {"model_args": config["model_args"], "tokenizer": config.get("tokenizer")}
         from safetensors.torch import load_file
-    except ImportError:
-        fail(f"{folder} needs safetensors: pip install safetensors")
-    try:
+
         table = load_file(os.path.join(folder, "model.safetensors"))
         table["lm_head.weight"] = table["transformer.wte.weight"]  # tied
+    except UserError:
+        raise
+    except ImportError:
+        fail(f"{folder} needs safetensors: pip install safetensors")
     except Exception as error:  # a damaged file raises nearly anything
-        fail(f"{folder} is damaged: its model.safetensors: {reason(error)}")
-    return {k: config[k] for k in ("model_args", "tokenizer") if k in config} | {"model": table}
+        fail(f"{folder} holds no model of bench.py export, or a damaged one ({reason(error)}), and "
+             f"no GPT-2 of transformers; of a run name the file: {os.path.join(folder, 'ckpt.pt')}")
+    return kept | {"model": table}
 
 
 def read_pretrained(name: str) -> dict:
@@ -119,36 +106,31 @@ def holds_weights(folder: str) -> bool:
 
 
 def checkpoint_config(checkpoint: dict) -> GPTConfig:
-    """The architecture of a checkpoint, ours or nanoGPT's."""
-    args = {name: printable(value) if isinstance(value, str) else value
-            for name, value in checkpoint["model_args"].items()}
-    if unknown := sorted(map(str, set(args) - {f.name for f in fields(GPTConfig)})):
-        fail(f"the checkpoint's model has options that this version does not know: {unknown}")
-    if args.get("vocab_size") == 50304:
-        args.setdefault("vocab_used", 50257)  # nanoGPT's padded GPT-2 vocabulary
+    """The architecture of a checkpoint, ours or nanoGPT's. UserError if this version has none."""
     try:
+        args = dict(checkpoint["model_args"])
+        if args.get("vocab_size") == 50304:
+            args.setdefault("vocab_used", 50257)  # nanoGPT's padded GPT-2 vocabulary
         return GPTConfig(**args)
-    except ValueError as error:
-        fail(*(f"the checkpoint's model has {line}" for line in str(error).splitlines()))
+    except (TypeError, ValueError) as error:
+        fail(*(f"the checkpoint's model_args do not fit this version: {line}"
+               for line in str(error).splitlines()))
 
 
 def model_from(checkpoint: dict, **changes) -> GPT:
     """The model of a checkpoint, ours or nanoGPT's; changes: config values to replace. UserError
-    where the weights do not fit. Without weights (another process has them) as it is initialised.
-    """
+    where the weights do not fit. Without weights (rank 0 has them): as initialised."""
+    config = replace(checkpoint_config(checkpoint), **changes)
     try:
-        model = GPT(replace(checkpoint_config(checkpoint), **changes))
-    except (MemoryError, RuntimeError, TypeError) as error:  # too large, or no numbers
-        fail(f"no model of the checkpoint's model_args can be made here: {reason(error)}")
-    weights = {k.removeprefix("_orig_mod."): w for k, w in checkpoint["model"].items()
-               if not k.endswith(".attn.bias")}  # older nanoGPT's causal masks
-    if not weights:
-        return model
-    try:
+        model = GPT(config)
+        if "model" not in checkpoint:
+            return model
+        weights = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()
+                   if not name.endswith(".attn.bias")}  # older nanoGPT's causal masks
         model.to(weights["lm_head.weight"].dtype)
         model.load_state_dict(weights)
-    except (KeyError, RuntimeError) as error:  # torch lists all that is missing or misshapen
-        what = textwrap.shorten(str(error), 300)
+    except (AttributeError, KeyError, MemoryError, RuntimeError, TypeError) as error:
+        what = textwrap.shorten(str(error), 300)  # torch lists all that is missing or misshapen
         fail(f"the checkpoint's weights do not fit its model_args: {what}")
     return model
 

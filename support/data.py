@@ -57,13 +57,10 @@ def to_device(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, t
 
 class WindowOrder:
     """The order in which training visits the windows: position p is window p % W of epoch p // W,
-    whatever the micro-batch or the number of ranks.
-
-    An epoch is a seeded permutation of W = (N - T) // T non-overlapping windows (one if N < 2T).
-    Their grid starts at token 0 in epoch 0, and later at a seeded offset, up to the largest at
-    which the last window still fits: every token is read. For OpenWebText an epoch's order takes
-    0.4 s and 71 MB.
-    """
+    whatever the micro-batch or the number of ranks. An epoch is a seeded permutation of
+    W = (N - T) // T non-overlapping windows (one if N < 2T), whose grid starts at token 0 in epoch
+    0 and later at a seeded offset, so that every token is read. For OpenWebText an epoch's order
+    takes 0.4 s and 71 MB."""
 
     def __init__(self, n_tokens: int, block_size: int, seed: int):
         self.n_tokens, self.block_size, self.seed = n_tokens, block_size, seed

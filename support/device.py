@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable
+import sys
 
 import torch
 
@@ -19,10 +19,8 @@ def tune_machine(device: torch.device) -> None:
 
 
 def tune_allocator(for_training: bool = True) -> None:
-    """What glibc does with freed memory, a tenth of a training step on a CPU. For training the heap
-    keeps small tensors, where it would give them back and fault them in again at every step; from
-    4 MB on, where the heap would keep pieces, they go back and come in huge pages.
-    False: glibc's own setting, as it settles. Without glibc nothing happens."""
+    """What glibc does with freed memory, a tenth of a training step on a CPU: keep small tensors,
+    give those from 4 MB on back, whole, and take them as huge pages. False: its own setting."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's, read at its first large tensor
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -50,16 +48,12 @@ def pick_device(device: str | None = None, index: int = 0) -> torch.device:
     return chosen
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-          "float64": torch.float64}
-
-
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     """The named precision, or bf16 where the device computes in it (else fp16 on CUDA, fp32)."""
     if dtype == "float64" and device.type == "mps":
         fail("dtype=float64: mps has none; use --device=cpu")
     if dtype:
-        return DTYPES[dtype]
+        return getattr(torch, dtype)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
@@ -73,10 +67,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return contextlib.nullcontext()
 
 
-def can_compile(wanted: bool | None, device: torch.device, show: Callable = print) -> bool:
-    """Whether to compile: if it is wanted (None: on CUDA) and works here, which a small function
-    shows. Where it is not asked for outright, what fails to compile later runs eagerly, with
-    torch's warning."""
+def can_compile(wanted: bool | None, device: torch.device) -> bool:
+    """Whether to compile: if it is wanted (None: on CUDA) and a small function compiles here. With
+    None, what fails to compile later runs eagerly, with torch's warning."""
     if wanted is False or (wanted is None and device.type != "cuda"):
         return False
     try:
@@ -86,17 +79,18 @@ def can_compile(wanted: bool | None, device: torch.device, show: Callable = prin
         if wanted:
             fail(f"compile=True, but torch.compile does not work here: {reason(error)}; "
                  f"use --compile=False")
-        show(f"not compiled, so slower: torch.compile does not work here: {reason(error)}")
+        print(f"not compiled, so slower: torch.compile does not work here: {reason(error)}",
+              file=sys.stderr)
         return False
     torch._dynamo.config.suppress_errors = not wanted
     return True
 
 
 def try_compile(model: torch.nn.Module, wanted: bool | None, device: torch.device,
-                show: Callable = print, blocks: bool = False) -> bool:
+                blocks: bool = False) -> bool:
     """Compile the model in place if it is wanted and works here; with `blocks` each of its blocks,
     and head and loss as one function."""
-    if not can_compile(wanted, device, show):
+    if not can_compile(wanted, device):
         return False
     if blocks:
         for block in model.transformer.h:

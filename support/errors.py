@@ -19,10 +19,7 @@ def fail(*problems: str) -> NoReturn:
 
 def printable(value: Any) -> str:
     """str(value) in one line that cannot steer a terminal, whatever file it comes from."""
-    try:
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
-    except ValueError:  # Python prints no int of more than 4300 digits
-        return "an enormous number"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def reason(error: BaseException) -> str:

@@ -38,13 +38,8 @@ def locked(folder: str | os.PathLike, message: str) -> Iterator[None]:
 def rename(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """Rename a file over another so that it survives a power failure, where the system can."""
     os.replace(source, target)
-    sync_folder(os.path.dirname(target) or ".")
-
-
-def sync_folder(folder: str | os.PathLike) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
-    with contextlib.suppress(OSError):
-        opened = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # bring the name to the disk
+        opened = os.open(os.path.dirname(target) or ".", os.O_RDONLY)
         os.fsync(opened)
         os.close(opened)
 

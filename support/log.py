@@ -28,17 +28,12 @@ class Log:
         """length: cut an earlier log back to so many bytes; None starts a new one."""
         self.config, self.model, self.device, self.world = config, model, device, world
         self.seconds: list[float] = []  # of each step since the latest line
-        self.sinks = []
-        if config.wandb_log:
-            self.sinks.append(wandb_sink(config))
-        if config.tensorboard:
-            self.sinks.append(tensorboard_sink(config))
+        self.sinks = open_sinks(config)
         path = os.path.join(config.out_dir, "log.jsonl")
         # unbuffered, so that what a full disk refuses is not tried again when the file is closed
-        self.file = open(path, "wb" if length is None else "ab", buffering=0)
-        if length is not None and self.file.tell() > length:
-            self.file.truncate(length)
-            self.file.seek(0, os.SEEK_END)
+        self.file = open(path, "ab", buffering=0)
+        self.file.truncate(min(length or 0, self.file.tell()))
+        self.file.seek(0, os.SEEK_END)
         with open(path, encoding="utf-8", errors="replace") as file:  # it may be damaged
             times = re.findall(r'"seconds": (\d+(?:\.\d+)?)', file.read())
         self.began = time.time() - (float(times[-1]) if times else 0.0)  # a resumed clock goes on
@@ -113,31 +108,29 @@ def learned_scalars(model: Any) -> dict[str, list[list[float]]]:
     return dict(zip(names, table, strict=True))
 
 
-def wandb_sink(config: Any) -> Callable[[dict[str, float], int], None]:
-    """A function of ({name: value}, step) that logs to Weights & Biases."""
+def open_sinks(config: Any) -> list[Callable[[dict[str, float], int], None]]:
+    """Functions of ({name: value}, step) that log to Weights & Biases and to tensorboard."""
+    sinks = []
     try:
-        import wandb
+        if config.wandb_log:
+            import wandb
+
+            sinks.append(wandb.init(project=config.wandb_project, name=config.wandb_run_name,
+                                    config=asdict(config)).log)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(os.path.join(config.out_dir, "tensorboard"))
+
+            def log(values: dict[str, float], step: int) -> None:
+                for name, value in values.items():
+                    writer.add_scalar(name, value, step)
+                writer.flush()
+
+            sinks.append(log)
     except ImportError as error:
-        fail(f"wandb_log=True needs wandb: pip install wandb ({error})")
-    run = wandb.init(project=config.wandb_project, name=config.wandb_run_name,
-                     config=asdict(config))
-    return lambda values, step: run.log(values, step=step)
-
-
-def tensorboard_sink(config: Any) -> Callable[[dict[str, float], int], None]:
-    """A function of ({name: value}, step) that logs to out_dir/tensorboard."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        fail(f"tensorboard=True needs tensorboard: pip install tensorboard ({error})")
-    writer = SummaryWriter(os.path.join(config.out_dir, "tensorboard"))
-
-    def log(values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return log
+        fail(f"wandb_log and tensorboard need: pip install wandb tensorboard ({error})")
+    return sinks
 
 
 def draw_losses(out_dir: str) -> None:
@@ -175,10 +168,6 @@ def show(line: str, keep: bool = False) -> None:
         print(line, flush=True)
     else:
         print(f"\r\033[K{line}", end="\n" if keep else "", flush=True)
-
-
-def hide(line: str, keep: bool = False) -> None:
-    """What other processes than the first do with a line."""
 
 
 def report(model: Any, config: Any, meta: dict, train: Any, val: Any, ranks: Any,

@@ -24,11 +24,9 @@ def is_tokenizer(meta: Any) -> bool:
 
 
 def load_meta(folder: str | Path) -> dict[str, Any]:
-    """meta.json of a data folder; or, where nanoGPT made the bins, what it would have said.
-
-    At least tokenizer, vocab_size, padded_vocab_size, dtype, and tokens of "train" and "val";
-    `Tokenizer.from_meta` takes it. Raises UserError if the data is missing, unfinished or damaged.
-    """
+    """meta.json of a data folder; of nanoGPT's bins, what it would have said: at least tokenizer,
+    vocab_size, padded_vocab_size, dtype, tokens of "train" and "val". UserError if something is
+    missing, unfinished or damaged."""
     folder = Path(folder)
     missing = [split for split in SPLITS if not (folder / f"{split}.bin").is_file()]
     partial = folder / "partial"

@@ -25,15 +25,11 @@ class Ranks:
 
     def __init__(self, config: Any):
         """config: TrainConfig; of it device, backend and parallel."""
-        self.parallel = "RANK" in os.environ
-        missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-                   if name not in os.environ]
-        if self.parallel and missing:
-            fail(f"RANK is set, and {', '.join(missing)} is not, as torchrun would; start with "
-                 f"torchrun, or unset RANK")
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE") if self.parallel else ()
-        self.rank, local_rank, self.world = [int(os.environ[n]) for n in names] or (0, 0, 1)
-        self.device = pick_device(config.device, local_rank)
+        self.parallel = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+        self.rank, self.world = 0, 1
+        if self.parallel:
+            self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
         if config.parallel == "fsdp" and not self.parallel:
             fail("parallel=fsdp divides the model over processes, and here is only one; start "
                  "them with torchrun --nproc_per_node=N")
@@ -190,8 +186,8 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def out_folder(path: str, use: bool) -> Iterator[None]:
-    """Hold the output folder of a run, which is made if need be; where the run could not start, it
-    leaves none. use=False: not this process."""
+    """Hold the output folder of a run, if this process is to `use` it; made if need be, and removed
+    if the run could not start."""
     if not use:
         yield
         return

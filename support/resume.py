@@ -1,6 +1,5 @@
 """Where a run starts, and what it carries over an interruption."""
 
-import math
 import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -53,12 +52,10 @@ def find_start(config: Any, given: dict[str, str]) -> tuple[Any, dict | None, bo
             return stored_options(c, given, checkpoint), checkpoint, True
         if c.init_from == "resume":
             fail(f"nothing to resume in {folder}; drop --init_from=resume, or mend --out_dir")
-    if holds_weights(folder) and not c.eval_only:
-        fail(f"{folder} holds exported weights, which a run would spoil; choose another --out_dir")
     used = any(os.path.exists(os.path.join(folder, name)) for name in CHECKPOINTS)
-    if used and not (c.overwrite or c.eval_only):
-        fail(f"{folder} holds a run; go on with --init_from=resume, begin anew with --overwrite, "
-             f"or choose another --out_dir")
+    if (used or holds_weights(folder)) and not (c.overwrite or c.eval_only):
+        fail(f"{folder} holds a run or exported weights; go on with --init_from=resume, begin anew "
+             f"with --overwrite, or choose another --out_dir")
     if c.init_from in ("scratch", "auto"):
         return c, None, False
     if c.init_from in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):  # before a download
@@ -70,12 +67,10 @@ def find_start(config: Any, given: dict[str, str]) -> tuple[Any, dict | None, bo
 def stored_options(config: Any, given: dict[str, str], checkpoint: dict) -> Any:
     """The options of a run that goes on: its own, but for what the command line changes. What a
     preset would change is printed."""
-    if "tokens_seen" in checkpoint:
-        fail(f"{config.out_dir} was trained by an earlier version, which read the windows in "
-             f"another order; start a run from its weights: --init_from={config.out_dir}/ckpt.pt "
-             f"and another --out_dir")
-    if not {"iter_num", "best_val_loss", "config"} <= checkpoint.keys():
-        fail(f"{config.out_dir} holds weights, but no run to resume; start one from them: "
+    whole = {"iter_num", "best_val_loss", "config"} <= checkpoint.keys()
+    if "tokens_seen" in checkpoint or not whole:
+        fail(f"{config.out_dir} holds no run to resume, but weights alone or a run of an earlier "
+             f"version, which read the windows in another order; start a run from its weights: "
              f"--init_from={config.out_dir}/ckpt.pt and another --out_dir")
     words = {name for name, preset in given.items() if not preset}
     stored, values = checkpoint["config"], {}
@@ -109,7 +104,7 @@ def without_tensors(start: tuple[Any, dict | None, bool]) -> tuple[Any, dict | N
     """What the other processes get of `find_start`'s: weights and states come tensor by tensor."""
     options, checkpoint, resumed = start
     if checkpoint is not None:
-        checkpoint = checkpoint | {"model": {}, "optimizer": {}}
+        checkpoint = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
     return options, checkpoint, resumed
 
 
@@ -128,49 +123,33 @@ def read_source(folder: str, checkpoint: dict | None, resumed: bool) -> tuple[di
     return meta, source
 
 
-def tokenizer_of(meta: dict) -> dict:
-    """What a checkpoint says of the tokenizer."""
-    return {key: meta[key] for key in TOKENIZER_KEYS if meta.get(key)}
-
-
 # -----------------------------------------------------------------------------
 # The state of a run
 
 
-def named_states(optimizers: dict[str, torch.optim.Optimizer]) -> dict:
-    """optimiser -> parameter name -> its state."""
-    return {kind: {name: optimizer.state[p] for group in optimizer.param_groups
-                   for name, p in zip(group["param_names"], group["params"], strict=True)
-                   if p in optimizer.state}
-            for kind, optimizer in optimizers.items()}
+def parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tensor]]:
+    """(name, parameter), in the order in which the optimiser numbers them."""
+    return [named for group in optimizer.param_groups
+            for named in zip(group["param_names"], group["params"], strict=True)]
 
 
 def load_states(optimizers: dict[str, torch.optim.Optimizer], states: dict, ranks: Ranks) -> None:
-    """The inverse of named_states, whose `states` rank 0 has; cuts the state of a position table
-    that was cropped, and keeps of a sharded parameter's this process's part."""
+    """Give the optimisers their states (optimiser -> name -> state), which rank 0 has; of a
+    position table that was cropped only its rows, of a sharded parameter this process's part."""
     for kind, optimizer in optimizers.items():
-        plan = optimizer.state_dict()  # numbers the parameters in the order of the groups
-        for group, numbered in zip(optimizer.param_groups, plan["param_groups"], strict=True):
-            for name, p, number in zip(group["param_names"], group["params"], numbered["params"],
-                                       strict=True):
-                state = ranks.first(lambda name=name, kind=kind: states[kind].get(name))
-                if state is None:
-                    continue
-                for key, value in state.items():
-                    if value.dim() and value[:len(p)].shape != p.shape:
-                        fail(f"the checkpoint's {kind} state {key} of {name} does not fit its "
-                             f"parameter; start from the weights alone: --init_from=FILE.pt and "
-                             f"another --out_dir")
-                plan["state"][number] = {key: part_of(value[:len(p)], p) if value.dim() else value
-                                         for key, value in state.items()}
+        plan = optimizer.state_dict()
+        for number, (name, p) in enumerate(parameters(optimizer)):
+            state = ranks.first(lambda name=name, kind=kind: states[kind].get(name))
+            if state is not None:
+                plan["state"][number] = {
+                    key: part_of(value[:len(p)].view(p.shape), p) if value.dim() else value
+                    for key, value in state.items()}
         optimizer.load_state_dict(plan)
 
 
 def nanogpt_states(model: GPT, state: dict) -> dict:
-    """nanoGPT's optimiser state, numbered in its order (matrices and tables, then the rest), by
-    name."""
-    named = list(model.named_parameters())
-    names = [n for n, p in named if p.dim() >= 2] + [n for n, p in named if p.dim() < 2]
+    """nanoGPT's optimiser state, numbered matrices and tables first, by name."""
+    names = [n for n, p in sorted(model.named_parameters(), key=lambda named: named[1].dim() < 2)]
     return {"adamw": {names[i]: s for i, s in state["state"].items()}}
 
 
@@ -203,14 +182,12 @@ def restore(checkpoint: dict, config: Any, model: GPT, optimizers: dict[str, tor
         elif master:
             show("warning: the checkpoint has no generator states for this number of processes; "
                  "dropout restarts from the seed", True)
-        run = Progress(checkpoint["iter_num"], best_val_loss=float(checkpoint["best_val_loss"]))
-        run = Progress(**checkpoint["run"]) if "run" in checkpoint else run
+        if "run" in checkpoint:
+            run = Progress(**checkpoint["run"])
+        else:  # nanoGPT's
+            run = Progress(checkpoint["iter_num"], best_val_loss=float(checkpoint["best_val_loss"]))
         # a shorter context has more windows for the same tokens
         run.position = run.position * checkpoint["model_args"]["block_size"] // config.block_size
-        counts = run.step, run.position, run.evaluated or 0, run.log_length or 0
-        whole = all(isinstance(count, int) and 0 <= count < 2**63 for count in counts)
-        if not whole or math.isnan(run.best_val_loss + run.best_saved_loss):
-            raise ValueError(f"{run}")
     except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
         if out_of_memory(error):
             raise
@@ -234,9 +211,9 @@ def save(run: Progress, config: Any, model: GPT, optimizers: dict[str, torch.opt
     weights = {name: ranks.whole(w) for name, w in model.state_dict().items()
                if name != "lm_head.weight"}
     weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied
-    states = {kind: {name: {key: ranks.whole(value) for key, value in state.items()}
-                     for name, state in named.items()}
-              for kind, named in named_states(optimizers).items()}
+    states = {kind: {name: {key: ranks.whole(value) for key, value in optimizer.state[p].items()}
+                     for name, p in parameters(optimizer) if p in optimizer.state}
+              for kind, optimizer in optimizers.items()}
     rng = ranks.gather(rng_state(ranks.device))
 
     def write() -> None:
@@ -246,7 +223,7 @@ def save(run: Progress, config: Any, model: GPT, optimizers: dict[str, torch.opt
             "model": weights, "model_args": asdict(model.config), "optimizer": states,
             "scaler": scaler.state_dict(), "rng": rng, "run": asdict(run), "iter_num": run.step,
             "best_val_loss": run.best_val_loss, "config": asdict(config), "data": source,
-            "tokenizer": tokenizer_of(meta),
+            "tokenizer": {key: meta[key] for key in TOKENIZER_KEYS if meta.get(key)},
             "versions": {"torch": str(torch.__version__), "python": sys.version.split()[0]}},
             config.out_dir, best)
         if deleted:
