@@ -34,7 +34,7 @@ from support.device import (
     try_compile,
     tune_allocator,
 )
-from support.errors import cli, explained, fail
+from support.errors import cli, explain_failures, fail
 from tools import race
 from tools.compare import CompareConfig, compare
 from tools.exchange import ConvertConfig, ExportConfig, convert, export
@@ -287,7 +287,8 @@ def measure(argv: list[str], config: Any, function: Callable[..., list[dict]]) -
 def main(argv: list[str]) -> None:
     config = read_options(argv)
     _, function = COMMANDS[argv[0]]
-    with explained("", "mend the path", "halve --batch_size (or, for decode, --num_samples)"):
+    with explain_failures("", mend="mend the path",
+                          shrink="halve --batch_size (or, for decode, --num_samples)"):
         if argv[0] in ("plot", "export", "convert"):
             function(config)
         elif argv[0] == "compare":

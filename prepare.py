@@ -37,7 +37,7 @@ from typing import Any, Literal
 import numpy as np
 
 from config import read_config
-from support.errors import UserError, cli, explained, fail, reason
+from support.errors import UserError, cli, explain_failures, fail, reason
 from support.files import locked, rename, sha256, write_json
 from support.meta import SPLITS, load_meta
 from support.text import Piece, cut_in_two, dataset_pieces, file_pieces, list_files, record_pieces
@@ -451,7 +451,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     config, _ = read_config(PrepareConfig, argv, positional="corpus", usage=__doc__)
     try:
-        with explained(config.data_dir, "once that is mended, the same command continues",
+        with explain_failures(config.data_dir, "once that is mended, the same command continues",
                        "lower --num_proc; the same command continues"):
             prepare(config)
     except KeyboardInterrupt:

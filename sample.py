@@ -22,7 +22,7 @@ from config import check_rules, read_config
 from model import GPT, KVCache
 from support.checkpoint import model_from, read_checkpoint, read_latest
 from support.device import can_compile, pick_device, pick_dtype
-from support.errors import cli, explained, fail
+from support.errors import cli, explain_failures, fail
 from support.meta import load_meta
 from support.tokenizer import Tokenizer
 
@@ -369,7 +369,7 @@ def main(argv: list[str]) -> None:
     prompt = read_prompt(config.start)
     model, tokenizer = load_model(config)
     dtype = pick_dtype(config.dtype, device)
-    with explained("standard output", mend="print to another place",
+    with explain_failures("standard output", mend="print to another place",
                    shrink="halve --num_samples or --max_new_tokens, or use --device=cpu"):
         model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
         store_matrices(model, dtype)

@@ -11,6 +11,7 @@ saved steps), log.jsonl, config.json, loss.png. To go on after a stop, add --ini
 import contextlib
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -21,13 +22,13 @@ from tqdm import tqdm
 
 from config import read_config
 from model import GPT, GPTConfig
-from support.checkpoint import holds_weights, model_from, open_folder
+from support.checkpoint import clear_folder, holds_weights, model_from
 from support.data import Tokens, WindowOrder, evaluation_starts, prefetch, to_device
 from support.device import autocast, pick_dtype, try_compile, tune_machine
-from support.errors import cli, explained, fail
+from support.errors import cli, explain_failures, fail
 from support.log import Log, report, show
 from support.muon import Muon
-from support.ranks import Ranks, out_folder, shard, stop_signals
+from support.ranks import Ranks, locked_folder, shard, stop_signals
 from support.resume import (
     Progress,
     find_start,
@@ -253,7 +254,8 @@ def evaluate(model: GPT, tokens: Tokens, config: TrainConfig, ranks: Ranks, dtyp
     home = "cpu" if ranks.device.type == "mps" else ranks.device  # MPS has no float64
     total = torch.zeros((), dtype=torch.float64, device=home)
     for i in tqdm(range(0, len(batches), ranks.world), desc="evaluating", unit="batch", delay=5,
-                  leave=False, disable=ranks.rank > 0):
+                  mininterval=0.1 if sys.stderr.isatty() else 30, leave=False,
+                  disable=ranks.rank > 0):
         batch = batches[i + ranks.rank] if i + ranks.rank < len(batches) else []
         filled = batch + starts[:1] * (rows - len(batch))  # all batches have one shape
         x, y = to_device(tokens.read(filled), ranks.device)
@@ -315,7 +317,9 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
                f"{str(dtype).removeprefix('torch.')}, {'compiled' if compiled else 'eager'}")
     if c.eval_only:
         loss = evaluate(model, val_tokens, c, ranks, dtype, signals=[])
-        return show(f"val loss {loss:.4f}") if master else None
+        if master:
+            show(f"val loss {loss:.4f}")
+        return
 
     def micro_batches() -> Iterator[torch.Tensor]:
         """Rows (B, T + 1), for ever; micro-batch m of a step goes to rank m % world."""
@@ -328,7 +332,7 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     with stop_signals() as signals, contextlib.closing(prefetch(micro_batches())) as batches:
         if master:
             log = Log(c, run.log_length, model, device, ranks.world)
-            open_folder(c, resumed)
+            clear_folder(c, resumed)
         saved = run.step if resumed else None  # the step of ckpt.pt
         while True:
             # --- evaluate ---
@@ -402,14 +406,14 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
 def main(argv: list[str]) -> None:
     """Read the options, take the output folder, train."""
     config, given = read_config(TrainConfig, argv, usage=__doc__)
-    with explained(config.out_dir,
+    with explain_failures(config.out_dir,
                    mend="the checkpoints that were there are intact; mend that or choose another "
                         "--out_dir",
                    shrink="halve --batch_size and double --gradient_accumulation_steps (the step "
                           "stays the same), add --activation_checkpointing, or choose a smaller "
                           "model"):
         ranks = Ranks(config)
-        with out_folder(config.out_dir, use=ranks.rank == 0 and not config.eval_only):
+        with locked_folder(config.out_dir, use=ranks.rank == 0 and not config.eval_only):
             train(config, given, ranks)
         ranks.close()
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import sys
 import textwrap
 from dataclasses import asdict, replace
@@ -24,14 +25,15 @@ CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
 def read_checkpoint(path: str) -> dict:
     """A checkpoint file, a folder that bench.py export or transformers wrote, or a gpt2* of the
     Hub, on the CPU; tensors and plain Python only. UserError if it cannot be read."""
-    if os.path.isdir(path):
-        return read_folder(path)
+    if not os.path.exists(path) and path.startswith("gpt2") and not path.endswith(".pt"):
+        return read_pretrained(path)
     if not os.path.exists(path):
-        if path.startswith("gpt2") and not path.endswith(".pt"):
-            return read_pretrained(path)
         fail(f"no checkpoint {path}; train one, or name the right folder")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_folder(path) if os.path.isdir(path) else torch.load(
+            path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         fail(f"{path} is damaged or no checkpoint, or it holds more than tensors and plain Python, "
              f"which could run code: it was not loaded")
@@ -39,6 +41,9 @@ def read_checkpoint(path: str) -> dict:
         fail(f"{path} is damaged or no checkpoint: {reason(error)}")
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         fail(f"{path} holds no model; expected nanoGPT's keys model and model_args")
+    for name in ("model", "model_args", "config", "tokenizer"):
+        if not isinstance(checkpoint.get(name), (dict, type(None))):
+            fail(f"{path} is damaged: its {name} is no table of weights or options")
     return checkpoint
 
 
@@ -57,8 +62,10 @@ def read_latest(out_dir: str) -> dict | None:
         for problem in problems:
             print(f"warning: {problem}; using {path}", file=sys.stderr)
         return checkpoint
+    best = os.path.join(out_dir, "best.pt")
+    if problems and os.path.exists(best):
+        problems[-1] += f"; perhaps {best} is whole: --init_from={best}"
     if problems:
-        problems[-1] += f"; perhaps best.pt is whole: --init_from={out_dir}/best.pt"
         fail(*problems)
     return None
 
@@ -160,13 +167,14 @@ def keep_previous(path: str, previous: str) -> None:
     absent. A copy where there are no links."""
     if os.path.exists(previous) and os.path.samefile(path, previous):
         return  # for which POSIX renames nothing, and leaves the partial name
+    partial = f"{previous}.partial"
     with contextlib.suppress(OSError):
-        os.remove(f"{previous}.partial")
+        os.remove(partial)
     try:
-        os.link(path, f"{previous}.partial")
-        rename(f"{previous}.partial", previous)
+        os.link(path, partial)
     except OSError:  # a file system without hard links
-        write_file(read_checkpoint(path), previous)
+        shutil.copyfile(path, partial)
+    rename(partial, previous)
 
 
 def save_checkpoint(state: dict, out_dir: str, best: bool) -> None:
@@ -180,7 +188,7 @@ def save_checkpoint(state: dict, out_dir: str, best: bool) -> None:
     write_file(state, path)
 
 
-def open_folder(config, resumed: bool) -> None:
+def clear_folder(config, resumed: bool) -> None:
     """Prepare out_dir for a run: what an overwritten run and killed saves have left goes."""
     for name in os.listdir(config.out_dir):
         if name.endswith(".pt.partial") or (name in CHECKPOINTS and not resumed):

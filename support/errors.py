@@ -40,7 +40,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def explained(place: str, mend: str, shrink: str) -> Iterator[None]:
+def explain_failures(place: str, mend: str, shrink: str) -> Iterator[None]:
     """What the machine, or another process of a run, does to a program becomes a UserError: of the
     file or place, with how to mend that; of a full memory, with what to shrink."""
     try:

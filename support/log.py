@@ -129,7 +129,8 @@ def open_sinks(config: Any) -> list[Callable[[dict[str, float], int], None]]:
 
             sinks.append(log)
     except ImportError as error:
-        fail(f"wandb_log and tensorboard need: pip install wandb tensorboard ({error})")
+        package = "tensorboard" if "tensorboard" in str(error) else "wandb"
+        fail(f"{package} is asked for and not installed: pip install {package} ({error})")
     return sinks
 
 

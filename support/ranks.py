@@ -25,11 +25,16 @@ class Ranks:
 
     def __init__(self, config: Any):
         """config: TrainConfig; of it device, backend and parallel."""
-        self.parallel = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
-        self.rank, self.world = 0, 1
+        self.parallel = "RANK" in os.environ
+        self.rank, local_rank, self.world = 0, 0, 1
         if self.parallel:
-            self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+            numbers = [os.environ.get(name, "") for name in names]
+            if not all(map(str.isdecimal, numbers)) or "MASTER_ADDR" not in os.environ:
+                fail("RANK is set, but not LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as "
+                     "torchrun sets them; start with torchrun, or unset RANK")
+            self.rank, local_rank, self.world, _ = map(int, numbers)
+        self.device = pick_device(config.device, local_rank)
         if config.parallel == "fsdp" and not self.parallel:
             fail("parallel=fsdp divides the model over processes, and here is only one; start "
                  "them with torchrun --nproc_per_node=N")
@@ -185,7 +190,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def out_folder(path: str, use: bool) -> Iterator[None]:
+def locked_folder(path: str, use: bool) -> Iterator[None]:
     """Hold the output folder of a run, if this process is to `use` it; made if need be, and removed
     if the run could not start."""
     if not use:

@@ -52,10 +52,12 @@ def find_start(config: Any, given: dict[str, str]) -> tuple[Any, dict | None, bo
             return stored_options(c, given, checkpoint), checkpoint, True
         if c.init_from == "resume":
             fail(f"nothing to resume in {folder}; drop --init_from=resume, or mend --out_dir")
+    if holds_weights(folder) and not c.eval_only:
+        fail(f"{folder} holds exported weights, which a run would spoil; choose another --out_dir")
     used = any(os.path.exists(os.path.join(folder, name)) for name in CHECKPOINTS)
-    if (used or holds_weights(folder)) and not (c.overwrite or c.eval_only):
-        fail(f"{folder} holds a run or exported weights; go on with --init_from=resume, begin anew "
-             f"with --overwrite, or choose another --out_dir")
+    if used and not (c.overwrite or c.eval_only):
+        fail(f"{folder} holds a run; go on with --init_from=resume, begin anew with --overwrite, "
+             f"or choose another --out_dir")
     if c.init_from in ("scratch", "auto"):
         return c, None, False
     if c.init_from in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):  # before a download
@@ -67,8 +69,7 @@ def find_start(config: Any, given: dict[str, str]) -> tuple[Any, dict | None, bo
 def stored_options(config: Any, given: dict[str, str], checkpoint: dict) -> Any:
     """The options of a run that goes on: its own, but for what the command line changes. What a
     preset would change is printed."""
-    whole = {"iter_num", "best_val_loss", "config"} <= checkpoint.keys()
-    if "tokens_seen" in checkpoint or not whole:
+    if "tokens_seen" in checkpoint or not {"iter_num", "config"} <= checkpoint.keys():
         fail(f"{config.out_dir} holds no run to resume, but weights alone or a run of an earlier "
              f"version, which read the windows in another order; start a run from its weights: "
              f"--init_from={config.out_dir}/ckpt.pt and another --out_dir")
@@ -81,7 +82,7 @@ def stored_options(config: Any, given: dict[str, str], checkpoint: dict) -> Any:
             values[field.name] = stored.get(field.name, field.default)
     if "eval_tokens" in words - {"eval_iters"}:
         values["eval_iters"] = None
-    elif values["eval_iters"] is not None:  # which says it, also for another batch_size
+    elif values["eval_iters"]:  # which says it, also for another batch_size
         values["eval_tokens"] = type(config).eval_tokens
     try:
         options = replace(config, **values)
@@ -182,10 +183,9 @@ def restore(checkpoint: dict, config: Any, model: GPT, optimizers: dict[str, tor
         elif master:
             show("warning: the checkpoint has no generator states for this number of processes; "
                  "dropout restarts from the seed", True)
-        if "run" in checkpoint:
-            run = Progress(**checkpoint["run"])
-        else:  # nanoGPT's
-            run = Progress(checkpoint["iter_num"], best_val_loss=float(checkpoint["best_val_loss"]))
+        nanogpts = {"step": checkpoint["iter_num"],
+                    "best_val_loss": float(checkpoint["best_val_loss"])}
+        run = Progress(**checkpoint.get("run", nanogpts))
         # a shorter context has more windows for the same tokens
         run.position = run.position * checkpoint["model_args"]["block_size"] // config.block_size
     except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -201,9 +201,8 @@ def restore(checkpoint: dict, config: Any, model: GPT, optimizers: dict[str, tor
 def save(run: Progress, config: Any, model: GPT, optimizers: dict[str, torch.optim.Optimizer],
          scaler: torch.amp.GradScaler, ranks: Ranks, meta: dict, source: dict, best: bool,
          saved: int | None) -> None:
-    """Write ckpt.pt (and best.pt): all processes bring their parts to rank 0, which writes, and
-    wait for it. UserError where that fails, or the weights are not finite. saved: the step of the
-    checkpoint before."""
+    """Write ckpt.pt (and best.pt): all processes bring their parts to rank 0, and wait while it
+    writes. UserError where that fails. saved: the step of the checkpoint before."""
     parts = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
     if ranks.any(not all(p.isfinite().all() for p in parts)):
         fail(f"the loss is nan from step {run.step} on: the last update broke the weights; "

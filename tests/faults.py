@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 
-SAVE = ("save", "open_folder")  # of train.py
+SAVE = ("save", "clear_folder")  # of train.py
 WRITE = ("write_bins", "write_json", "move_into_place")  # of prepare.py
 OPERATIONS = ("fsync", "replace", "rename", "link", "remove", "unlink", "mkdir", "rmdir")
 

@@ -102,6 +102,15 @@ def test_a_damaged_checkpoint_falls_back_on_the_previous(run, tmp_path, capsys, 
     lines = refused(lambda: run(tmp_path, init_from="resume"), "/ckpt.pt", "/ckpt_prev.pt",
                     f"--init_from={tmp_path}/best.pt")
     assert len(lines) == 2
+    (tmp_path / "best.pt").unlink()  # a remedy that is not there is not named
+    assert "best.pt" not in "".join(refused(lambda: run(tmp_path, init_from="resume")))
+
+
+def test_a_run_does_not_spoil_an_export(run, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    for word in ("--overwrite", "--max_iters=1"):
+        refused(lambda word=word: run(tmp_path, word), "exported weights", "--out_dir")
+    assert set(os.listdir(tmp_path)) - {".lock"} == {"model.safetensors"}
 
 
 def test_a_used_folder_needs_overwrite(run, tmp_path, monkeypatch):

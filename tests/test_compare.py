@@ -46,6 +46,8 @@ def study(tmp_path, data_dir, monkeypatch):
             records = [{"type": "eval", "iter": 0, "tokens": 0, "val_loss": 5.0, "seconds": 0.0},
                        {"type": "train", "iter": 0, "tokens": 128, "tokens_per_s": 100.0},
                        {"type": "train", "iter": 1, "tokens": 256, "tokens_per_s": 300.0},
+                       {"type": "eval", "iter": 1, "tokens": 128, "val_loss": None,  # not finite
+                        "seconds": 1.0},
                        {"type": "eval", "iter": steps, "tokens": steps * 128, "val_loss": loss,
                         "seconds": 2.0, "peak_mb": 50}]
             lines = "\n".join(map(json.dumps, records))

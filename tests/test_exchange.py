@@ -356,8 +356,8 @@ def test_mistakes(tmp_path, monkeypatch, command, said):
 @pytest.mark.parametrize("name, content, said", [
     ("config.json", "{", "holds no model"), ("config.json", "[1]", "holds no model"),
     ("config.json", '{"n_layer": 2}', "ckpt.pt"), ("config.json", None, "holds no model"),
-    ("config.json", dict(model_args=[1]), "model_args do not fit"),
-    ("config.json", dict(tokenizer=3), "no such tokenizer"),
+    ("config.json", dict(model_args=[1]), "its model_args is no table"),
+    ("config.json", dict(tokenizer=3), "its tokenizer is no table"),
     ("config.json", dict(model_args=dict(n_experts=2)), "n_experts"),
     ("config.json", dict(model_args=dict(n_layer="2")), "model_args do not fit"),
     ("config.json", dict(model_args=dict(n_layer=1, n_embd=8, n_head=2)),

@@ -236,8 +236,17 @@ def test_the_pair_that_keeps_the_tokens_of_a_step(batch_size, accumulation, worl
     assert f"use {' or '.join(map(str, nearest))} processes" in line
 
 
-def test_sharding_without_torchrun(run, tmp_path):
+def test_half_of_what_torchrun_sets(run, tmp_path, monkeypatch):
+    """And sharding without any of it."""
     refused(lambda: run(tmp_path / "new", parallel="fsdp"), "torchrun", "parallel=fsdp")
+    monkeypatch.setenv("RANK", "0")
+    refused(lambda: run(tmp_path / "new"), "torchrun", "unset RANK")
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    refused(lambda: run(tmp_path / "new"), "MASTER_ADDR")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    refused(lambda: run(tmp_path / "new"), "WORLD_SIZE", "unset RANK")
     assert not (tmp_path / "new").exists()
 
 

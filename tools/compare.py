@@ -233,7 +233,7 @@ class Cell:
         words = [f"--{name}={value}" for name, value in options.items()]
         with open(os.path.join(self.out_dir, "output.txt"), "wb") as output:
             return Popen([sys.executable, os.path.join(HERE, "train.py"), *words],
-                                    env=os.environ | share, stdout=output, stderr=output)
+                         env=os.environ | share, stdout=output, stderr=output)
 
     def record(self, code: int) -> dict:
         """What is kept of a run that ended with this exit code. UserError if it failed."""
@@ -242,8 +242,9 @@ class Cell:
                 said = file.read().splitlines() or [""]
             fail(f"exit code {code}: {said[-1].removeprefix('error: ')}")
         log = read_log(self.out_dir)
+        rates = [r["tokens_per_s"] for r in log if r["type"] == "train"]
         evals = [r for r in log if r["type"] == "eval"]
-        last, rates = evals[-1], [r["tokens_per_s"] for r in log if r["type"] == "train"]
+        last, evals = evals[-1], [r for r in evals if r["val_loss"] is not None]
         if last["iter"] != self.config.max_iters or last["val_loss"] is None:
             fail(f"it ended at step {last['iter']} with the loss {last['val_loss']}")
         record = {"variant": self.label, "seed": self.seed, "options": options_of(self.config),

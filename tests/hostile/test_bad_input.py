@@ -350,7 +350,8 @@ STEERS = "a\x1b[2J\nerror: b"  # a name that holds a newline, and a code that st
     *((setting(tokenizer=value), "tokenizer") for value in (
         {"tokenizer": 7}, {"alphabet": "ab"}, {"tokenizer": "char"},
         {"tokenizer": "gtp2"}, {"tokenizer": STEERS}, {"tokenizer": "char", "alphabet": 7},
-        {"tokenizer": "char", "alphabet": "aab", "vocab_size": 3})))
+        {"tokenizer": "char", "alphabet": "aab", "vocab_size": 3}, "bytes", 7)),
+    (setting(config=[1]), "config"))
 def test_a_bad_checkpoint(place, refused, spoil, expected):
     """For the trainer, which would resume from it, and for sample.py."""
     spoil(place)
