@@ -1,35 +1,42 @@
-"""Training data: a memory-mapped stream of tokens, read in windows of T + 1."""
+"""Training data: a file of tokens, read in windows of T + 1."""
 
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from support.errors import fail
+from support.errors import explain_failures, fail
 
 
 class Tokens:
     """One split of a data folder with this meta. read(starts) gives rows of T + 1 raw ids."""
 
     def __init__(self, folder: str, split: str, meta: dict, block_size: int):
-        self.path, kind = os.path.join(folder, f"{split}.bin"), np.dtype(meta["dtype"])
-        empty = os.path.getsize(self.path) < kind.itemsize  # which memmap refuses
-        self.data = np.zeros(0) if empty else np.memmap(self.path, kind.newbyteorder("<"), mode="r")
+        self.path = os.path.join(folder, f"{split}.bin")
+        self.kind = np.dtype(meta["dtype"]).newbyteorder("<")
+        self.tokens = os.path.getsize(self.path) // self.kind.itemsize
+        # not mapped: the pages of a mapped file count as memory, and grow with what is read
+        self.file = open(self.path, "rb", buffering=0)
         self.block_size, self.vocab_size = block_size, meta["vocab_size"]
         if len(self) <= block_size:
             fail(f"{self.path} has {len(self)} tokens, and a window of block_size={block_size} "
                  f"needs {block_size + 1}; lower --block_size or prepare more text")
 
     def __len__(self) -> int:
-        return len(self.data)
+        return self.tokens
 
-    def read(self, starts: Iterable[int]) -> torch.Tensor:
+    def read(self, starts: Sequence[int]) -> torch.Tensor:
         """(len(starts), T + 1), in the signed type as wide as the bin's: two bytes a token."""
-        rows = np.stack([self.data[s:s + self.block_size + 1] for s in starts])
+        rows = np.empty((len(starts), self.block_size + 1), self.kind)
+        with explain_failures(self.path, mend="mend its disk, or copy the data to another one"):
+            for row, start in zip(rows, starts, strict=True):
+                self.file.seek(start * self.kind.itemsize)
+                if self.file.readinto(row) < row.nbytes:
+                    fail(f"{self.path} is shorter than it was; prepare the data again")
         if rows.max() >= self.vocab_size:
             fail(f"{self.path} has the token id {rows.max()}, and its vocabulary only "
                  f"{self.vocab_size}; prepare the data again")
@@ -41,7 +48,7 @@ def identity(folder: str, meta: dict) -> dict:
     nanoGPT folder, that of the first and the last megabyte."""
     path, digest = os.path.join(folder, "train.bin"), meta["train"].get("sha256")
     if digest is None:
-        with open(path, "rb") as file:
+        with explain_failures(path, mend="mend its disk"), open(path, "rb") as file:
             ends = file.read(1 << 20)
             file.seek(max(0, os.path.getsize(path) - (1 << 20)))
             digest = "ends: " + hashlib.sha256(ends + file.read()).hexdigest()

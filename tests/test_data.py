@@ -1,11 +1,14 @@
 """support/data.py: the order of the windows, those of an evaluation, ids, what tells data apart."""
 
+import mmap
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_data
+from conftest import refused, write_data
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -88,6 +91,21 @@ def test_ids_and_shifted_targets(tmp_path, dtype, ids):
     assert len(tokens) == len(stream) and x.dtype == y.dtype == torch.int64
     assert x.tolist() == [stream[s:s + 8].tolist() for s in starts]
     assert y.tolist() == [stream[s + 1:s + 9].tolist() for s in starts]
+
+
+def test_what_was_read_is_not_kept_in_memory(tmp_path):
+    """256 MB, a window from each 64 KB. Cut short meanwhile, the file is an error."""
+    folder, status = write_data(tmp_path / "d", [0]), Path("/proc/self/statm")
+    os.truncate(folder / "train.bin", 2**28)
+    tokens = Tokens(folder, "train", {"dtype": "uint16", "vocab_size": 1}, 64)
+    resident = []
+    for _ in range(2):
+        resident.append(int(status.read_text().split()[1]) if status.exists() else 0)
+        for start in range(0, 2**27, 2**15):
+            tokens.read([start])
+    assert (resident[1] - resident[0]) * mmap.PAGESIZE < 2**25
+    os.truncate(folder / "train.bin", 2**20)
+    refused(lambda: tokens.read([2**19 - 64]), "train.bin is shorter", "prepare the data again")
 
 
 def test_prefetch_keeps_the_order_raises_here_and_ends():
