@@ -39,7 +39,7 @@ def test_a_file_system_without_locks_is_only_warned_of(tmp_path, monkeypatch, ca
 
 
 def test_a_json_file_is_the_new_or_the_old(tmp_path):
-    path, content = tmp_path / "meta.json", {"alphabet": "é\n" * 5000}
+    path, content = tmp_path / "meta.json", {"alphabet": "é\n" * 5000, "name": "caf\udce9"}
     write_json(path, content)
     with pytest.raises(TypeError):
         write_json(path, {"text": "x" * 10**5, "no json": object()})
