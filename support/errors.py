@@ -40,13 +40,11 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def explain_failures(place: str, mend: str, shrink: str) -> Iterator[None]:
+def explain_failures(place: str, mend: str, shrink: str = "choose smaller sizes") -> Iterator[None]:
     """What the machine, or another process of a run, does to a program becomes a UserError: of the
     file or place, with how to mend that; of a full memory, with what to shrink."""
     try:
         yield
-    except BrokenPipeError:  # cli's
-        raise
     except OSError as error:  # a full disk, a folder that may not be written to
         fail(f"{error.filename or place}: {error.strerror or error}; {mend}")
     except (RuntimeError, MemoryError) as error:
@@ -59,19 +57,54 @@ def explain_failures(place: str, mend: str, shrink: str) -> Iterator[None]:
         raise
 
 
+class Stream:
+    """A standard stream, or nothing where it is closed. Where it fails (a full disk, a reader that
+    has left), failed(error) is called, and what is written from then on goes nowhere."""
+
+    def __init__(self, stream: Any, failed: Callable[[OSError], None]):
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8", errors="replace")
+        self.failed = failed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.attempt(self.stream.write, text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, method: Callable, *words: str) -> Any:
+        try:
+            return method(*words)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.failed(error)
+
+
+def output_failed(error: OSError) -> None:
+    """What ends a program that cannot print."""
+    if isinstance(error, BrokenPipeError):  # the reader of our output has left
+        sys.exit(1)
+    fail(f"standard output: {error.strerror}; print to another place")
+
+
 def cli(main: Callable[[list[str]], None]) -> None:
     """Run `main(argv)` as a program: a UserError ends it with its lines and exit code 2."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
-    try:
-        main(sys.argv[1:])
-    except BrokenPipeError:  # the reader of our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except UserError as error:
-        sys.stdout.flush()
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # it may be closed
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
+    with (contextlib.redirect_stdout(Stream(sys.stdout, output_failed)),
+          contextlib.redirect_stderr(Stream(sys.stderr, lambda error: None))):
+        try:
+            try:
+                main(sys.argv[1:])
+            finally:
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        except UserError as error:
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+            sys.exit(2)

@@ -157,9 +157,9 @@ def part_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM, SIGINT and SIGHUP (unless it was ignored: nohup) in a list, for the loop to
-    see. A second signal, a second or more after the first (Ctrl-C under torchrun arrives twice),
-    ends the process at once: a thread sees to that, because Python's handlers wait for a collective
-    or a write to return."""
+    see; as SIGTERM also that the reader of standard output has left. A second signal, a second or
+    more after the first (Ctrl-C under torchrun arrives twice), ends the process at once: a thread
+    sees to that, because Python's handlers wait for a collective or a write to return."""
     caught: list[int] = []
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -172,16 +172,21 @@ def stop_signals() -> Iterator[list[int]]:
             if time.monotonic() - first > 1:
                 os._exit(128 + number[0])
 
+    def output_failed(error: OSError) -> None:
+        print(f"standard output: {error.strerror}; stopping after this step", file=sys.stderr)
+        caught.append(signal.SIGTERM)
+
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
+    sys.stdout.failed = output_failed  # errors.Stream's, to the end of the program
     numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")]
     before = {n: signal.signal(n, lambda number, _: caught.append(number))
               for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN}
-    signal.set_wakeup_fd(writer.fileno())
+    waked = signal.set_wakeup_fd(writer.fileno())
     try:
         yield caught
     finally:
-        signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(waked)
         for number, handler in before.items():
             signal.signal(number, handler)
         writer.close()

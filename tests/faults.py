@@ -181,6 +181,13 @@ def without_hangups() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
+def lose_reader(step: int) -> None:
+    """Standard output is a pipe, whose reader leaves at this step of training."""
+    reader, writer = os.pipe()
+    sys.stdout = open(writer, "w", buffering=1)
+    at_step(step, lambda: os.close(reader))
+
+
 def limit_resources(folder: str) -> None:
     """Work in this folder with 4 GiB of memory and four seconds of CPU (then SIGXCPU)."""
     os.chdir(folder)

@@ -1,5 +1,6 @@
 """support/errors.py: errors in lines that are safe to print, and how a program ends."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.errors import UserError, fail, reason
+from support.errors import UserError, cli, fail, reason
 
 PROGRAM = "from support.errors import *; import sys\ndef main(argv): {}\ncli(main)"
 
@@ -35,3 +36,25 @@ def test_how_a_program_ends(body, code, stdout, stderr):
         else:
             assert process.stdout.read() == stdout
         assert (process.wait(60), process.stderr.read()) == (code, stderr)
+
+
+@pytest.mark.parametrize("redirected, body, code, stderr", [
+    (">&-", "print('x', flush=True)", 0, ""), ("<&-", "assert sys.stdin.read() == ''", 0, ""),
+    ("2>&-", "print('x\\udce9', file=sys.stderr)", 0, ""),
+    ("2>/dev/full", "print('x', file=sys.stderr)", 0, ""), ("2>/dev/full", "fail('no a')", 2, ""),
+    (">&- 2>&- <&-", "fail('no a')", 2, ""), (">/dev/full", "fail('no a')", 2, "error: no a\n"),
+    *((">/dev/full", body, 2, "error: standard output: No space left on device; print to another "
+       "place\n") for body in ("print('x')", "print('x'); sys.exit()", "print('x' * 10**6)"))])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_streams_that_are_closed_or_full(redirected, body, code, stderr, unbuffered):
+    command = ["sh", "-c", f'"$0" -c "$1" {redirected}', sys.executable, PROGRAM.format(body)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, stderr=-1, text=True,
+                          env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    assert (done.returncode, done.stderr) == (code, stderr)
+
+
+def test_in_a_notebook(monkeypatch):
+    """Whose streams are no files; they are the same afterwards."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    cli(lambda argv: print("x"))
+    assert sys.stdout.getvalue() == "x\n"

@@ -1,13 +1,14 @@
 """Signals to a run: it makes its step to the end, saves, and leaves; a second one ends it at once,
 whatever it waits for."""
 
+import functools
 import os
 import signal
 import time
 
 import pytest
 from conftest import assert_same, records, without_times
-from faults import slow_save, without_hangups
+from faults import lose_reader, slow_save, without_hangups
 from processes import SMALL, kill, run_ranks, start_ranks, state, steps_made, survey, until
 
 torture = pytest.mark.torture
@@ -37,6 +38,18 @@ def test_a_signal_stops_a_run(words, tmp_path, world, parallel, rank, number):
     logs = [without_times(records(folder)) for folder in (out, whole)]
     assert logs[0][1:] == logs[1][1:]  # but for max_iters in its config
     assert_same(state(out), state(whole))
+
+
+@pytest.mark.parametrize("world, parallel", [(1, "ddp"), (2, "fsdp")])
+def test_a_reader_that_leaves_stops_a_run(words, tmp_path, world, parallel):
+    """train.py | head: as SIGTERM does, after the step in which it left."""
+    options = {**SMALL, "parallel": parallel, "eval_interval": 10**6, "save_interval": 10**6,
+               "max_iters": 10**6}
+    programs = start_ranks(words(tmp_path, **options), world, functools.partial(lose_reader, 3))
+    for program in programs:
+        assert program.wait(60) == 0, program.output
+    assert "standard output: Broken pipe; stopping after this step" in programs[0].output
+    assert survey(tmp_path, 10**6) == 4
 
 
 def test_what_nohup_starts_survives_a_hangup(words, tmp_path):
