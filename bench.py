@@ -280,14 +280,17 @@ def measure(argv: list[str], config: Any, function: Callable[..., list[dict]]) -
         rows = function(config)
     print(race.text_table(rows))
     if config.json:
-        with open(config.json, "w", encoding="utf-8") as file:
+        with (explain_failures(config.json, mend="choose another --json"),
+              open(config.json, "w", encoding="utf-8") as file):
             json.dump({"command": argv, "machine": machine, "rows": rows}, file, indent=1)
 
 
 def main(argv: list[str]) -> None:
     config = read_options(argv)
     _, function = COMMANDS[argv[0]]
-    with explain_failures("", mend="mend the path",
+    places = [getattr(config, name, None) for name in ("out", "plot", "results")]
+    with explain_failures(next(filter(None, places), "a temporary or downloaded file"),
+                          mend="mend that, or name another place",
                           shrink="halve --batch_size (or, for decode, --num_samples)"):
         if argv[0] in ("plot", "export", "convert"):
             function(config)

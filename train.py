@@ -127,10 +127,10 @@ class TrainConfig(GPTConfig):
             rule(0 <= value < 1, f"{name}={value}: must lie in [0, 1); the default is usual")
         rule(0 < self.decay_fraction <= 1, f"decay_fraction={self.decay_fraction}: is a share of "
                                            f"lr_decay_iters; use 0 < decay_fraction <= 1")
-        rule(self.min_lr is None or self.min_lr <= self.learning_rate or not self.decay_lr,
+        decays = self.decay_lr and self.schedule != "constant"
+        rule(self.min_lr is None or self.min_lr <= self.learning_rate or not decays,
              f"min_lr={self.min_lr}: is the floor of learning_rate={self.learning_rate}, so that "
              f"the rate would rise where it should decay; choose a smaller one")
-        decays = self.decay_lr and self.schedule != "constant"
         shortest = wsd_decay_iters(self) if self.schedule == "wsd" else 1
         latest = (self.lr_decay_iters or self.max_iters) - shortest
         rule(not decays or self.warmup_iters <= latest or self.warmup_iters >= self.max_iters,

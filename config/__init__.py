@@ -26,6 +26,7 @@ from support.errors import fail, printable, reason
 TYPES = {int: "integer", float: "number", bool: "true or false", str: "string",
          tuple[str, ...]: "one or more strings"}
 TRUE, FALSE, AUTO = {"true", "1", "yes"}, {"false", "0", "no"}, {"none", "auto"}
+MODELS = {"yurii": "nesterov", "yuriiformer": "nesterov", "gpt": "gd"}  # by their templates
 
 
 def option_types(cls) -> dict[str, Any]:
@@ -57,18 +58,22 @@ def coerce(name: str, value: Any, kind) -> Any:
     """`value` (a word or a Python object) as `kind`. Raises ValueError naming value and rule."""
     text, plain = printable(value), without_auto(kind)
     wrong = f"{name}={text:.60}: expected {describe(kind)}"
+    words = [value] if isinstance(value, str) else value
+    if isinstance(words, (list, tuple)) and "" in words:
+        raise ValueError(f"{wrong}, not an empty word")
     if plain is not kind and text.lower() in AUTO:
         return None
     if plain is bool and text.lower() in TRUE | FALSE:
         return text.lower() in TRUE
-    if plain is str and isinstance(value, str) or text in get_args(plain):
+    if plain is str and isinstance(value, str):
+        return value if name in ("start", "stop") else os.path.expanduser(value)  # a path: ~/x
+    if text in get_args(plain):
         return value
-    if get_origin(plain) is tuple:
-        value = [value] if isinstance(value, str) else value
-        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-            return tuple(value)
+    if get_origin(plain) is tuple and isinstance(words, (list, tuple)):
+        if all(isinstance(word, str) for word in words):
+            return tuple(map(os.path.expanduser, words))
     if get_origin(plain) is Literal:
-        wrong += nearest(text, get_args(plain))
+        wrong += nearest(MODELS.get(text.lower(), text), get_args(plain))
     with contextlib.suppress(ValueError, ArithmeticError):  # float's and Decimal's, of no number
         if plain is float and math.isfinite(float(text)):
             return float(text)
@@ -108,7 +113,9 @@ def read_config(cls, argv: list[str], positional: str | None = None, usage: str 
                 raise ValueError(f"unknown option {name}{hint}")
             if value is None and not preset:
                 raise ValueError(f"--{name} needs a value")
-            values[name] = coerce(name, value, kinds[name])
+            shown = printable(values[name])
+            if preset or value not in (shown, [shown]):  # else it stays: --help may print \n for it
+                values[name] = coerce(name, value, kinds[name])
             given[name] = preset
         except ValueError as error:
             problems.append(f"{preset}: {error}" if preset else str(error))
@@ -123,6 +130,9 @@ def read_config(cls, argv: list[str], positional: str | None = None, usage: str 
             name, equals, text = word[2:].partition("=")
             assign(name, take_value(kinds.get(name, str), [text] if equals else [], words))
         elif positional is None or (positional in given and word.endswith(".py")):
+            if not word.endswith(".py") and not os.path.isfile(word):
+                while words and not words[0].startswith("--"):
+                    word += f" {words.pop(0)}"  # as one line
             try:
                 for name, value in run_preset(word, values).items():
                     assign(name, value, preset=word)
@@ -164,6 +174,7 @@ def run_preset(path: str, values: dict[str, Any]) -> dict[str, Any]:
     if not os.path.isfile(path):
         folder, name = os.path.split(path)
         hint = nearest(name, glob.glob("[!_]*.py", root_dir=folder or "config"), folder or "config")
+        hint = hint or "; an option is --name=value, with quotation marks around several words"
         raise ValueError(f"no preset file {path}{hint}")
     names = Names(__file__=path)
     try:

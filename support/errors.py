@@ -1,6 +1,7 @@
 """One-line errors for what a user can mend, and the wrapper that ends a program with them."""
 
 import contextlib
+import functools
 import os
 import sys
 import textwrap
@@ -66,13 +67,8 @@ class Stream:
         self.failed = failed
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        return self.attempt(self.stream.write, text)
-
-    def flush(self) -> None:
-        self.attempt(self.stream.flush)
+        found = getattr(self.stream, name)
+        return functools.partial(self.attempt, found) if name in ("write", "flush") else found
 
     def attempt(self, method: Callable, *words: str) -> Any:
         try:

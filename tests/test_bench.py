@@ -104,6 +104,20 @@ def test_mistakes(argv, said):
     assert len(refused(lambda: bench.main(argv), *said)) == 1
 
 
+def test_a_full_disk_is_said_of_the_file(tmp_path):
+    argv = ["speed", *TINY, "--json=/dev/full"]
+    refused(lambda: bench.measure(argv, bench.read_options(argv), lambda *_: [{"variant": "x"}]),
+            "/dev/full: No space")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench.COMMANDS, "convert", (bench.ConvertConfig, full))
+        refused(lambda: bench.main(["convert", "--ckpt=x.pt", f"--out={tmp_path}/y.pt"]),
+                f"{tmp_path}/y.pt: No space")
+
+
 def test_help_is_of_the_command(capsys):
     """Only its own options; --help alone has a line for each command."""
     for argv in ["--help"], ["plot", "--help"], ["decode", "--help"]:

@@ -92,14 +92,16 @@ def preset(tmp_path):
     ("width", "600_000", 600_000), ("width", str(2**63 - 1), 2**63 - 1), ("rate", 1, 1.0),
     ("rate", "-1e-4", -1e-4), ("rate", "5e-324", 5e-324), ("rate", "1.7e308", 1.7e308),
     ("floor", "None", None), ("floor", "AUTO", None), ("floor", None, None), ("floor", "0", 0.0),
-    ("stop", "none", None), ("stop", "", ""),
+    ("stop", "none", None), ("stop", "~/x", "~/x"), ("name", "~/x", "/home/me/x"),
+    ("inputs", ["~", "a~"], ("/home/me", "a~")),
     ("name", "none", "none"), ("name", "1e4", "1e4"), ("name", "a=b", "a=b"),
     ("fast", "TRUE", True), ("fast", "1", True), ("fast", "Yes", True), ("fast", "False", False),
     ("fast", 0, False), ("fast", "nO", False), ("quick", "Auto", None), ("kind", "wsd", "wsd"),
     ("template", "polyak", "polyak"),
     ("inputs", "a.txt", ("a.txt",)), ("inputs", ["a", "b"], ("a", "b")),
 ])
-def test_values(name, word, value):
+def test_values(name, word, value, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
     found = coerce(name, word, option_types(Options)[name])
     assert found == value and type(found) is type(value)
 
@@ -111,6 +113,7 @@ def test_values(name, word, value):
     ("rate", "inf"), ("rate", "nan"), ("rate", True), ("floor", "low"), ("name", 3), ("name", None),
     ("fast", "si"), ("fast", "2"), ("fast", None), ("quick", "perhaps"), ("kind", "linear"),
     ("kind", None), ("template", "adam"), ("template", 3), ("inputs", 3), ("inputs", [1, 2]),
+    ("name", ""), ("stop", ""), ("quick", ""), ("kind", ""), ("inputs", ""), ("inputs", ["a", ""]),
 ])
 def test_wrong_values_are_named(name, word):
     kind = option_types(Options)[name]
@@ -162,6 +165,31 @@ def test_all_problems_come_together(preset):
              "--name needs a value", "width=0: must be positive")
     assert len(lines) == len(named)
     assert all(word in line for word, line in zip(named, lines, strict=True))
+
+
+def test_words_that_belong_to_an_option(preset):
+    """Without dashes, or several without quotation marks; a file may be a preset by any name."""
+    options = read("--width=2", preset("width = 3", "no_suffix"), preset("rate = 2"))
+    assert (options.width, options.rate) == (3, 2.0)
+    hint = "an option is --name=value, with quotation marks around several words"
+    assert problems("width=3", "--name", "Once", "upon", "a time,", "--fast", preset("")) == [
+        f"no preset file width=3; {hint}", f"no preset file upon a time,; {hint}"]
+
+
+def test_a_model_is_not_the_name_of_a_template():
+    for word, template in ("yurii", "nesterov"), ("YuriiFormer", "nesterov"), ("GPT", "gd"):
+        (line,) = problems(f"--template={word}", cls=TrainConfig)
+        assert line.endswith(f"did you mean {template}?")
+
+
+def test_what_help_prints_can_be_given_back(preset, capsys):
+    """Strings, too, that are no lines, and tuples; for all that was set before."""
+    before = preset("name = 'a\\n'\ninputs = ['b', 'c']\nrate = 2")
+    text = help_of(Options, before, capsys=capsys)
+    printed = re.findall(r"^  (--\w+=.*)   \[", text, re.MULTILINE)
+    assert len(printed) == len(fields(Options)) and r"--name=a\n" in printed
+    assert read(before, *printed) == read(before)
+    assert read_config(SampleConfig, [r"--start=\n"])[0].start == "\n"
 
 
 def test_a_positional_option(preset):

@@ -127,8 +127,8 @@ def test_schedules(options, shape):
 @given(st.fixed_dictionaries(dict(
     schedule=st.sampled_from(["cosine", "wsd", "constant"]), max_iters=st.integers(1, 60),
     warmup_iters=st.integers(0, 70), lr_decay_iters=st.none() | st.integers(1, 70),
-    decay_fraction=st.floats(0.01, 1), learning_rate=st.just(1.0),
-    min_lr=st.none() | st.floats(0, 1))))
+    decay_fraction=st.floats(0.01, 1), learning_rate=st.sampled_from([0.0, 1.0]),
+    min_lr=st.none() | st.floats(0, 1) | st.just(2.0), decay_lr=st.booleans())))
 def test_an_accepted_schedule_warms_up_holds_and_decays(options):
     """It never rises after the warm-up, and in no step by more than the steepest of its form."""
     end, decay = options["lr_decay_iters"] or options["max_iters"], 1
@@ -137,12 +137,15 @@ def test_an_accepted_schedule_warms_up_holds_and_decays(options):
     try:
         config = TrainConfig(**options)
     except ValueError as error:
-        assert f"{options['schedule']}'s decay, which begins at step {end - decay} " in str(error)
-        assert end - decay < options["warmup_iters"] < options["max_iters"]
-        assert options["schedule"] != "constant"
+        rising = (options["min_lr"] or 0.0) > options["learning_rate"]
+        assert rising == ("is the floor of learning_rate" in str(error))
+        if not rising:
+            assert f"decay, which begins at step {end - decay} " in str(error)
+            assert end - decay < options["warmup_iters"] < options["max_iters"]
+        assert options["schedule"] != "constant" and options["decay_lr"]
         return
     shares = np.array([lr_multiplier(step, config) for step in range(config.max_iters)])
-    warmup = min(config.warmup_iters, config.max_iters)
+    warmup = min(config.warmup_iters if config.decay_lr else 0, config.max_iters)
     rising = (np.arange(warmup) + 1) / (config.warmup_iters + 1)
     assert np.allclose(shares[:warmup], rising)
     length = decay if config.schedule == "wsd" else end - warmup
