@@ -1,9 +1,11 @@
 """Checkpoints: reading ours, nanoGPT's and other weights, and writing them whole or not at all."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import textwrap
@@ -14,8 +16,11 @@ import torch
 from model import GPT, GPTConfig
 from support.errors import UserError, fail, reason
 from support.files import rename
+from support.tokenizer import END_OF_TEXT
 
 CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
+HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"  # tied
+GPT2_TOKENS = "8f1c046ab87201d64780f75892556c8a0697aeb493efec91776b0cdf2e411d7b"  # their sha256
 
 
 # -----------------------------------------------------------------------------
@@ -26,7 +31,7 @@ def read_checkpoint(path: str) -> dict:
     """A checkpoint file, a folder that bench.py export or transformers wrote, or a gpt2* of the
     Hub, on the CPU; tensors and plain Python only. UserError if it cannot be read."""
     if not os.path.exists(path) and path.startswith("gpt2") and not path.endswith(".pt"):
-        return read_pretrained(path)
+        return read_pretrained(path, {"tokenizer": "gpt2"})
     if not os.path.exists(path):
         fail(f"no checkpoint {path}; train one, or name the right folder")
     try:
@@ -39,10 +44,12 @@ def read_checkpoint(path: str) -> dict:
              f"which could run code: it was not loaded")
     except Exception as error:  # a damaged file raises nearly anything
         fail(f"{path} is damaged or no checkpoint: {reason(error)}")
+    if isinstance(checkpoint, dict):  # None is as if absent
+        checkpoint = {key: value for key, value in checkpoint.items() if value is not None}
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         fail(f"{path} holds no model; expected nanoGPT's keys model and model_args")
     for name in ("model", "model_args", "config", "tokenizer"):
-        if not isinstance(checkpoint.get(name), (dict, type(None))):
+        if not isinstance(checkpoint.get(name, {}), dict):
             fail(f"{path} is damaged: its {name} is no table of weights or options")
     return checkpoint
 
@@ -77,12 +84,12 @@ def read_folder(folder: str) -> dict:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
         if config.get("model_type") == "gpt2":
-            return read_pretrained(folder)
+            rows = config.get("vocab_size", 50257)
+            return read_pretrained(folder, config.get("tokenizer") or tokenizer_of(folder, rows))
         kept = {"model_args": config["model_args"], "tokenizer": config.get("tokenizer")}
         from safetensors.torch import load_file
 
         table = load_file(os.path.join(folder, "model.safetensors"))
-        table["lm_head.weight"] = table["transformer.wte.weight"]  # tied
     except UserError:
         raise
     except ImportError:
@@ -93,7 +100,28 @@ def read_folder(folder: str) -> dict:
     return kept | {"model": table}
 
 
-def read_pretrained(name: str) -> dict:
+def tokenizer_of(folder: str, rows: int) -> dict | None:
+    """That of a folder of transformers: GPT-2's where its table of tokens is GPT-2's, or where it
+    has none, but as many rows. None: not known. UserError: it is another."""
+    names = sorted(name for name in os.listdir(folder)
+                   if name.startswith(("tokenizer", "vocab", "merges", "spiece", "sentencepiece")))
+    if not names:
+        return {"tokenizer": "gpt2"} if rows in (50257, 50304) else None
+    tokens = {}
+    for name in ("vocab.json", "tokenizer.json"):  # the latter counts where there are both
+        if name in names:
+            with open(os.path.join(folder, name), encoding="utf-8") as file:
+                tokens = json.load(file)
+    if "tokenizer.json" in names:
+        tokens = dict(tokens["model"]["vocab"])
+    tokens.pop(END_OF_TEXT, None)
+    if hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest() != GPT2_TOKENS:
+        fail(f"{folder} has a tokenizer of its own ({names[0]}): of transformers' only GPT-2's is "
+             f"known here; choose a model with that one")
+    return {"tokenizer": "gpt2"}
+
+
+def read_pretrained(name: str, tokenizer: dict | None) -> dict:
     """A GPT-2 of the Hugging Face Hub, or a folder that transformers saved, as a checkpoint.
     UserError where it cannot be loaded, or computes something that ours does not."""
     try:
@@ -103,7 +131,19 @@ def read_pretrained(name: str) -> dict:
     except Exception as error:  # a damaged file raises nearly anything
         fail(f"cannot load {name}: {reason(error)}")
     return {"model": model.state_dict(), "model_args": asdict(model.config),
-            "tokenizer": {"tokenizer": "gpt2"}}
+            "tokenizer": tokenizer}
+
+
+def check_tokenizer(folder: str, meta: dict, checkpoint: dict) -> None:
+    """UserError where the data of a folder were made with another tokenizer than the checkpoint's,
+    if that says which."""
+    expected = checkpoint.get("tokenizer", meta)
+    name, other = expected.get("tokenizer"), meta["tokenizer"]
+    same = name == other or sorted((str(name), other)) == ["gpt2", "r50k_base"]  # two names of one
+    if not same or expected.get("alphabet", "") != meta.get("alphabet", ""):
+        words = "CHECKPOINT.pt (char, with its alphabet)" if name == "char" else name
+        fail(f"{folder} was made with another tokenizer, {other}, than the checkpoint's, {name}; "
+             f"use that: python prepare.py text --input=FILES --tokenizer={words}")
 
 
 def holds_weights(folder: str) -> bool:
@@ -132,14 +172,35 @@ def model_from(checkpoint: dict, **changes) -> GPT:
         model = GPT(config)
         if "model" not in checkpoint:
             return model
-        weights = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()
-                   if not name.endswith(".attn.bias")}  # older nanoGPT's causal masks
-        model.to(weights["lm_head.weight"].dtype)
-        model.load_state_dict(weights)
+        weights = named_weights(checkpoint["model"])
+        kinds = {w.dtype for w in weights.values()} or {torch.float32}
+        model.to(max(kinds, key=lambda kind: torch.finfo(kind).max)).load_state_dict(weights)
     except (AttributeError, KeyError, MemoryError, RuntimeError, TypeError) as error:
         what = textwrap.shorten(str(error), 300)  # torch lists all that is missing or misshapen
         fail(f"the checkpoint's weights do not fit its model_args: {what}")
     return model
+
+
+def named_weights(table: dict) -> dict[str, torch.Tensor]:
+    """A checkpoint's weights under our names: without what torch.compile and DDP put before them,
+    the tied table under both of its names. UserError where they are not for us."""
+    weights = {}
+    for name, w in table.items():
+        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)
+        if name.endswith(".attn.bias"):  # older nanoGPT's causal masks
+            continue
+        kind = getattr(w, "dtype", type(w).__name__)
+        if kind not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            fail(f"the checkpoint's {name} is of {kind}, and weights are floats of 16 to 64 bits; "
+                 f"convert them back to such")
+        weights[name] = w
+    for one, other in ((HEAD, TABLE), (TABLE, HEAD)):
+        if one in weights:
+            weights.setdefault(other, weights[one])
+    if HEAD in weights and not torch.allclose(weights[HEAD], weights[TABLE], 0, 0, equal_nan=True):
+        fail(f"the checkpoint's {HEAD} and {TABLE} differ, which here are one table (tied): no "
+             f"model of this code has such weights")
+    return weights
 
 
 # -----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, make_dataclass
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ import bench
 import sample
 import train
 from model import GPT, GPTConfig
-from support.checkpoint import model_from, read_checkpoint
+from support.checkpoint import model_from, named_weights, read_checkpoint
 from support.errors import UserError
 from support.meta import TOKENIZER_KEYS
 from support.tokenizer import Tokenizer
@@ -69,6 +69,7 @@ def test_transformers_has_our_logits(tmp_path, capsys, options):
     assert isinstance(theirs, transformers.GPT2LMHeadModel)
     assert (c.vocab_size, c.resid_pdrop, c.attn_pdrop, c.embd_pdrop, c.eos_token_id) == (
         ours.config.vocab_size, *3 * [ours.config.dropout], 256)
+    assert read_checkpoint(str(tmp_path / "hf"))["tokenizer"]["tokenizer"] == "bytes"
     back = GPT.from_pretrained(str(tmp_path / "hf"))
     assert back.config.activation == ours.config.activation and back.config.bias
     with torch.no_grad():
@@ -147,6 +148,52 @@ def test_a_foreign_folder_is_refused(tmp_path, change, said):
     assert len(refused(lambda: read_checkpoint(str(tmp_path / "hf")), said)) == 1
 
 
+@pytest.mark.parametrize("says_it_is_tied", [True, False])
+def test_an_untied_gpt2_is_refused(tmp_path, says_it_is_tied):
+    transformers = pytest.importorskip("transformers")
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=257, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0,
+        eos_token_id=0, tie_word_embeddings=False)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"tie_word_embeddings": says_it_is_tied}))
+    assert len(refused(lambda: read_checkpoint(str(tmp_path)), "tie")) == 1
+
+
+def test_an_exported_head_of_its_own_is_refused(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    model = write(tmp_path / "a.pt")
+    path = export(tmp_path / "a.pt", tmp_path / "st", "--format=safetensors") / "model.safetensors"
+    head = {"lm_head.weight": torch.ones(257, 32)}
+    save_file(dict(model.state_dict()) | head, path, {"format": "pt"})
+    refused(lambda: model_from(read_checkpoint(str(tmp_path / "st"))), "tied")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("tokenizer.json", {"model": {"vocab": {"a": 0, "b": 1}}}), ("vocab.json", {"model": 1}),
+    ("tokenizer.json", {"model": {"vocab": [["a", 0.1]]}}), ("vocab.txt", 0), ("spiece.model", 0)])
+def test_a_tokenizer_of_its_own_is_refused(tmp_path, gpt2_cache, name, content):
+    """Of a model with as many rows as GPT-2: where it is read, sampled, judged, exported. GPT-2's
+    own is known by its tokens."""
+    pytest.importorskip("transformers")
+    write(tmp_path / "a.pt", "gpt2", vocab_size=50257, n_embd=4, n_layer=1)
+    folder = export(tmp_path / "a.pt", tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("tokenizer")["tokenizer"] == "gpt2"  # the folder's files decide alone
+    (folder / "config.json").write_text(json.dumps(config))
+    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "vocab.json").write_text(json.dumps(vocab | {"<|endoftext|>": 50256}))
+    for left in ("tokenizer.json", "vocab.json", None):
+        assert read_checkpoint(str(folder))["tokenizer"] == {"tokenizer": "gpt2"}
+        for path in folder.glob("tokenizer*" if left == "tokenizer.json" else "vocab*"):
+            path.unlink()
+    (folder / name).write_text(json.dumps(content))
+    for main, words in ((sample.main, [f"--init_from={folder}"]),
+                        (bench.main, ["eval", f"--ckpt={folder}", f"--data={tmp_path}/a.pt"]),
+                        (bench.main, ["export", f"--ckpt={folder}", f"--out={tmp_path}/b"])):
+        assert len(refused(lambda main=main, words=words: main(words), name, "of its own")) == 1
+
+
 TEXTS = ["Hello world", " leading", "tabs\t\tand  spaces   \n\n\n  x \n", "it's we'll I'D don't",
          "naïve façade — “quotes” … £10", "日本語の文章です。한국어", "🙂👩‍👩‍👧 x²",
          "x<|endoftext|>y<|endoftext|>", "<|endoftext", "\x00\x7f\r\n\u00a0\u2003.", "",
@@ -183,6 +230,35 @@ def test_what_is_no_gpt2_is_refused(tmp_path, options):
     assert len(lines) == 1 and not (tmp_path / "hf").exists()
 
 
+def windowed(self, x, *_):
+    """A fork's attention, which sees four tokens."""
+    q, k, v = (z.unflatten(-1, (2, -1)).transpose(1, 2) for z in self.c_attn(x).chunk(3, -1))
+    seen = torch.ones(x.size(1), x.size(1), dtype=torch.bool).tril().triu(-3)
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("value, change, said", [
+    (4, lambda patch: None, ["no window=4", "--format=safetensors"]),
+    (0, lambda patch: patch.setattr("model.CausalSelfAttention.forward", windowed),
+     ["logits", "--format=safetensors"]),
+    (0, lambda patch: patch.setattr("model.GPTConfig.d_ffn", 40), ["no such weights", "40"]),
+    (0, lambda patch: None, [])])
+def test_what_a_fork_adds_is_not_exported(tmp_path, monkeypatch, value, change, said):
+    """An option of its own, unless it has its default; other mathematics or shapes without one."""
+    pytest.importorskip("transformers")
+    fork = make_dataclass("Fork", [("window", int, 0)], bases=(GPTConfig,))
+    monkeypatch.setitem(globals(), "GPTConfig", fork)
+    monkeypatch.setattr("support.checkpoint.GPTConfig", fork)
+    change(monkeypatch)
+    write(tmp_path / "a.pt", window=value)
+    if said:
+        assert len(refused(lambda: export(tmp_path / "a.pt", tmp_path / "hf"), *said)) == 1
+    else:
+        export(tmp_path / "a.pt", tmp_path / "hf")
+    assert (tmp_path / "hf").exists() != bool(said)
+
+
 # -----------------------------------------------------------------------------
 # safetensors
 
@@ -196,7 +272,7 @@ def test_every_variant_comes_back(tmp_path):
         there, back = read_checkpoint(str(tmp_path / "a.pt")), read_checkpoint(str(tmp_path / "st"))
         del there["config"]
         assert_same(back, there | {"model": back["model"]})
-        assert_same(back["model"], dict(there["model"]))
+        assert_same(named_weights(back["model"]), dict(there["model"]))
         model = model_from(back)
         assert model.lm_head.weight is model.transformer.wte.weight
     size = sum(p.numel() for p in model.parameters()) * 4
@@ -213,7 +289,8 @@ def test_a_run_and_an_exported_folder_are_read(tmp_path, run):
     for folder in "12":
         found = read_checkpoint(str(tmp_path / folder))
         assert found["tokenizer"] == best["tokenizer"]
-        assert all(torch.equal(w, found["model"][n]) for n, w in best["model"].items())
+        weights = named_weights(found["model"])
+        assert all(torch.equal(w, weights[n]) for n, w in best["model"].items())
 
 
 def test_the_programs_read_the_folder(tmp_path, words, capsys):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from config import check_rules, nearest
 from model import GPT
 from sample import load_model, store_matrices, stream
+from support.checkpoint import check_tokenizer
 from support.data import Tokens, evaluation_starts
 from support.device import pick_device, pick_dtype, tune_allocator
 from support.errors import fail, reason
@@ -119,10 +120,7 @@ def windows(tokenizer: Tokenizer, config: EvalConfig, T: int) -> torch.Tensor:
     if not os.path.isdir(folder):
         fail(f"data={data}: there is neither such a text file nor the folder {folder}")
     meta = load_meta(folder)
-    made_with = Tokenizer.from_meta(meta)
-    if (made_with.name, made_with.alphabet) != (tokenizer.name, tokenizer.alphabet):
-        fail(f"{folder} was made with another tokenizer than the checkpoint's: {made_with.name}, "
-             f"not {tokenizer.name}, or of another alphabet; prepare the data with that one")
+    check_tokenizer(folder, meta, {"tokenizer": tokenizer.to_meta()})
     tokens = Tokens(folder, "val", meta, T)
     rows = tokens.read(evaluation_starts(len(tokens), T, config.eval_tokens))
     return torch.from_numpy(rows.numpy().view(meta["dtype"]).astype(np.int64))
