@@ -10,10 +10,12 @@ model's context the older half is forgotten and the rest read again (a sliding w
 import codecs
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -121,9 +123,16 @@ def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, nn.Parameter(p.detach().to(dtype), requires_grad=False))
 
 
-def draw(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
-         top_p: float | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
-    """One token id per row of logits (B, V) -> (B,). See `stream`."""
+def uniforms(seed: int, rows: Iterable[int], count: int) -> torch.Tensor:
+    """What `count` draws of each row need, (B, count) in [0, 1): they follow from the seed and the
+    row's number, so that a row is the same in every batch."""
+    return torch.from_numpy(np.stack([
+        np.random.default_rng([seed, row]).random(count, dtype=np.float32) for row in rows]))
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0,
+         top_k: int | None = None, top_p: float | None = None) -> torch.Tensor:
+    """One token id per row of logits (B, V), by its number uniform (B,) -> (B,). See `stream`."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
     n = logits.size(-1)
@@ -135,8 +144,16 @@ def draw(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = Non
     if top_p is not None:
         likelier = probs.cumsum(dim=-1) - probs  # the probability of all likelier tokens together
         probs = probs.masked_fill((likelier >= top_p) & (likelier > 0), 0.0)
-    drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
-    return (ids.gather(1, drawn) if ranked else drawn)[:, 0]
+    reached = probs.cumsum(dim=-1)
+    drawn = (reached > uniform[:, None] * reached[:, -1:]).int().argmax(dim=-1)  # the first
+    return ids.gather(1, drawn[:, None])[:, 0] if ranked else drawn
+
+
+def check_finite(values: torch.Tensor) -> None:
+    """UserError where logits or losses are not."""
+    if not values.isfinite().all():
+        fail("the model's logits are nan or infinite: numbers too large for the precision; use "
+             "--dtype=float32, and if that is in use, another checkpoint")
 
 
 def prefill(model: GPT, text: torch.Tensor, start: torch.Tensor, count: torch.Tensor,
@@ -155,17 +172,17 @@ def prefill(model: GPT, text: torch.Tensor, start: torch.Tensor, count: torch.Te
 @torch.no_grad()
 def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
            top_k: int | None = None, top_p: float | None = None, stop_tokens: tuple[int, ...] = (),
-           generator: torch.Generator | None = None, lengths: torch.Tensor | None = None,
+           uniform: torch.Tensor | None = None, lengths: torch.Tensor | None = None,
            cache: DecodingCache | None = None, compile: bool = False) -> Iterator[torch.Tensor]:
     """Continue idx (B, T >= 1), or of every row its first lengths (B,) >= 1 tokens: yield the next
     token of every row, (B,), up to max_new_tokens times, ending early when every row has met a stop
     token (such a row repeats it).
 
     temperature 0 (or below 1e-6) is greedy; top_k keeps the k likeliest tokens, top_p the fewest
-    whose probability reaches p. Rows beyond vocab_used are never drawn. When a row's context is
-    full its older half is dropped and the rest read again (a sliding window of T/2 to T). compile:
-    the one-token step, with CUDA graphs where there is CUDA. cache: one to use anew, for which
-    nothing need be compiled again.
+    whose probability reaches p; uniform (B, max_new_tokens) in [0, 1) decides, see `uniforms`.
+    Rows beyond vocab_used are never drawn. When a row's context is full its older half is dropped
+    and the rest read again (a sliding window of T/2 to T). compile: the one-token step, with CUDA
+    graphs where there is CUDA. cache: one to use anew, for which nothing need be compiled again.
     """
     (B, T), device = idx.shape, idx.device
     size = model.config.block_size
@@ -188,7 +205,8 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
     stops = torch.tensor(stop_tokens, dtype=torch.long, device=device)
     stopped = torch.zeros(B, dtype=torch.bool, device=device)
     token = text[:, 0]
-    for _ in range(max_new_tokens):
+    uniform = (torch.rand(B, max_new_tokens) if uniform is None else uniform).to(device)
+    for i in range(max_new_tokens):
         if room == 0:
             start = torch.where(count - start > size, count - max(1, size // 2), start)
             logits = prefill(model, text, start, count, cache)
@@ -198,9 +216,10 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
                 torch.compiler.cudagraph_mark_step_begin()
             logits = step(token[:, None], cache=cache)[0][:, -1]
             room -= 1
-        logits = logits.float()  # (B, V)
-        logits[:, vocab_used:] = -torch.inf
-        token = torch.where(stopped, token, draw(logits, temperature, top_k, top_p, generator))
+        logits = logits[:, :vocab_used].float()  # (B, V)
+        check_finite(logits)
+        token = torch.where(stopped, token,
+                            draw(logits, uniform[:, i], temperature, top_k, top_p))
         stopped = stopped | torch.isin(token, stops)
         text.scatter_(1, count[:, None], token[:, None])
         count = count + 1
@@ -246,6 +265,7 @@ class SampleConfig:
              f"top_k={self.top_k}: must be at least 1; None keeps all tokens")
         rule(self.top_p is None or 0 < self.top_p <= 1,
              f"top_p={self.top_p}: must lie in (0, 1]; None keeps all tokens")
+        rule(self.seed >= 0, f"seed={self.seed}: must not be negative")
         rule(self.stop != "", 'stop="": must not be empty')
 
 
@@ -296,13 +316,13 @@ def nanogpt_tokenizer(checkpoint: dict, data_dir: str) -> dict:
 
 def read_prompt(start: str) -> str:
     """The prompt's text: as it stands, from FILE:path, or from standard input (-)."""
+    if start == r"\n":  # the default as --help prints it
+        return "\n"
     if start != "-" and not start.startswith("FILE:"):
         return start
     try:
-        if start == "-":
-            return sys.stdin.buffer.read().decode()
-        with open(start[5:], "rb") as file:
-            return file.read().decode()
+        data = sys.stdin.buffer.read() if start == "-" else Path(start[5:]).read_bytes()
+        return data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         fail(f"cannot read the prompt {start}: {error}")
 
@@ -348,11 +368,11 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt:
     if not ids:
         fail("the prompt is empty; give --start some text, a newline at least")
     idx = torch.tensor(ids, device=device).repeat(config.num_samples, 1)  # (num_samples, T)
-    generator = torch.Generator(device).manual_seed(config.seed)
+    uniform = uniforms(config.seed, range(config.num_samples), config.max_new_tokens)
     samples = [Sample(tokenizer, config.stop) for _ in range(config.num_samples)]
     yield prompt
     for tokens in stream(model, idx, config.max_new_tokens, config.temperature, config.top_k,
-                         config.top_p, generator=generator, compile=compiled):
+                         config.top_p, uniform=uniform, compile=compiled):
         pieces = [sample.add(token) for sample, token in zip(samples, tokens.tolist(), strict=True)]
         yield pieces[0]
         if all(sample.done for sample in samples):

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from config import check_rules, nearest
 from model import GPT
-from sample import load_model, store_matrices, stream
+from sample import check_finite, load_model, store_matrices, stream, uniforms
 from support.checkpoint import check_tokenizer
 from support.data import Tokens, evaluation_starts
 from support.device import pick_device, pick_dtype, tune_allocator
-from support.errors import fail, reason
+from support.errors import UserError, fail, reason
 from support.meta import load_meta
 from support.text import file_pieces
 from support.tokenizer import Tokenizer
@@ -55,6 +55,7 @@ class EvalConfig:
         for name in ("limit", "eval_tokens", "batch_size"):
             count = getattr(self, name)
             rule(count is None or count >= 1, f"{name}={count}: must be at least 1; choose more")
+        rule(self.seed >= 0, f"seed={self.seed}: must not be negative")
 
 
 def judge(config: EvalConfig) -> list[dict]:
@@ -91,6 +92,7 @@ def on_text(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> list[dict]:
     for rows in tqdm(batches, desc="predicting", unit="batch"):
         x, y = rows[:, :-1].clamp(min=0), rows[:, 1:]  # (B, T)
         losses = model(x.to(device), y.to(device), return_logits=False, reduction="none")[1]
+        check_finite(losses)
         total += losses.cpu().double().sum().item()
         predicted = y[y >= 0]
         n_tokens += len(predicted)
@@ -152,7 +154,9 @@ def on_tasks(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> list[dict]
         try:
             found = simple_evaluate(judged, tasks=[name], limit=config.limit, task_manager=manager,
                                     num_fewshot=None if n == "auto" else int(n), log_samples=False)
-        except ValueError as error:  # more examples than there are; code that is unsafe to run
+        except UserError as error:
+            fail(f"task {name}: {error}")
+        except (IndexError, ValueError) as error:  # an item without text; too few examples; ...
             fail(f"task {name}: {reason(error)}")
         items = {task: n["effective"] for task, n in found["n-samples"].items()}
         rate = sum(items.values()) / (time.perf_counter() - start)
@@ -178,6 +182,11 @@ def task_manager(config: EvalConfig, names: list[str]):
     return manager
 
 
+GENERATION = ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens",
+              "do_sample", "temperature", "top_k", "top_p")  # what a task may ask for
+ASK_NOTHING = (("num_beams", 1), ("repetition_penalty", 1))
+
+
 def harness_model(model: GPT, tokenizer: Tokenizer, config: EvalConfig):
     """The model as lm-evaluation-harness asks for it. Its TemplateLM divides text into context and
     continuation; <|endoftext|> in a text is the id, as in its own `hf` backend. An empty context
@@ -194,6 +203,11 @@ def harness_model(model: GPT, tokenizer: Tokenizer, config: EvalConfig):
             return tokenizer.encode_prompt(string)
 
         def _loglikelihood_tokens(self, requests: list, **_) -> list[tuple[float, bool]]:
+            for texts, _, answer in requests:
+                if texts and not answer:  # the hf backend refuses it, too
+                    fail(f"the answer {texts[1]!r:.40} has no token of its own after "
+                         f"{texts[0][-20:]!r}; put a space between them: target_delimiter, in the "
+                         f"task's file")
             pairs = [(context or [self.eot_token_id], continuation)
                      for _, context, continuation in requests]
             return score(model, pairs, config.batch_size)
@@ -203,14 +217,21 @@ def harness_model(model: GPT, tokenizer: Tokenizer, config: EvalConfig):
             return [log_p for log_p, _ in self._loglikelihood_tokens(whole)]
 
         def generate_until(self, requests: list, **_) -> list[str]:
-            """Greedily, unless a task says otherwise."""
-            pairs = [(self.tok_encode(context) or [self.eot_token_id], how)
-                     for context, how in (request.args for request in requests)]
+            """Greedily, unless a task says otherwise. Each text has draws of its own, whatever its
+            batch: the repeats of an item differ."""
+            for name, value in (asked for r in requests for asked in r.args[1].items()):
+                if name not in GENERATION and (name, value) not in ASK_NOTHING:
+                    fail(f"its generation_kwargs ask for {name}={value}, which is not here; there "
+                         f"are {', '.join(GENERATION)}")
+            pairs = [(self.tok_encode(context) or [self.eot_token_id], how, number)
+                     for number, (context, how) in enumerate(r.args for r in requests)]
             batches = Collator(pairs, lambda pair: -len(pair[0]), group_by="gen_kwargs")
             texts: list[str] = []
             for batch in batches.get_batched(config.batch_size):  # that are generated in one way
-                how = normalize_gen_kwargs(batch[0][1], 256)
-                texts += complete(model, tokenizer, [p for p, _ in batch], how, config.seed)
+                prompts, hows, numbers = zip(*batch, strict=True)
+                how = normalize_gen_kwargs(hows[0], 256)
+                uniform = uniforms(config.seed, numbers, how["max_gen_toks"])
+                texts += complete(model, tokenizer, prompts, how, uniform)
             return batches.get_original(texts)
 
     return HarnessModel()
@@ -238,6 +259,7 @@ def score(model: GPT, pairs: list[tuple[list[int], list[int]]], batch_size: int,
                 logits = model.lm_head(x[len(inputs) - len(targets):len(inputs)])
                 logits = logits[:, :model.config.vocab_used]
                 logits = logits if logits.dtype == torch.float64 else logits.float()
+                check_finite(logits)
                 wanted = torch.tensor(targets, device=device)[:, None]
                 found = logits.log_softmax(-1).gather(1, wanted)
                 log_p[pair] += found.cpu().double().sum().item()
@@ -250,12 +272,13 @@ def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
 
 
-def complete(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], how: dict[str, Any],
-             seed: int) -> list[str]:
+def complete(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], how: dict[str, Any],
+             uniform: torch.Tensor) -> list[str]:
     """The continuation of each prompt, up to the first of the texts how["until"] or the end of the
     text. A prompt's beginning is cut, so that the context has room for what is generated.
 
     how: a task's generation_kwargs, with max_gen_toks, until and do_sample at least.
+    uniform: what the draws need, see `stream`.
     """
     T, new, device = model.config.block_size, how["max_gen_toks"], next(model.parameters()).device
     room = T - new if new < T else max(1, T // 2)
@@ -264,9 +287,9 @@ def complete(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], how: di
     temperature = how.get("temperature", 1.0) if how["do_sample"] else 0.0
     stops = [stop for stop in how["until"] if stop]
     found, done = [b""] * len(prompts), [False] * len(prompts)
-    for tokens in stream(model, padded(prompts).to(device), new, temperature, how.get("top_k"),
-                         how.get("top_p"), lengths=lengths,
-                         generator=torch.Generator(device).manual_seed(seed)):
+    top_k, top_p = (how.get(name) or None for name in ("top_k", "top_p"))  # 0 is none, too
+    for tokens in stream(model, padded(prompts).to(device), new, temperature, top_k, top_p,
+                         uniform=uniform, lengths=lengths):
         for i, token in enumerate(tokens.tolist()):
             if not done[i] and token != tokenizer.eot:
                 found[i] += tokenizer.token_bytes(token)
