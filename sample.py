@@ -10,7 +10,7 @@ model's context the older half is forgotten and the rest read again (a sliding w
 import codecs
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -123,13 +123,6 @@ def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, nn.Parameter(p.detach().to(dtype), requires_grad=False))
 
 
-def uniforms(seed: int, rows: Iterable[int], count: int) -> torch.Tensor:
-    """What `count` draws of each row need, (B, count) in [0, 1): they follow from the seed and the
-    row's number, so that a row is the same in every batch."""
-    return torch.from_numpy(np.stack([
-        np.random.default_rng([seed, row]).random(count, dtype=np.float32) for row in rows]))
-
-
 def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0,
          top_k: int | None = None, top_p: float | None = None) -> torch.Tensor:
     """One token id per row of logits (B, V), by its number uniform (B,) -> (B,). See `stream`."""
@@ -171,16 +164,16 @@ def prefill(model: GPT, text: torch.Tensor, start: torch.Tensor, count: torch.Te
 
 @torch.no_grad()
 def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-           top_k: int | None = None, top_p: float | None = None, stop_tokens: tuple[int, ...] = (),
-           uniform: torch.Tensor | None = None, lengths: torch.Tensor | None = None,
+           top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+           numbers: Sequence[int] | None = None, lengths: torch.Tensor | None = None,
            cache: DecodingCache | None = None, compile: bool = False) -> Iterator[torch.Tensor]:
     """Continue idx (B, T >= 1), or of every row its first lengths (B,) >= 1 tokens: yield the next
-    token of every row, (B,), up to max_new_tokens times, ending early when every row has met a stop
-    token (such a row repeats it).
+    token of every row, (B,), max_new_tokens times.
 
     temperature 0 (or below 1e-6) is greedy; top_k keeps the k likeliest tokens, top_p the fewest
-    whose probability reaches p; uniform (B, max_new_tokens) in [0, 1) decides, see `uniforms`.
-    Rows beyond vocab_used are never drawn. When a row's context is full its older half is dropped
+    whose probability reaches p. A row's draws follow from the seed and its number (0, 1, ...;
+    `numbers` where a batch has others), so that they are the same in every batch. Rows beyond
+    vocab_used are never drawn. When a row's context is full its older half is dropped
     and the rest read again (a sliding window of T/2 to T). compile: the one-token step, with CUDA
     graphs where there is CUDA. cache: one to use anew, for which nothing need be compiled again.
     """
@@ -202,10 +195,9 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
     text = F.pad(idx.long(), (0, max_new_tokens))  # (B, T + new): rows begin at 0 and grow
     start = (count - size).clamp(min=0)  # (B,) where each row's window begins
     room = 0  # how many tokens more the longest window may have
-    stops = torch.tensor(stop_tokens, dtype=torch.long, device=device)
-    stopped = torch.zeros(B, dtype=torch.bool, device=device)
-    token = text[:, 0]
-    uniform = (torch.rand(B, max_new_tokens) if uniform is None else uniform).to(device)
+    draws = [np.random.default_rng([seed, number]).random(max_new_tokens, np.float32)
+             for number in numbers or range(B)]
+    uniform, token = torch.tensor(np.stack(draws), device=device), text[:, 0]  # (B, new), (B,)
     for i in range(max_new_tokens):
         if room == 0:
             start = torch.where(count - start > size, count - max(1, size // 2), start)
@@ -218,14 +210,10 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
             room -= 1
         logits = logits[:, :vocab_used].float()  # (B, V)
         check_finite(logits)
-        token = torch.where(stopped, token,
-                            draw(logits, uniform[:, i], temperature, top_k, top_p))
-        stopped = stopped | torch.isin(token, stops)
+        token = draw(logits, uniform[:, i], temperature, top_k, top_p)
         text.scatter_(1, count[:, None], token[:, None])
         count = count + 1
         yield token
-        if stop_tokens and stopped.all():
-            return
 
 
 # -----------------------------------------------------------------------------
@@ -328,34 +316,26 @@ def read_prompt(start: str) -> str:
 
 
 class Sample:
-    """The text of one row, token by token."""
+    """The text of one row, token by token, up to the stop text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: str | None):
         self.tokenizer, self.stop = tokenizer, stop
-        self.held_back = len(stop) - 1 if stop else 0  # may turn out to begin the stop text
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text, self.shown, self.done = "", 0, False
 
-    def add(self, token: int) -> str:
-        """What of the text can be shown now: whole characters, and nothing of the stop text."""
-        if self.done:
-            return ""
-        self.text += self.decoder.decode(self.tokenizer.token_bytes(token))
-        found = self.text.find(self.stop, self.shown) if self.stop else -1
-        if found >= 0:
-            self.text, self.done = self.text[:found], True
-            return self.show(found)
-        return self.show(len(self.text) - self.held_back)
-
-    def finish(self) -> str:
-        """The rest, where no token follows."""
+    def add(self, token: int | None) -> str:
+        """What of the text can be shown now: whole characters, and nothing of the stop text. None:
+        no token follows."""
+        held_back = len(self.stop) - 1 if self.stop else 0  # may turn out to begin the stop text
         if not self.done:
-            self.text += self.decoder.decode(b"", final=True)
-        return self.show(len(self.text))
-
-    def show(self, end: int) -> str:
-        """What is not yet shown, up to character number `end`."""
-        start, self.shown = self.shown, max(self.shown, end)
+            data = b"" if token is None else self.tokenizer.token_bytes(token)
+            self.text += self.decoder.decode(data, final=token is None)
+            found = self.text.find(self.stop, self.shown) if self.stop else -1
+            if found >= 0:
+                self.text, self.done = self.text[:found], True
+        if self.done or token is None:
+            held_back = 0
+        start, self.shown = self.shown, max(self.shown, len(self.text) - held_back)
         return self.text[start:self.shown]
 
 
@@ -368,18 +348,17 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt:
     if not ids:
         fail("the prompt is empty; give --start some text, a newline at least")
     idx = torch.tensor(ids, device=device).repeat(config.num_samples, 1)  # (num_samples, T)
-    uniform = uniforms(config.seed, range(config.num_samples), config.max_new_tokens)
     samples = [Sample(tokenizer, config.stop) for _ in range(config.num_samples)]
     yield prompt
     for tokens in stream(model, idx, config.max_new_tokens, config.temperature, config.top_k,
-                         config.top_p, uniform=uniform, compile=compiled):
+                         config.top_p, config.seed, compile=compiled):
         pieces = [sample.add(token) for sample, token in zip(samples, tokens.tolist(), strict=True)]
         yield pieces[0]
         if all(sample.done for sample in samples):
             break
-    yield samples[0].finish() + "\n"
+    yield samples[0].add(None) + "\n"
     for sample in samples[1:]:
-        sample.finish()
+        sample.add(None)
         yield f"{'-' * 15}\n{prompt}{sample.text}\n"
 
 

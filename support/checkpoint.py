@@ -30,24 +30,31 @@ GPT2_TOKENS = "8f1c046ab87201d64780f75892556c8a0697aeb493efec91776b0cdf2e411d7b"
 def read_checkpoint(path: str) -> dict:
     """A checkpoint file, a folder that bench.py export or transformers wrote, or a gpt2* of the
     Hub, on the CPU; tensors and plain Python only. UserError if it cannot be read."""
-    if not os.path.exists(path) and path.startswith("gpt2") and not path.endswith(".pt"):
-        return read_pretrained(path, {"tokenizer": "gpt2"})
-    if not os.path.exists(path):
+    hub = path.startswith("gpt2") and not path.endswith(".pt") and not os.path.exists(path)
+    if not hub and not os.path.exists(path):
         fail(f"no checkpoint {path}; train one, or name the right folder")
     try:
-        checkpoint = read_folder(path) if os.path.isdir(path) else torch.load(
-            path, map_location="cpu", weights_only=True)
+        if hub:
+            checkpoint = read_pretrained(path, {"tokenizer": "gpt2"})
+        elif os.path.isdir(path):
+            checkpoint = read_folder(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
+    except ImportError as error:
+        package = str(error.name).split(".")[0]
+        fail(f"{path} needs {package}: pip install {package}")
     except pickle.UnpicklingError:
         fail(f"{path} is damaged or no checkpoint, or it holds more than tensors and plain Python, "
              f"which could run code: it was not loaded")
     except Exception as error:  # a damaged file raises nearly anything
-        fail(f"{path} is damaged or no checkpoint: {reason(error)}")
-    if isinstance(checkpoint, dict):  # None is as if absent
-        checkpoint = {key: value for key, value in checkpoint.items() if value is not None}
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        fail(f"{path} holds no model; expected nanoGPT's keys model and model_args")
+        run = f"; of a run name the file: {path}/ckpt.pt" if os.path.isdir(path) else ""
+        fail(f"cannot load {path}, which may be damaged or no checkpoint: {reason(error)}{run}")
+    entries = checkpoint.items() if isinstance(checkpoint, dict) else ()
+    checkpoint = {key: value for key, value in entries if value is not None}  # as if absent
+    if not {"model", "model_args"} <= checkpoint.keys():
+        fail(f"{path} holds no model; expected nanoGPT's keys model (its weights) and model_args")
     for name in ("model", "model_args", "config", "tokenizer"):
         if not isinstance(checkpoint.get(name, {}), dict):
             fail(f"{path} is damaged: its {name} is no table of weights or options")
@@ -80,33 +87,25 @@ def read_latest(out_dir: str) -> dict | None:
 def read_folder(folder: str) -> dict:
     """A checkpoint from a folder: bench.py export's model.safetensors and config.json, or a GPT-2
     that transformers saved."""
-    try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
-        if config.get("model_type") == "gpt2":
-            rows = config.get("vocab_size", 50257)
-            return read_pretrained(folder, config.get("tokenizer") or tokenizer_of(folder, rows))
-        kept = {"model_args": config["model_args"], "tokenizer": config.get("tokenizer")}
-        from safetensors.torch import load_file
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    if config.get("model_type") == "gpt2":
+        return read_pretrained(folder, tokenizer_of(folder, config))
+    from safetensors.torch import load_file
 
-        table = load_file(os.path.join(folder, "model.safetensors"))
-    except UserError:
-        raise
-    except ImportError:
-        fail(f"{folder} needs safetensors: pip install safetensors")
-    except Exception as error:  # a damaged file raises nearly anything
-        fail(f"{folder} holds no model of bench.py export, or a damaged one ({reason(error)}), and "
-             f"no GPT-2 of transformers; of a run name the file: {os.path.join(folder, 'ckpt.pt')}")
-    return kept | {"model": table}
+    return {"model_args": config["model_args"], "tokenizer": config.get("tokenizer"),
+            "model": load_file(os.path.join(folder, "model.safetensors"))}
 
 
-def tokenizer_of(folder: str, rows: int) -> dict | None:
-    """That of a folder of transformers: GPT-2's where its table of tokens is GPT-2's, or where it
-    has none, but as many rows. None: not known. UserError: it is another."""
+def tokenizer_of(folder: str, config: dict) -> dict | None:
+    """That of a folder of transformers: GPT-2's where its table of tokens is GPT-2's; without a
+    file, what our export says in config.json, or GPT-2's where the model has its number of rows.
+    None: not known. UserError: it is another."""
     names = sorted(name for name in os.listdir(folder)
                    if name.startswith(("tokenizer", "vocab", "merges", "spiece", "sentencepiece")))
     if not names:
-        return {"tokenizer": "gpt2"} if rows in (50257, 50304) else None
+        rows = config.get("vocab_size", 50257)
+        return config.get("tokenizer") or ({"tokenizer": "gpt2"} if rows == 50257 else None)
     tokens = {}
     for name in ("vocab.json", "tokenizer.json"):  # the latter counts where there are both
         if name in names:
@@ -122,22 +121,15 @@ def tokenizer_of(folder: str, rows: int) -> dict | None:
 
 
 def read_pretrained(name: str, tokenizer: dict | None) -> dict:
-    """A GPT-2 of the Hugging Face Hub, or a folder that transformers saved, as a checkpoint.
-    UserError where it cannot be loaded, or computes something that ours does not."""
-    try:
-        model = GPT.from_pretrained(name)
-    except ImportError:
-        fail("GPT-2 weights need transformers: pip install transformers")
-    except Exception as error:  # a damaged file raises nearly anything
-        fail(f"cannot load {name}: {reason(error)}")
-    return {"model": model.state_dict(), "model_args": asdict(model.config),
-            "tokenizer": tokenizer}
+    """A GPT-2 of the Hugging Face Hub, or a folder that transformers saved, as a checkpoint."""
+    model = GPT.from_pretrained(name)
+    return {"model": model.state_dict(), "model_args": asdict(model.config), "tokenizer": tokenizer}
 
 
 def check_tokenizer(folder: str, meta: dict, checkpoint: dict) -> None:
     """UserError where the data of a folder were made with another tokenizer than the checkpoint's,
     if that says which."""
-    expected = checkpoint.get("tokenizer", meta)
+    expected = checkpoint.get("tokenizer") or meta
     name, other = expected.get("tokenizer"), meta["tokenizer"]
     same = name == other or sorted((str(name), other)) == ["gpt2", "r50k_base"]  # two names of one
     if not same or expected.get("alphabet", "") != meta.get("alphabet", ""):
@@ -191,16 +183,14 @@ def named_weights(table: dict) -> dict[str, torch.Tensor]:
             continue
         kind = getattr(w, "dtype", type(w).__name__)
         if kind not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            fail(f"the checkpoint's {name} is of {kind}, and weights are floats of 16 to 64 bits; "
-                 f"convert them back to such")
+            fail(f"the checkpoint's weights cannot be read: {name} is of {kind}; convert it to "
+                 f"floats of 16 to 64 bits")
         weights[name] = w
-    for one, other in ((HEAD, TABLE), (TABLE, HEAD)):
-        if one in weights:
-            weights.setdefault(other, weights[one])
-    if HEAD in weights and not torch.allclose(weights[HEAD], weights[TABLE], 0, 0, equal_nan=True):
-        fail(f"the checkpoint's {HEAD} and {TABLE} differ, which here are one table (tied): no "
-             f"model of this code has such weights")
-    return weights
+    tied = [weights[name] for name in (HEAD, TABLE) if name in weights]
+    if tied and not torch.allclose(tied[0], tied[-1], 0, 0, equal_nan=True):
+        fail(f"the checkpoint's weights cannot be read: {HEAD} and {TABLE} differ, which are one "
+             f"table here (tied)")
+    return weights | {HEAD: tied[0], TABLE: tied[0]} if tied else weights
 
 
 # -----------------------------------------------------------------------------

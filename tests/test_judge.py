@@ -22,7 +22,6 @@ from variants import write_checkpoint
 import bench
 import tools.judge
 from model import GPT, GPTConfig
-from sample import uniforms
 from support.checkpoint import model_from
 from support.tokenizer import Tokenizer
 from tools import exchange
@@ -151,8 +150,7 @@ def test_completions():
 
     def complete(prompts, seed=0, until=(), do_sample=False, **how):
         how |= dict(max_gen_toks=30, until=until, do_sample=do_sample)
-        uniform = uniforms(seed, range(len(prompts)), 30)
-        return tools.judge.complete(model, tokenizer, prompts, how, uniform)
+        return tools.judge.complete(model, tokenizer, prompts, how, seed, range(len(prompts)))
 
     alone = [complete([p])[0] for p in prompts]
     assert complete(prompts) == alone
@@ -442,7 +440,8 @@ def test_json_has_no_nan(tmp_path, monkeypatch):
     ("CKPT --data=tiny --limit=0", ["limit=0"]), ("--ckpt=none.pt --data=tiny", ["none.pt"]),
     ("CKPT --data=none.txt", ["none.txt", "text file"]),
     ("CKPT --data=text.txt", ["UTF-8", "byte 4"]), ("CKPT --data=empty.txt", ["0 tokens"]),
-    ("CKPT --data=tiny --data_dir=DATA_DIR", ["tokenizer", "bytes", "char"]),
+    ("CKPT --data=tiny --data_dir=DATA_DIR",
+     ["tokenizer, bytes,", "char", "--tokenizer=CHECKPOINT.pt"]),
     ("CKPT --data=more", ["id 7"]), ("CKPT --tasks=hellaswag", ["pip install lm-eval"])])
 def test_mistakes(tmp_path, data_dir, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)

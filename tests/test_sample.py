@@ -22,7 +22,7 @@ from conftest import option_words, refused, write_data
 from variants import IDX, VARIANTS, assert_close, build, write_checkpoint
 
 import sample
-from sample import DecodingCache, DecodingLinear, draw, store_matrices, stream, uniforms
+from sample import DecodingCache, DecodingLinear, draw, store_matrices, stream
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = (1, 5, 12, 30, 9, 13)  # block_size is 12
@@ -89,37 +89,15 @@ def test_a_row_does_not_depend_on_the_others(name, block_size, lengths):
         assert torch.equal(decode(model, prompt[None].int(), n=25)[0], row)  # ids of either width
 
 
-def test_stop_tokens():
-    """A row repeats the one that it met; all rows end with the last. A stop token in a prompt, or
-    in its padding, does not count."""
-    model, prompts = build(**VARIANTS["llama"]), prompts_of(LENGTHS)
-    free = greedy(model, prompts, 16)
-    each = [(token,) for token in free.unique().tolist()]
-    ends = tuple(free[:, 9].unique().tolist())  # every row has met one after ten tokens
-    assert any(set(stops) & set(torch.cat(prompts).tolist()) for stops in each)
-    for stops in (*each, each[0] + each[1] + (5,), ends):
-        expected, width = free.clone(), 0
-        for row in expected:
-            met = [i for i, token in enumerate(row.tolist()) if token in stops] + [15]
-            row[met[0]:] = row[met[0]]
-            width = max(width, met[0] + 1)
-        idx, lengths = padded(prompts)
-        for row, n in zip(idx, lengths, strict=True):
-            row[n:] = stops[0]
-        out = decode(model, idx, lengths, 16, stop_tokens=stops)
-        assert torch.equal(out, expected[:, :width])
-    assert width <= 10
-
-
 @pytest.mark.parametrize("how", [dict(), dict(top_k=5), dict(top_p=0.8), dict(temperature=2.0)])
 def test_a_draw_depends_neither_on_padding_nor_on_the_batch(how):
     model, prompts = build(**VARIANTS["nesterov-llama"]), prompts_of(LENGTHS)
-    how, uniform = {"temperature": 1.0, **how}, uniforms(7, range(6), 20)
-    outs = [decode(model, *padded(prompts, width, seed), 20, uniform=uniform, **how)
+    how = {"temperature": 1.0, "seed": 7, **how}
+    outs = [decode(model, *padded(prompts, width, seed), 20, **how)
             for width, seed in ((0, 1), (0, 2), (50, 3))]
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
     for i, (prompt, row) in enumerate(zip(prompts, outs[0], strict=True)):
-        alone = decode(model, prompt[None], n=12, uniform=uniforms(7, [i], 12), **how)
+        alone = decode(model, prompt[None], n=12, numbers=[i], **how)
         assert torch.equal(alone[0], row[:12])
 
 

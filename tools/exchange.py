@@ -66,11 +66,11 @@ def checkpoint_named(ckpt: str, data_dir: str = "data") -> SampleConfig:
     return SampleConfig(data_dir=data_dir, **{"out_dir" if a_run else "init_from": ckpt})
 
 
-# what GPT-2 has too; and what does not matter to a model whose other options have their defaults
-GPT2_HAS = {"block_size", "vocab_size", "vocab_used", "n_layer", "n_head", "n_embd", "dropout",
-            "bias", "ffn_hidden", "activation"}
-UNUSED = {"rope_theta", "ffn_depth", "ffn_substeps", "imex_steps", "velocity_norm", "mu_init",
-          "beta_init", "gamma_init", "scalar_map", "residual_init_scale"}
+# the options that GPT-2 has too, or that do nothing without others
+EXPORTED = {"block_size", "vocab_size", "vocab_used", "n_layer", "n_head", "n_embd", "dropout",
+            "bias", "ffn_hidden", "activation", "head_dim", "rope_theta", "ffn_depth",
+            "ffn_substeps", "imex_steps", "velocity_init", "velocity_norm", "mu_init", "beta_init",
+            "gamma_init", "scalar_map", "residual_init_scale"}
 
 
 def load_source(config: ExportConfig) -> tuple[GPT, dict]:
@@ -137,13 +137,8 @@ def to_hf(model: GPT, meta: dict, folder: str) -> str:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     m = model.config
-    known = GPT2_HAS | UNUSED
-    if m.d_attn == m.n_embd:
-        known = known | {"head_dim"}
-    if m.velocity_init == "zero":
-        known = known | {"velocity_init"}
     options = [f"{f.name}={getattr(m, f.name)}" for f in fields(m)
-               if f.name not in known and getattr(m, f.name) != f.default]
+               if f.name not in EXPORTED and getattr(m, f.name) != f.default]
     if options:
         fail(f"transformers' GPT-2 has no {', '.join(options)}; use --format=safetensors")
     eot = Tokenizer.from_meta(meta).eot if meta else None
@@ -152,15 +147,16 @@ def to_hf(model: GPT, meta: dict, folder: str) -> str:
         n_head=m.n_head, n_inner=m.ffn_hidden, resid_pdrop=m.dropout, embd_pdrop=m.dropout,
         attn_pdrop=m.dropout, bos_token_id=eot, eos_token_id=eot,
         activation_function="gelu" if m.activation == "gelu" else "gelu_new",
-        **({"tokenizer": meta} if meta else {}))).eval()  # it is not of transformers'
+        tokenizer=meta or None)).eval()  # which is for us alone
     stored = model.lm_head.weight.dtype
     wide = torch.promote_types(stored, torch.float32)
     ours = transposed(model.to(wide).state_dict())
     weights = {n: ours.get(n, torch.zeros_like(w)) for n, w in hf.to(wide).state_dict().items()}
     try:
         hf.load_state_dict(weights)
-    except RuntimeError as error:  # other shapes, of a fork
-        fail(f"transformers' GPT-2 has no such weights: {str(error).splitlines()[-1].strip()}")
+    except RuntimeError as error:  # other shapes
+        fail(f"transformers' GPT-2 has other weights ({str(error).splitlines()[-1].strip()}); use "
+             f"--format=safetensors")
     largest, change = compare_logits(model, lambda idx: hf(idx).logits)
     if not change < 1e-4 * largest:
         fail(f"transformers' GPT-2 is not this model: on random tokens the logits, of up to "

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from config import check_rules, nearest
 from model import GPT
-from sample import check_finite, load_model, store_matrices, stream, uniforms
+from sample import check_finite, load_model, store_matrices, stream
 from support.checkpoint import check_tokenizer
 from support.data import Tokens, evaluation_starts
 from support.device import pick_device, pick_dtype, tune_allocator
@@ -182,11 +182,6 @@ def task_manager(config: EvalConfig, names: list[str]):
     return manager
 
 
-GENERATION = ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens",
-              "do_sample", "temperature", "top_k", "top_p")  # what a task may ask for
-ASK_NOTHING = (("num_beams", 1), ("repetition_penalty", 1))
-
-
 def harness_model(model: GPT, tokenizer: Tokenizer, config: EvalConfig):
     """The model as lm-evaluation-harness asks for it. Its TemplateLM divides text into context and
     continuation; <|endoftext|> in a text is the id, as in its own `hf` backend. An empty context
@@ -219,10 +214,6 @@ def harness_model(model: GPT, tokenizer: Tokenizer, config: EvalConfig):
         def generate_until(self, requests: list, **_) -> list[str]:
             """Greedily, unless a task says otherwise. Each text has draws of its own, whatever its
             batch: the repeats of an item differ."""
-            for name, value in (asked for r in requests for asked in r.args[1].items()):
-                if name not in GENERATION and (name, value) not in ASK_NOTHING:
-                    fail(f"its generation_kwargs ask for {name}={value}, which is not here; there "
-                         f"are {', '.join(GENERATION)}")
             pairs = [(self.tok_encode(context) or [self.eot_token_id], how, number)
                      for number, (context, how) in enumerate(r.args for r in requests)]
             batches = Collator(pairs, lambda pair: -len(pair[0]), group_by="gen_kwargs")
@@ -230,8 +221,7 @@ def harness_model(model: GPT, tokenizer: Tokenizer, config: EvalConfig):
             for batch in batches.get_batched(config.batch_size):  # that are generated in one way
                 prompts, hows, numbers = zip(*batch, strict=True)
                 how = normalize_gen_kwargs(hows[0], 256)
-                uniform = uniforms(config.seed, numbers, how["max_gen_toks"])
-                texts += complete(model, tokenizer, prompts, how, uniform)
+                texts += complete(model, tokenizer, prompts, how, config.seed, numbers)
             return batches.get_original(texts)
 
     return HarnessModel()
@@ -273,13 +263,18 @@ def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
 
 
 def complete(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], how: dict[str, Any],
-             uniform: torch.Tensor) -> list[str]:
+             seed: int, numbers: Sequence[int]) -> list[str]:
     """The continuation of each prompt, up to the first of the texts how["until"] or the end of the
     text. A prompt's beginning is cut, so that the context has room for what is generated.
 
     how: a task's generation_kwargs, with max_gen_toks, until and do_sample at least.
-    uniform: what the draws need, see `stream`.
+    seed, numbers: of the draws, see `stream`.
     """
+    known = {"max_gen_toks", "until", "do_sample", "temperature", "top_k", "top_p"}
+    for name in how.keys() - known:
+        if (name, how[name]) not in (("num_beams", 1), ("repetition_penalty", 1)):  # for nothing
+            fail(f"its generation_kwargs ask for {name}={how[name]}, which is not here; take that "
+                 f"out of a copy of the task: --include_path")
     T, new, device = model.config.block_size, how["max_gen_toks"], next(model.parameters()).device
     room = T - new if new < T else max(1, T // 2)
     prompts = [prompt[-room:] for prompt in prompts]
@@ -289,7 +284,7 @@ def complete(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], how
     found, done = [b""] * len(prompts), [False] * len(prompts)
     top_k, top_p = (how.get(name) or None for name in ("top_k", "top_p"))  # 0 is none, too
     for tokens in stream(model, padded(prompts).to(device), new, temperature, top_k, top_p,
-                         uniform=uniform, lengths=lengths):
+                         seed, numbers, lengths):
         for i, token in enumerate(tokens.tolist()):
             if not done[i] and token != tokenizer.eot:
                 found[i] += tokenizer.token_bytes(token)
