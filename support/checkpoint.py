@@ -66,16 +66,14 @@ def read_latest(out_dir: str) -> dict | None:
     problems = []
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         path = os.path.join(out_dir, name)
-        if not os.path.exists(path):
-            continue
-        try:
-            checkpoint = read_checkpoint(path)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        for problem in problems:
-            print(f"warning: {problem}; using {path}", file=sys.stderr)
-        return checkpoint
+        if os.path.exists(path):
+            try:
+                checkpoint = read_checkpoint(path)
+                for problem in problems:
+                    print(f"warning: {problem}; using {path}", file=sys.stderr)
+                return checkpoint
+            except UserError as error:
+                problems.append(str(error))
     best = os.path.join(out_dir, "best.pt")
     if problems and os.path.exists(best):
         problems[-1] += f"; perhaps {best} is whole: --init_from={best}"
@@ -176,16 +174,13 @@ def model_from(checkpoint: dict, **changes) -> GPT:
 def named_weights(table: dict) -> dict[str, torch.Tensor]:
     """A checkpoint's weights under our names: without what torch.compile and DDP put before them,
     the tied table under both of its names. UserError where they are not for us."""
-    weights = {}
-    for name, w in table.items():
-        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)
-        if name.endswith(".attn.bias"):  # older nanoGPT's causal masks
-            continue
+    weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): w for name, w in table.items()
+               if not name.endswith(".attn.bias")}  # older nanoGPT's causal masks
+    for name, w in weights.items():
         kind = getattr(w, "dtype", type(w).__name__)
         if kind not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             fail(f"the checkpoint's weights cannot be read: {name} is of {kind}; convert it to "
                  f"floats of 16 to 64 bits")
-        weights[name] = w
     tied = [weights[name] for name in (HEAD, TABLE) if name in weights]
     if tied and not torch.allclose(tied[0], tied[-1], 0, 0, equal_nan=True):
         fail(f"the checkpoint's weights cannot be read: {HEAD} and {TABLE} differ, which are one "

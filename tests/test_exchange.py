@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED, assert_same, refused, write_data
+from conftest import SHARED, assert_same, refused
 from variants import VARIANTS
 
 import bench
@@ -109,23 +109,6 @@ def test_the_four_sizes(monkeypatch, name, shape, parameters):
     c = ours.config
     assert (c.n_layer, c.n_head, c.n_embd, c.dropout) == (*shape, 0.1)
     assert (c.block_size, c.vocab_size, c.activation, c.bias) == (1024, 50257, "gelu_tanh", True)
-
-
-def test_a_folder_of_transformers_trains_and_samples(tmp_path, words, gpt2_cache):
-    """Whatever its name."""
-    transformers = pytest.importorskip("transformers")
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=50257, n_positions=16, n_embd=8, n_layer=1, n_head=2)).save_pretrained(
-            tmp_path / "theirs")
-    out = tmp_path / "out"
-    write_data(tmp_path / "data" / "gpt2", range(343), vocab_size=50257, tokenizer="gpt2")
-    options = words(out, init_from=tmp_path / "theirs", max_iters=2, eval_interval=2,
-                    data_dir=tmp_path / "data", dataset="gpt2")
-    train.main([w for w in options if not w.startswith(("--n_", "--block_size"))])
-    args = torch.load(out / "ckpt.pt", weights_only=True)["model_args"]
-    assert (args["n_embd"], args["bias"], args["activation"]) == (8, True, "gelu_tanh")
-    model, tokenizer = sample.load_model(sample.SampleConfig(init_from=str(tmp_path / "theirs")))
-    assert tokenizer.name == "gpt2" and model.config.n_embd == 8
 
 
 @pytest.mark.parametrize("change, said", [

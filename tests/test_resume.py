@@ -38,6 +38,7 @@ from conftest import (
 
 import bench
 import prepare
+import sample
 import train
 from model import TEMPLATES
 from support.data import WindowOrder
@@ -374,9 +375,8 @@ def test_a_nanogpt_checkpoint_resumes(tmp_path, data_dir, capsys):
     assert "optimiser" in optimizer and "generator" in generators
 
 
-GPT2 = dict(vocab_size=50257, n_positions=16, n_embd=4, n_layer=1, n_head=2)
-TUNE = dict(device="cpu", dtype="float32", max_iters=1, batch_size=2, eval_tokens=64,
-            gradient_accumulation_steps=1)
+GPT2 = dict(n_positions=16, n_embd=4, n_layer=1, n_head=2)
+TUNE = dict(HERE, max_iters=1, batch_size=2, eval_tokens=64, gradient_accumulation_steps=1)
 
 
 @pytest.fixture
@@ -413,12 +413,15 @@ def test_fine_tuning_gpt2(gpt2s, tmp_path):
                                   "--tokenizer=gpt2")
             else:
                 train.main(argv)
-                assert load(tmp_path / f"{kind}-{name}")["model_args"]["n_embd"] == 4
+                args = load(tmp_path / f"{kind}-{name}")["model_args"]
+                assert (args["n_embd"], args["bias"], args["activation"]) == (4, True, "gelu_tanh")
         if kind == "folder":
             shutil.copytree(tmp_path / "folder-gpt2", tmp_path / "tuned")
             for form in ("hf", "safetensors"):
                 bench.main(["export", f"--ckpt={gpt2s['pt']}", f"--out={gpt2s[form]}",
                             f"--format={form}"])
+        _, tokenizer = sample.load_model(sample.SampleConfig(init_from=str(source)))
+        assert tokenizer.name == "gpt2"
 
 
 def test_weights_of_a_file_start_a_fresh_run(run, tmp_path, data_dir):
