@@ -10,6 +10,7 @@ you name, runs in the same process. The data are random ids, whatever the datase
 """
 
 import json
+import math
 import multiprocessing
 import os
 import shlex
@@ -280,6 +281,8 @@ def measure(argv: list[str], config: Any, function: Callable[..., list[dict]]) -
         rows = function(config)
     print(race.text_table(rows))
     if config.json:
+        rows = [{k: None if isinstance(v, float) and not math.isfinite(v) else v
+                 for k, v in row.items()} for row in rows]  # JSON has no nan
         with (explain_failures(config.json, mend="choose another --json"),
               open(config.json, "w", encoding="utf-8") as file):
             json.dump({"command": argv, "machine": machine, "rows": rows}, file, indent=1)

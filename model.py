@@ -797,6 +797,8 @@ class GPT(nn.Module):
             if getattr(hf, name) not in known:
                 raise ValueError(f"it is no GPT-2 that this model can be: it has "
                                  f"{name}={getattr(hf, name)}")
+        if source.lm_head.weight is not source.transformer.wte.weight:
+            raise ValueError("it has a head of its own, not its token table (tied)")
         if info["missing_keys"]:
             raise ValueError(f"it has no {sorted(info['missing_keys'])[0]}")
         model = cls(GPTConfig(

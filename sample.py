@@ -10,10 +10,12 @@ model's context the older half is forgotten and the rest read again (a sliding w
 import codecs
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -121,9 +123,9 @@ def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, nn.Parameter(p.detach().to(dtype), requires_grad=False))
 
 
-def draw(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
-         top_p: float | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
-    """One token id per row of logits (B, V) -> (B,). See `stream`."""
+def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0,
+         top_k: int | None = None, top_p: float | None = None) -> torch.Tensor:
+    """One token id per row of logits (B, V), by its number uniform (B,) -> (B,). See `stream`."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
     n = logits.size(-1)
@@ -135,8 +137,16 @@ def draw(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = Non
     if top_p is not None:
         likelier = probs.cumsum(dim=-1) - probs  # the probability of all likelier tokens together
         probs = probs.masked_fill((likelier >= top_p) & (likelier > 0), 0.0)
-    drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
-    return (ids.gather(1, drawn) if ranked else drawn)[:, 0]
+    reached = probs.cumsum(dim=-1)
+    drawn = (reached > uniform[:, None] * reached[:, -1:]).int().argmax(dim=-1)  # the first
+    return ids.gather(1, drawn[:, None])[:, 0] if ranked else drawn
+
+
+def check_finite(values: torch.Tensor) -> None:
+    """UserError where logits or losses are not."""
+    if not values.isfinite().all():
+        fail("the model's logits are nan or infinite: numbers too large for the precision; use "
+             "--dtype=float32, and if that is in use, another checkpoint")
 
 
 def prefill(model: GPT, text: torch.Tensor, start: torch.Tensor, count: torch.Tensor,
@@ -154,18 +164,18 @@ def prefill(model: GPT, text: torch.Tensor, start: torch.Tensor, count: torch.Te
 
 @torch.no_grad()
 def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-           top_k: int | None = None, top_p: float | None = None, stop_tokens: tuple[int, ...] = (),
-           generator: torch.Generator | None = None, lengths: torch.Tensor | None = None,
+           top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+           numbers: Sequence[int] | None = None, lengths: torch.Tensor | None = None,
            cache: DecodingCache | None = None, compile: bool = False) -> Iterator[torch.Tensor]:
     """Continue idx (B, T >= 1), or of every row its first lengths (B,) >= 1 tokens: yield the next
-    token of every row, (B,), up to max_new_tokens times, ending early when every row has met a stop
-    token (such a row repeats it).
+    token of every row, (B,), max_new_tokens times.
 
     temperature 0 (or below 1e-6) is greedy; top_k keeps the k likeliest tokens, top_p the fewest
-    whose probability reaches p. Rows beyond vocab_used are never drawn. When a row's context is
-    full its older half is dropped and the rest read again (a sliding window of T/2 to T). compile:
-    the one-token step, with CUDA graphs where there is CUDA. cache: one to use anew, for which
-    nothing need be compiled again.
+    whose probability reaches p. A row's draws follow from the seed and its number (0, 1, ...;
+    `numbers` where a batch has others), so that they are the same in every batch. Rows beyond
+    vocab_used are never drawn. When a row's context is full its older half is dropped
+    and the rest read again (a sliding window of T/2 to T). compile: the one-token step, with CUDA
+    graphs where there is CUDA. cache: one to use anew, for which nothing need be compiled again.
     """
     (B, T), device = idx.shape, idx.device
     size = model.config.block_size
@@ -185,10 +195,10 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
     text = F.pad(idx.long(), (0, max_new_tokens))  # (B, T + new): rows begin at 0 and grow
     start = (count - size).clamp(min=0)  # (B,) where each row's window begins
     room = 0  # how many tokens more the longest window may have
-    stops = torch.tensor(stop_tokens, dtype=torch.long, device=device)
-    stopped = torch.zeros(B, dtype=torch.bool, device=device)
-    token = text[:, 0]
-    for _ in range(max_new_tokens):
+    draws = [np.random.default_rng([seed, number]).random(max_new_tokens, np.float32)
+             for number in numbers or range(B)]
+    uniform, token = torch.tensor(np.stack(draws), device=device), text[:, 0]  # (B, new), (B,)
+    for i in range(max_new_tokens):
         if room == 0:
             start = torch.where(count - start > size, count - max(1, size // 2), start)
             logits = prefill(model, text, start, count, cache)
@@ -198,15 +208,12 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
                 torch.compiler.cudagraph_mark_step_begin()
             logits = step(token[:, None], cache=cache)[0][:, -1]
             room -= 1
-        logits = logits.float()  # (B, V)
-        logits[:, vocab_used:] = -torch.inf
-        token = torch.where(stopped, token, draw(logits, temperature, top_k, top_p, generator))
-        stopped = stopped | torch.isin(token, stops)
+        logits = logits[:, :vocab_used].float()  # (B, V)
+        check_finite(logits)
+        token = draw(logits, uniform[:, i], temperature, top_k, top_p)
         text.scatter_(1, count[:, None], token[:, None])
         count = count + 1
         yield token
-        if stop_tokens and stopped.all():
-            return
 
 
 # -----------------------------------------------------------------------------
@@ -246,6 +253,7 @@ class SampleConfig:
              f"top_k={self.top_k}: must be at least 1; None keeps all tokens")
         rule(self.top_p is None or 0 < self.top_p <= 1,
              f"top_p={self.top_p}: must lie in (0, 1]; None keeps all tokens")
+        rule(self.seed >= 0, f"seed={self.seed}: must not be negative")
         rule(self.stop != "", 'stop="": must not be empty')
 
 
@@ -296,46 +304,38 @@ def nanogpt_tokenizer(checkpoint: dict, data_dir: str) -> dict:
 
 def read_prompt(start: str) -> str:
     """The prompt's text: as it stands, from FILE:path, or from standard input (-)."""
+    if start == r"\n":  # the default as --help prints it
+        return "\n"
     if start != "-" and not start.startswith("FILE:"):
         return start
     try:
-        if start == "-":
-            return sys.stdin.buffer.read().decode()
-        with open(start[5:], "rb") as file:
-            return file.read().decode()
+        data = sys.stdin.buffer.read() if start == "-" else Path(start[5:]).read_bytes()
+        return data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         fail(f"cannot read the prompt {start}: {error}")
 
 
 class Sample:
-    """The text of one row, token by token."""
+    """The text of one row, token by token, up to the stop text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: str | None):
         self.tokenizer, self.stop = tokenizer, stop
-        self.held_back = len(stop) - 1 if stop else 0  # may turn out to begin the stop text
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text, self.shown, self.done = "", 0, False
 
-    def add(self, token: int) -> str:
-        """What of the text can be shown now: whole characters, and nothing of the stop text."""
-        if self.done:
-            return ""
-        self.text += self.decoder.decode(self.tokenizer.token_bytes(token))
-        found = self.text.find(self.stop, self.shown) if self.stop else -1
-        if found >= 0:
-            self.text, self.done = self.text[:found], True
-            return self.show(found)
-        return self.show(len(self.text) - self.held_back)
-
-    def finish(self) -> str:
-        """The rest, where no token follows."""
+    def add(self, token: int | None) -> str:
+        """What of the text can be shown now: whole characters, and nothing of the stop text. None:
+        no token follows."""
+        held_back = len(self.stop) - 1 if self.stop else 0  # may turn out to begin the stop text
         if not self.done:
-            self.text += self.decoder.decode(b"", final=True)
-        return self.show(len(self.text))
-
-    def show(self, end: int) -> str:
-        """What is not yet shown, up to character number `end`."""
-        start, self.shown = self.shown, max(self.shown, end)
+            data = b"" if token is None else self.tokenizer.token_bytes(token)
+            self.text += self.decoder.decode(data, final=token is None)
+            found = self.text.find(self.stop, self.shown) if self.stop else -1
+            if found >= 0:
+                self.text, self.done = self.text[:found], True
+        if self.done or token is None:
+            held_back = 0
+        start, self.shown = self.shown, max(self.shown, len(self.text) - held_back)
         return self.text[start:self.shown]
 
 
@@ -348,18 +348,17 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt:
     if not ids:
         fail("the prompt is empty; give --start some text, a newline at least")
     idx = torch.tensor(ids, device=device).repeat(config.num_samples, 1)  # (num_samples, T)
-    generator = torch.Generator(device).manual_seed(config.seed)
     samples = [Sample(tokenizer, config.stop) for _ in range(config.num_samples)]
     yield prompt
     for tokens in stream(model, idx, config.max_new_tokens, config.temperature, config.top_k,
-                         config.top_p, generator=generator, compile=compiled):
+                         config.top_p, config.seed, compile=compiled):
         pieces = [sample.add(token) for sample, token in zip(samples, tokens.tolist(), strict=True)]
         yield pieces[0]
         if all(sample.done for sample in samples):
             break
-    yield samples[0].finish() + "\n"
+    yield samples[0].add(None) + "\n"
     for sample in samples[1:]:
-        sample.finish()
+        sample.add(None)
         yield f"{'-' * 15}\n{prompt}{sample.text}\n"
 
 

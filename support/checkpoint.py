@@ -1,9 +1,11 @@
 """Checkpoints: reading ours, nanoGPT's and other weights, and writing them whole or not at all."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import textwrap
@@ -14,8 +16,11 @@ import torch
 from model import GPT, GPTConfig
 from support.errors import UserError, fail, reason
 from support.files import rename
+from support.tokenizer import END_OF_TEXT
 
 CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
+HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"  # tied
+GPT2_TOKENS = "8f1c046ab87201d64780f75892556c8a0697aeb493efec91776b0cdf2e411d7b"  # their sha256
 
 
 # -----------------------------------------------------------------------------
@@ -25,24 +30,33 @@ CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
 def read_checkpoint(path: str) -> dict:
     """A checkpoint file, a folder that bench.py export or transformers wrote, or a gpt2* of the
     Hub, on the CPU; tensors and plain Python only. UserError if it cannot be read."""
-    if not os.path.exists(path) and path.startswith("gpt2") and not path.endswith(".pt"):
-        return read_pretrained(path)
-    if not os.path.exists(path):
+    hub = path.startswith("gpt2") and not path.endswith(".pt") and not os.path.exists(path)
+    if not hub and not os.path.exists(path):
         fail(f"no checkpoint {path}; train one, or name the right folder")
     try:
-        checkpoint = read_folder(path) if os.path.isdir(path) else torch.load(
-            path, map_location="cpu", weights_only=True)
+        if hub:
+            checkpoint = read_pretrained(path, {"tokenizer": "gpt2"})
+        elif os.path.isdir(path):
+            checkpoint = read_folder(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
+    except ImportError as error:
+        package = str(error.name).split(".")[0]
+        fail(f"{path} needs {package}: pip install {package}")
     except pickle.UnpicklingError:
         fail(f"{path} is damaged or no checkpoint, or it holds more than tensors and plain Python, "
              f"which could run code: it was not loaded")
     except Exception as error:  # a damaged file raises nearly anything
-        fail(f"{path} is damaged or no checkpoint: {reason(error)}")
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        fail(f"{path} holds no model; expected nanoGPT's keys model and model_args")
+        run = f"; of a run name the file: {path}/ckpt.pt" if os.path.isdir(path) else ""
+        fail(f"cannot load {path}, which may be damaged or no checkpoint: {reason(error)}{run}")
+    entries = checkpoint.items() if isinstance(checkpoint, dict) else ()
+    checkpoint = {key: value for key, value in entries if value is not None}  # as if absent
+    if not {"model", "model_args"} <= checkpoint.keys():
+        fail(f"{path} holds no model; expected nanoGPT's keys model (its weights) and model_args")
     for name in ("model", "model_args", "config", "tokenizer"):
-        if not isinstance(checkpoint.get(name), (dict, type(None))):
+        if not isinstance(checkpoint.get(name, {}), dict):
             fail(f"{path} is damaged: its {name} is no table of weights or options")
     return checkpoint
 
@@ -52,16 +66,14 @@ def read_latest(out_dir: str) -> dict | None:
     problems = []
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         path = os.path.join(out_dir, name)
-        if not os.path.exists(path):
-            continue
-        try:
-            checkpoint = read_checkpoint(path)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        for problem in problems:
-            print(f"warning: {problem}; using {path}", file=sys.stderr)
-        return checkpoint
+        if os.path.exists(path):
+            try:
+                checkpoint = read_checkpoint(path)
+                for problem in problems:
+                    print(f"warning: {problem}; using {path}", file=sys.stderr)
+                return checkpoint
+            except UserError as error:
+                problems.append(str(error))
     best = os.path.join(out_dir, "best.pt")
     if problems and os.path.exists(best):
         problems[-1] += f"; perhaps {best} is whole: --init_from={best}"
@@ -73,37 +85,55 @@ def read_latest(out_dir: str) -> dict | None:
 def read_folder(folder: str) -> dict:
     """A checkpoint from a folder: bench.py export's model.safetensors and config.json, or a GPT-2
     that transformers saved."""
-    try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
-        if config.get("model_type") == "gpt2":
-            return read_pretrained(folder)
-        kept = {"model_args": config["model_args"], "tokenizer": config.get("tokenizer")}
-        from safetensors.torch import load_file
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    if config.get("model_type") == "gpt2":
+        return read_pretrained(folder, tokenizer_of(folder, config))
+    from safetensors.torch import load_file
 
-        table = load_file(os.path.join(folder, "model.safetensors"))
-        table["lm_head.weight"] = table["transformer.wte.weight"]  # tied
-    except UserError:
-        raise
-    except ImportError:
-        fail(f"{folder} needs safetensors: pip install safetensors")
-    except Exception as error:  # a damaged file raises nearly anything
-        fail(f"{folder} holds no model of bench.py export, or a damaged one ({reason(error)}), and "
-             f"no GPT-2 of transformers; of a run name the file: {os.path.join(folder, 'ckpt.pt')}")
-    return kept | {"model": table}
+    return {"model_args": config["model_args"], "tokenizer": config.get("tokenizer"),
+            "model": load_file(os.path.join(folder, "model.safetensors"))}
 
 
-def read_pretrained(name: str) -> dict:
-    """A GPT-2 of the Hugging Face Hub, or a folder that transformers saved, as a checkpoint.
-    UserError where it cannot be loaded, or computes something that ours does not."""
-    try:
-        model = GPT.from_pretrained(name)
-    except ImportError:
-        fail("GPT-2 weights need transformers: pip install transformers")
-    except Exception as error:  # a damaged file raises nearly anything
-        fail(f"cannot load {name}: {reason(error)}")
-    return {"model": model.state_dict(), "model_args": asdict(model.config),
-            "tokenizer": {"tokenizer": "gpt2"}}
+def tokenizer_of(folder: str, config: dict) -> dict | None:
+    """That of a folder of transformers: GPT-2's where its table of tokens is GPT-2's; without a
+    file, what our export says in config.json, or GPT-2's where the model has its number of rows.
+    None: not known. UserError: it is another."""
+    names = sorted(name for name in os.listdir(folder)
+                   if name.startswith(("tokenizer", "vocab", "merges", "spiece", "sentencepiece")))
+    if not names:
+        rows = config.get("vocab_size", 50257)
+        return config.get("tokenizer") or ({"tokenizer": "gpt2"} if rows == 50257 else None)
+    tokens = {}
+    for name in ("vocab.json", "tokenizer.json"):  # the latter counts where there are both
+        if name in names:
+            with open(os.path.join(folder, name), encoding="utf-8") as file:
+                tokens = json.load(file)
+    if "tokenizer.json" in names:
+        tokens = dict(tokens["model"]["vocab"])
+    tokens.pop(END_OF_TEXT, None)
+    if hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest() != GPT2_TOKENS:
+        fail(f"{folder} has a tokenizer of its own ({names[0]}): of transformers' only GPT-2's is "
+             f"known here; choose a model with that one")
+    return {"tokenizer": "gpt2"}
+
+
+def read_pretrained(name: str, tokenizer: dict | None) -> dict:
+    """A GPT-2 of the Hugging Face Hub, or a folder that transformers saved, as a checkpoint."""
+    model = GPT.from_pretrained(name)
+    return {"model": model.state_dict(), "model_args": asdict(model.config), "tokenizer": tokenizer}
+
+
+def check_tokenizer(folder: str, meta: dict, checkpoint: dict) -> None:
+    """UserError where the data of a folder were made with another tokenizer than the checkpoint's,
+    if that says which."""
+    expected = checkpoint.get("tokenizer") or meta
+    name, other = expected.get("tokenizer"), meta["tokenizer"]
+    same = name == other or sorted((str(name), other)) == ["gpt2", "r50k_base"]  # two names of one
+    if not same or expected.get("alphabet", "") != meta.get("alphabet", ""):
+        words = "CHECKPOINT.pt (char, with its alphabet)" if name == "char" else name
+        fail(f"{folder} was made with another tokenizer, {other}, than the checkpoint's, {name}; "
+             f"use that: python prepare.py text --input=FILES --tokenizer={words}")
 
 
 def holds_weights(folder: str) -> bool:
@@ -132,14 +162,30 @@ def model_from(checkpoint: dict, **changes) -> GPT:
         model = GPT(config)
         if "model" not in checkpoint:
             return model
-        weights = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()
-                   if not name.endswith(".attn.bias")}  # older nanoGPT's causal masks
-        model.to(weights["lm_head.weight"].dtype)
-        model.load_state_dict(weights)
+        weights = named_weights(checkpoint["model"])
+        kinds = {w.dtype for w in weights.values()} or {torch.float32}
+        model.to(max(kinds, key=lambda kind: torch.finfo(kind).max)).load_state_dict(weights)
     except (AttributeError, KeyError, MemoryError, RuntimeError, TypeError) as error:
         what = textwrap.shorten(str(error), 300)  # torch lists all that is missing or misshapen
         fail(f"the checkpoint's weights do not fit its model_args: {what}")
     return model
+
+
+def named_weights(table: dict) -> dict[str, torch.Tensor]:
+    """A checkpoint's weights under our names: without what torch.compile and DDP put before them,
+    the tied table under both of its names. UserError where they are not for us."""
+    weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): w for name, w in table.items()
+               if not name.endswith(".attn.bias")}  # older nanoGPT's causal masks
+    for name, w in weights.items():
+        kind = getattr(w, "dtype", type(w).__name__)
+        if kind not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            fail(f"the checkpoint's weights cannot be read: {name} is of {kind}; convert it to "
+                 f"floats of 16 to 64 bits")
+    tied = [weights[name] for name in (HEAD, TABLE) if name in weights]
+    if tied and not torch.allclose(tied[0], tied[-1], 0, 0, equal_nan=True):
+        fail(f"the checkpoint's weights cannot be read: {HEAD} and {TABLE} differ, which are one "
+             f"table here (tied)")
+    return weights | {HEAD: tied[0], TABLE: tied[0]} if tied else weights
 
 
 # -----------------------------------------------------------------------------

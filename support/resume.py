@@ -10,6 +10,7 @@ import torch
 from model import GPT
 from support.checkpoint import (
     CHECKPOINTS,
+    check_tokenizer,
     holds_weights,
     read_checkpoint,
     read_latest,
@@ -114,10 +115,7 @@ def read_source(folder: str, checkpoint: dict | None, resumed: bool) -> tuple[di
     one, or a run that goes on was trained on other data."""
     meta = load_meta(folder)
     source = identity(folder, meta)
-    expected = (checkpoint or {}).get("tokenizer") or {}
-    if any(meta.get(key, "") != value for key, value in expected.items()):
-        fail(f"{folder} was made with another tokenizer than the checkpoint's, "
-             f"{expected.get('tokenizer')}; prepare the data with that one")
+    check_tokenizer(folder, meta, checkpoint or {})
     if resumed and checkpoint.get("data", source) != source:
         fail(f"{folder} is not the data that the run was trained on; to train on new data start "
              f"from its checkpoint, --init_from=FILE.pt, with another --out_dir")

@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import assert_same, load, refused, scripted, steps_of
+from conftest import assert_same, load, nanogpt_checkpoint, refused, scripted, steps_of
 
 import train
-from support.checkpoint import model_from
+from support.checkpoint import HEAD, TABLE, model_from
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -95,7 +95,7 @@ def test_a_damaged_checkpoint_falls_back_on_the_previous(run, tmp_path, capsys, 
     (tmp_path / "ckpt.pt").write_bytes(whole[:int(share * len(whole))])
     run(tmp_path, init_from="resume")
     warning = capsys.readouterr().err
-    assert "ckpt.pt is damaged" in warning and "ckpt_prev.pt" in warning
+    assert "ckpt.pt, which may be damaged" in warning and "ckpt_prev.pt" in warning
     assert load(tmp_path)["iter_num"] == 6
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         (tmp_path / name).write_bytes(b"no zip file")
@@ -124,3 +124,58 @@ def test_a_used_folder_needs_overwrite(run, tmp_path, monkeypatch):
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1 + 2 + 3
     assert steps_of(run(tmp_path, "--overwrite", max_iters=2, eval_interval=9)) == [0, 1]
     assert steps(tmp_path) == {"ckpt": 2, "best": 2}  # no old ckpt_prev.pt
+
+
+# -----------------------------------------------------------------------------
+# Weights from elsewhere
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A checkpoint of nanoGPT's model and train.py, without its prefix; its weights as a model."""
+    model, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+    checkpoint = load(tmp_path)
+    checkpoint["model"] = dict(model.state_dict())
+    return checkpoint
+
+
+def assert_read(checkpoint, expected) -> None:
+    assert_same(dict(model_from(checkpoint).state_dict()), expected)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize("left_out", [None, HEAD, TABLE])
+def test_names_of_weights(foreign, prefix, left_out):
+    """As wrappers make them, and the tied table once."""
+    weights = foreign["model"]
+    table = {prefix + name: w for name, w in weights.items() if name != left_out}
+    assert_read(foreign | {"model": table}, weights)
+
+
+def test_a_model_is_as_precise_as_its_widest_weights(foreign):
+    weights = {n: w.double() if n == "transformer.ln_f.weight" else w.bfloat16()
+               for n, w in foreign["model"].items()}
+    assert_read(foreign | {"model": weights}, {n: w.double() for n, w in weights.items()})
+
+
+@pytest.mark.parametrize("change, said", [
+    ({HEAD: torch.ones(257, 32)}, ["lm_head.weight", "transformer.wte.weight", "tied"]),
+    ({TABLE: torch.ones(257, 32).to(torch.float8_e4m3fn)}, [TABLE, "float8_e4m3fn", "16 to 64"]),
+    ({TABLE: torch.ones(257, 32).to(torch.int8)}, [TABLE, "int8"]),
+    ({TABLE: None}, [TABLE, "NoneType"]),
+    ({TABLE: torch.ones(4, 32), HEAD: torch.ones(4, 32)}, ["do not fit its model_args", "size"])])
+def test_weights_that_do_not_fit(foreign, change, said):
+    refused(lambda: model_from(foreign | {"model": foreign["model"] | change}), *said)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "scaler", "rng", "data", "tokenizer", "versions"])
+def test_none_is_as_if_absent(run, tmp_path, capsys, name):
+    run(tmp_path, max_iters=2)
+    whole, printed = load(tmp_path), []
+    for checkpoint in (whole | {name: None}, {k: v for k, v in whole.items() if k != name}):
+        capsys.readouterr()
+        torch.save(checkpoint, tmp_path / "ckpt.pt")
+        run(tmp_path, max_iters=3, init_from="resume")
+        lines = capsys.readouterr().out.splitlines()
+        printed.append([line for line in lines if "tokens/s" not in line])
+    assert printed[0] == printed[1]

@@ -4,19 +4,19 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, make_dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED, assert_same, refused, write_data
+from conftest import SHARED, assert_same, refused
 from variants import VARIANTS
 
 import bench
 import sample
 import train
 from model import GPT, GPTConfig
-from support.checkpoint import model_from, read_checkpoint
+from support.checkpoint import model_from, named_weights, read_checkpoint
 from support.errors import UserError
 from support.meta import TOKENIZER_KEYS
 from support.tokenizer import Tokenizer
@@ -69,6 +69,7 @@ def test_transformers_has_our_logits(tmp_path, capsys, options):
     assert isinstance(theirs, transformers.GPT2LMHeadModel)
     assert (c.vocab_size, c.resid_pdrop, c.attn_pdrop, c.embd_pdrop, c.eos_token_id) == (
         ours.config.vocab_size, *3 * [ours.config.dropout], 256)
+    assert read_checkpoint(str(tmp_path / "hf"))["tokenizer"]["tokenizer"] == "bytes"
     back = GPT.from_pretrained(str(tmp_path / "hf"))
     assert back.config.activation == ours.config.activation and back.config.bias
     with torch.no_grad():
@@ -110,28 +111,11 @@ def test_the_four_sizes(monkeypatch, name, shape, parameters):
     assert (c.block_size, c.vocab_size, c.activation, c.bias) == (1024, 50257, "gelu_tanh", True)
 
 
-def test_a_folder_of_transformers_trains_and_samples(tmp_path, words, gpt2_cache):
-    """Whatever its name."""
-    transformers = pytest.importorskip("transformers")
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=50257, n_positions=16, n_embd=8, n_layer=1, n_head=2)).save_pretrained(
-            tmp_path / "theirs")
-    out = tmp_path / "out"
-    write_data(tmp_path / "data" / "gpt2", range(343), vocab_size=50257, tokenizer="gpt2")
-    options = words(out, init_from=tmp_path / "theirs", max_iters=2, eval_interval=2,
-                    data_dir=tmp_path / "data", dataset="gpt2")
-    train.main([w for w in options if not w.startswith(("--n_", "--block_size"))])
-    args = torch.load(out / "ckpt.pt", weights_only=True)["model_args"]
-    assert (args["n_embd"], args["bias"], args["activation"]) == (8, True, "gelu_tanh")
-    model, tokenizer = sample.load_model(sample.SampleConfig(init_from=str(tmp_path / "theirs")))
-    assert tokenizer.name == "gpt2" and model.config.n_embd == 8
-
-
 @pytest.mark.parametrize("change, said", [
     (dict(activation_function="relu"), "activation_function=relu"),
     (dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon=1e-06"),
     (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
-    (dict(model_type="llama"), "no GPT-2 of transformers"),
+    (dict(model_type="llama"), "model_args"),
     (dict(n_layer=3), "it has no transformer.h.2"),
     (dict(n_embd=48), "cannot load"),
     ("short", "cannot load")])
@@ -145,6 +129,52 @@ def test_a_foreign_folder_is_refused(tmp_path, change, said):
         path = tmp_path / "hf" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert len(refused(lambda: read_checkpoint(str(tmp_path / "hf")), said)) == 1
+
+
+@pytest.mark.parametrize("says_it_is_tied", [True, False])
+def test_an_untied_gpt2_is_refused(tmp_path, says_it_is_tied):
+    transformers = pytest.importorskip("transformers")
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=257, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0,
+        eos_token_id=0, tie_word_embeddings=False)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"tie_word_embeddings": says_it_is_tied}))
+    assert len(refused(lambda: read_checkpoint(str(tmp_path)), "tie")) == 1
+
+
+def test_an_exported_head_of_its_own_is_refused(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    model = write(tmp_path / "a.pt")
+    path = export(tmp_path / "a.pt", tmp_path / "st", "--format=safetensors") / "model.safetensors"
+    head = {"lm_head.weight": torch.ones(257, 32)}
+    save_file(dict(model.state_dict()) | head, path, {"format": "pt"})
+    refused(lambda: model_from(read_checkpoint(str(tmp_path / "st"))), "tied")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("tokenizer.json", {"model": {"vocab": {"a": 0, "b": 1}}}), ("vocab.json", {"model": 1}),
+    ("tokenizer.json", {"model": {"vocab": [["a", 0.1]]}}), ("vocab.txt", 0), ("spiece.model", 0)])
+def test_a_tokenizer_of_its_own_is_refused(tmp_path, gpt2_cache, name, content):
+    """Of a model with as many rows as GPT-2: where it is read, sampled, judged, exported. GPT-2's
+    own is known by its tokens."""
+    pytest.importorskip("transformers")
+    write(tmp_path / "a.pt", "gpt2", vocab_size=50257, n_embd=4, n_layer=1)
+    folder = export(tmp_path / "a.pt", tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("tokenizer")["tokenizer"] == "gpt2"  # the folder's files decide alone
+    (folder / "config.json").write_text(json.dumps(config))
+    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "vocab.json").write_text(json.dumps(vocab | {"<|endoftext|>": 50256}))
+    for left in ("tokenizer.json", "vocab.json", None):
+        assert read_checkpoint(str(folder))["tokenizer"] == {"tokenizer": "gpt2"}
+        for path in folder.glob("tokenizer*" if left == "tokenizer.json" else "vocab*"):
+            path.unlink()
+    (folder / name).write_text(json.dumps(content))
+    for main, words in ((sample.main, [f"--init_from={folder}"]),
+                        (bench.main, ["eval", f"--ckpt={folder}", f"--data={tmp_path}/a.pt"]),
+                        (bench.main, ["export", f"--ckpt={folder}", f"--out={tmp_path}/b"])):
+        assert len(refused(lambda main=main, words=words: main(words), name, "of its own")) == 1
 
 
 TEXTS = ["Hello world", " leading", "tabs\t\tand  spaces   \n\n\n  x \n", "it's we'll I'D don't",
@@ -178,9 +208,39 @@ def test_what_is_no_gpt2_is_refused(tmp_path, options):
     pytest.importorskip("transformers")
     write(tmp_path / "a.pt", **options)
     (name, value), = options.items()
-    lines = refused(lambda: export(tmp_path / "a.pt", tmp_path / "hf"), f"{name}={value}",
+    found = {"head_dim": "size mismatch", "velocity_init": "logits"}.get(name, f"{name}={value}")
+    lines = refused(lambda: export(tmp_path / "a.pt", tmp_path / "hf"), found,
                     "--format=safetensors")
     assert len(lines) == 1 and not (tmp_path / "hf").exists()
+
+
+def windowed(self, x, *_):
+    """A fork's attention, which sees four tokens."""
+    q, k, v = (z.unflatten(-1, (2, -1)).transpose(1, 2) for z in self.c_attn(x).chunk(3, -1))
+    seen = torch.ones(x.size(1), x.size(1), dtype=torch.bool).tril().triu(-3)
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("value, change, said", [
+    (4, lambda patch: None, ["no window=4", "--format=safetensors"]),
+    (0, lambda patch: patch.setattr("model.CausalSelfAttention.forward", windowed),
+     ["logits", "--format=safetensors"]),
+    (0, lambda patch: patch.setattr("model.GPTConfig.d_ffn", 40), ["other weights", "40"]),
+    (0, lambda patch: None, [])])
+def test_what_a_fork_adds_is_not_exported(tmp_path, monkeypatch, value, change, said):
+    """An option of its own, unless it has its default; other mathematics or shapes without one."""
+    pytest.importorskip("transformers")
+    fork = make_dataclass("Fork", [("window", int, 0)], bases=(GPTConfig,))
+    monkeypatch.setitem(globals(), "GPTConfig", fork)
+    monkeypatch.setattr("support.checkpoint.GPTConfig", fork)
+    change(monkeypatch)
+    write(tmp_path / "a.pt", window=value)
+    if said:
+        assert len(refused(lambda: export(tmp_path / "a.pt", tmp_path / "hf"), *said)) == 1
+    else:
+        export(tmp_path / "a.pt", tmp_path / "hf")
+    assert (tmp_path / "hf").exists() != bool(said)
 
 
 # -----------------------------------------------------------------------------
@@ -196,7 +256,7 @@ def test_every_variant_comes_back(tmp_path):
         there, back = read_checkpoint(str(tmp_path / "a.pt")), read_checkpoint(str(tmp_path / "st"))
         del there["config"]
         assert_same(back, there | {"model": back["model"]})
-        assert_same(back["model"], dict(there["model"]))
+        assert_same(named_weights(back["model"]), dict(there["model"]))
         model = model_from(back)
         assert model.lm_head.weight is model.transformer.wte.weight
     size = sum(p.numel() for p in model.parameters()) * 4
@@ -213,7 +273,8 @@ def test_a_run_and_an_exported_folder_are_read(tmp_path, run):
     for folder in "12":
         found = read_checkpoint(str(tmp_path / folder))
         assert found["tokenizer"] == best["tokenizer"]
-        assert all(torch.equal(w, found["model"][n]) for n, w in best["model"].items())
+        weights = named_weights(found["model"])
+        assert all(torch.equal(w, weights[n]) for n, w in best["model"].items())
 
 
 def test_the_programs_read_the_folder(tmp_path, words, capsys):
@@ -328,7 +389,7 @@ def test_it_learns_on(tmp_path, run, raw):
 @pytest.mark.parametrize("command, said", [
     ("export --out=b", "--ckpt"), ("export --ckpt=a.pt", "--out"),
     ("export --ckpt=none.pt --out=b", "no checkpoint none.pt"),
-    ("export --ckpt=empty --out=b", "holds no model"),
+    ("export --ckpt=empty --out=b", "empty/ckpt.pt"),
     ("export --ckpt=a.pt --out=full", "is there already; choose another --out"),
     ("export --ckpt=a.pt --out=full --overwrite", "is there already"),
     ("export --ckpt=a.pt --out=a.pt --overwrite", "is there already"),
@@ -354,17 +415,17 @@ def test_mistakes(tmp_path, monkeypatch, command, said):
 
 
 @pytest.mark.parametrize("name, content, said", [
-    ("config.json", "{", "holds no model"), ("config.json", "[1]", "holds no model"),
-    ("config.json", '{"n_layer": 2}', "ckpt.pt"), ("config.json", None, "holds no model"),
+    ("config.json", "{", "cannot load"), ("config.json", "[1]", "cannot load"),
+    ("config.json", '{"n_layer": 2}', "ckpt.pt"), ("config.json", None, "cannot load"),
     ("config.json", dict(model_args=[1]), "its model_args is no table"),
     ("config.json", dict(tokenizer=3), "its tokenizer is no table"),
     ("config.json", dict(model_args=dict(n_experts=2)), "n_experts"),
     ("config.json", dict(model_args=dict(n_layer="2")), "model_args do not fit"),
     ("config.json", dict(model_args=dict(n_layer=1, n_embd=8, n_head=2)),
      "do not fit its model_args"),
-    ("model.safetensors", None, "or a damaged one"),
-    ("model.safetensors", "", "or a damaged one"),
-    ("model.safetensors", 3000, "or a damaged one")])
+    ("model.safetensors", None, "may be damaged"),
+    ("model.safetensors", "", "may be damaged"),
+    ("model.safetensors", 3000, "may be damaged")])
 def test_a_damaged_folder(tmp_path, name, content, said):
     pytest.importorskip("safetensors")
     write(tmp_path / "a.pt", n_layer=1)

@@ -148,9 +148,9 @@ def test_completions():
     model, tokenizer = tiny().double(), Tokenizer("bytes")
     prompts = [list(b"one"), list(b"a prompt"), list(b"x")]
 
-    def complete(prompts, seed=0, until=(), do_sample=False):
-        how = dict(max_gen_toks=30, until=until, do_sample=do_sample)
-        return tools.judge.complete(model, tokenizer, prompts, how, seed)
+    def complete(prompts, seed=0, until=(), do_sample=False, **how):
+        how |= dict(max_gen_toks=30, until=until, do_sample=do_sample)
+        return tools.judge.complete(model, tokenizer, prompts, how, seed, range(len(prompts)))
 
     alone = [complete([p])[0] for p in prompts]
     assert complete(prompts) == alone
@@ -162,6 +162,7 @@ def test_completions():
     assert complete(prompts, until=["", stop]) == [text.split(stop)[0] for text in alone]
     drawn = [complete(prompts, seed, do_sample=True) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+    assert complete(prompts, do_sample=True, top_k=0, top_p=0) == drawn[0]  # 0 is none
 
 
 # -----------------------------------------------------------------------------
@@ -236,6 +237,39 @@ def test_generation_is_that_of_the_hf_backend(gpt2):
     # more tokens than the model's context has, which the hf backend refuses
     how = {"until": [], "max_gen_toks": 140, "do_sample": True, "temperature": 0.7, "top_k": 5}
     assert all(ours(gpt2).generate_until([Request(LONG, how), Request("", how)]))
+
+
+SAMPLED = {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.5}
+
+
+def harness(batch_size=12):
+    pytest.importorskip("lm_eval")
+    config = tools.judge.EvalConfig("x", "x", batch_size=batch_size)
+    return tools.judge.harness_model(tiny(), Tokenizer("bytes"), config)
+
+
+def test_repeats_differ_and_do_not_depend_on_the_batch():
+    requests = [Request(context, SAMPLED) for context in ("one", "a longer one") for _ in range(3)]
+    texts = [harness(batch_size).generate_until(requests) for batch_size in (1, 2, 6)]
+    assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) == 6
+
+
+def test_what_a_task_asks_in_vain():
+    """Is refused by name, and what asks for nothing is not."""
+    plain = Request("one", SAMPLED | {"num_beams": 1, "repetition_penalty": 1.0})
+    assert harness().generate_until([plain])
+    for name, value in (("repetition_penalty", 1.2), ("num_beams", 4), ("stop_strings", ["a"])):
+        asking = [plain, Request("one", SAMPLED | {name: value})]
+        refused(lambda asking=asking: harness().generate_until(asking), f"{name}={value}")
+
+
+def test_an_answer_without_a_token_is_refused(gpt2):
+    """As by the hf backend, where one token spans the context and the answer."""
+    request = Request("Once upon a ti", "me")
+    assert gpt2[1].encode("Once upon a time")[:-1] == gpt2[1].encode("Once upon a")
+    with pytest.raises(AssertionError):
+        gpt2[2].loglikelihood([Request("a ti", "me")], disable_tqdm=True)
+    refused(lambda: ours(gpt2).loglikelihood([request]), "'me'", "target_delimiter")
 
 
 def test_a_character_model(tmp_path):
@@ -380,13 +414,34 @@ def test_the_task_in_the_readme(tmp_path, monkeypatch):
 # Mistakes
 
 
+def test_logits_that_are_not_finite(tmp_path, local_tasks):
+    write_checkpoint(tmp_path / "ckpt.pt")
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    checkpoint["model"]["transformer.ln_f.weight"] *= 1e5
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    for words in ([f"--data={tmp_path}/copy.jsonl"], ["--tasks=local_hellaswag", "--limit=1"],
+                  ["--tasks=local_copy"]):
+        words = [f"--ckpt={tmp_path}/ckpt.pt", f"--include_path={tmp_path}", *words]
+        refused(lambda w=words: judge(tmp_path, *w, "--dtype=float16"), "--dtype=float32")
+        assert judge(tmp_path, *words, "--dtype=float32")
+
+
+def test_json_has_no_nan(tmp_path, monkeypatch):
+    """Which is null there."""
+    row = {"variant": "a", "acc": math.nan, "ppl": math.inf, "items": 3}
+    monkeypatch.setitem(bench.COMMANDS, "eval", (tools.judge.EvalConfig, lambda config: [row]))
+    (found,) = judge(tmp_path, "--ckpt=x", "--tasks=y")
+    assert found == {"variant": "a", "acc": None, "ppl": None, "items": 3}
+
+
 @pytest.mark.parametrize("words, said", [
     ("--data=tiny", ["--ckpt", "--tasks", "--data"]), ("CKPT", ["--tasks", "--data"]),
     ("CKPT --data=tiny --tasks=hellaswag", ["either"]),
     ("CKPT --data=tiny --limit=0", ["limit=0"]), ("--ckpt=none.pt --data=tiny", ["none.pt"]),
     ("CKPT --data=none.txt", ["none.txt", "text file"]),
     ("CKPT --data=text.txt", ["UTF-8", "byte 4"]), ("CKPT --data=empty.txt", ["0 tokens"]),
-    ("CKPT --data=tiny --data_dir=DATA_DIR", ["tokenizer", "bytes", "char"]),
+    ("CKPT --data=tiny --data_dir=DATA_DIR",
+     ["tokenizer, bytes,", "char", "--tokenizer=CHECKPOINT.pt"]),
     ("CKPT --data=more", ["id 7"]), ("CKPT --tasks=hellaswag", ["pip install lm-eval"])])
 def test_mistakes(tmp_path, data_dir, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)

@@ -36,6 +36,9 @@ from conftest import (
     write_data,
 )
 
+import bench
+import prepare
+import sample
 import train
 from model import TEMPLATES
 from support.data import WindowOrder
@@ -370,6 +373,55 @@ def test_a_nanogpt_checkpoint_resumes(tmp_path, data_dir, capsys):
     optimizer, generators = [line for line in capsys.readouterr().out.splitlines()
                              if line.startswith("warning: the checkpoint")][-2:]
     assert "optimiser" in optimizer and "generator" in generators
+
+
+GPT2 = dict(n_positions=16, n_embd=4, n_layer=1, n_head=2)
+TUNE = dict(HERE, max_iters=1, batch_size=2, eval_tokens=64, gradient_accumulation_steps=1)
+
+
+@pytest.fixture
+def gpt2s(tmp_path, gpt2_cache, monkeypatch):
+    """GPT-2 under all of its names: gpt2 in a cache of the Hub, a folder of transformers, and what
+    comes of that here: a run's .pt, and that exported in both forms."""
+    transformers = pytest.importorskip("transformers")
+    snapshot = tmp_path / "hub/models--gpt2/snapshots/1"
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)).save_pretrained(snapshot)
+    (tmp_path / "hub/models--gpt2/refs").mkdir()
+    (tmp_path / "hub/models--gpt2/refs/main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shutil.copytree(snapshot, tmp_path / "theirs")
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 99)
+    for name in ("gpt2", "bytes"):
+        prepare.main(["text", f"--input={tmp_path}/text.txt", f"--data_dir={tmp_path}/data",
+                      f"--name={name}", f"--tokenizer={name}"])
+    shutil.copytree(tmp_path / "data" / "gpt2", tmp_path / "data" / "r50k")
+    meta = tmp_path / "data" / "r50k" / "meta.json"
+    meta.write_text(meta.read_text().replace('"tokenizer": "gpt2"', '"tokenizer": "r50k_base"'))
+    return {"hub": "gpt2", "folder": tmp_path / "theirs", "pt": tmp_path / "tuned" / "ckpt.pt",
+            "hf": tmp_path / "hf", "safetensors": tmp_path / "safetensors"}
+
+
+def test_fine_tuning_gpt2(gpt2s, tmp_path):
+    """From each of its names, on data that fit, of its two tokenizers' names, and no others."""
+    for kind, source in gpt2s.items():
+        for name in ("gpt2", "r50k", "bytes"):
+            argv = option_words(init_from=source, data_dir=tmp_path / "data", dataset=name,
+                                out_dir=tmp_path / f"{kind}-{name}", **TUNE)
+            if name == "bytes":
+                (line,) = refused(lambda argv=argv: train.main(argv), "another tokenizer, bytes",
+                                  "--tokenizer=gpt2")
+            else:
+                train.main(argv)
+                args = load(tmp_path / f"{kind}-{name}")["model_args"]
+                assert (args["n_embd"], args["bias"], args["activation"]) == (4, True, "gelu_tanh")
+        if kind == "folder":
+            shutil.copytree(tmp_path / "folder-gpt2", tmp_path / "tuned")
+            for form in ("hf", "safetensors"):
+                bench.main(["export", f"--ckpt={gpt2s['pt']}", f"--out={gpt2s[form]}",
+                            f"--format={form}"])
+        _, tokenizer = sample.load_model(sample.SampleConfig(init_from=str(source)))
+        assert tokenizer.name == "gpt2"
 
 
 def test_weights_of_a_file_start_a_fresh_run(run, tmp_path, data_dir):

@@ -8,6 +8,7 @@ import io
 import itertools
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -88,34 +89,16 @@ def test_a_row_does_not_depend_on_the_others(name, block_size, lengths):
         assert torch.equal(decode(model, prompt[None].int(), n=25)[0], row)  # ids of either width
 
 
-def test_stop_tokens():
-    """A row repeats the one that it met; all rows end with the last. A stop token in a prompt, or
-    in its padding, does not count."""
-    model, prompts = build(**VARIANTS["llama"]), prompts_of(LENGTHS)
-    free = greedy(model, prompts, 16)
-    each = [(token,) for token in free.unique().tolist()]
-    ends = tuple(free[:, 9].unique().tolist())  # every row has met one after ten tokens
-    assert any(set(stops) & set(torch.cat(prompts).tolist()) for stops in each)
-    for stops in (*each, each[0] + each[1] + (5,), ends):
-        expected, width = free.clone(), 0
-        for row in expected:
-            met = [i for i, token in enumerate(row.tolist()) if token in stops] + [15]
-            row[met[0]:] = row[met[0]]
-            width = max(width, met[0] + 1)
-        idx, lengths = padded(prompts)
-        for row, n in zip(idx, lengths, strict=True):
-            row[n:] = stops[0]
-        out = decode(model, idx, lengths, 16, stop_tokens=stops)
-        assert torch.equal(out, expected[:, :width])
-    assert width <= 10
-
-
 @pytest.mark.parametrize("how", [dict(), dict(top_k=5), dict(top_p=0.8), dict(temperature=2.0)])
-def test_padding_changes_no_draw(how):
+def test_a_draw_depends_neither_on_padding_nor_on_the_batch(how):
     model, prompts = build(**VARIANTS["nesterov-llama"]), prompts_of(LENGTHS)
-    outs = [decode(model, *padded(prompts, width, seed), 20, generator=seeded(),
-                   **{"temperature": 1.0, **how}) for width, seed in ((0, 1), (0, 2), (50, 3))]
+    how = {"temperature": 1.0, "seed": 7, **how}
+    outs = [decode(model, *padded(prompts, width, seed), 20, **how)
+            for width, seed in ((0, 1), (0, 2), (50, 3))]
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    for i, (prompt, row) in enumerate(zip(prompts, outs[0], strict=True)):
+        alone = decode(model, prompt[None], n=12, numbers=[i], **how)
+        assert torch.equal(alone[0], row[:12])
 
 
 def test_padded_rows_of_the_vocabulary_are_never_drawn():
@@ -124,7 +107,7 @@ def test_padded_rows_of_the_vocabulary_are_never_drawn():
         model.lm_head.weight[4:] *= 100  # which would win
     assert model(IDX)[0].argmax() >= 4
     for how in (dict(), dict(top_k=4), dict(top_k=100), dict(top_p=0.9), dict(temperature=0)):
-        assert decode(model, IDX, generator=seeded(), **{"temperature": 3.0, **how}).max() < 4
+        assert decode(model, IDX, **{"temperature": 3.0, **how}).max() < 4
 
 
 # -----------------------------------------------------------------------------
@@ -310,7 +293,8 @@ def definition(row, temperature=1.0, top_k=None, top_p=None):
 def test_draws_have_the_defined_probabilities(how, n=20_000):
     """Two rows at once, neither in order of likelihood; 5 standard deviations."""
     rows = 1.5 * torch.randn(2, 8, generator=seeded(7))
-    drawn = draw(rows.repeat_interleave(n, 0), generator=seeded(), **how).view(2, n)
+    uniform = torch.rand(2 * n, generator=seeded())
+    drawn = draw(rows.repeat_interleave(n, 0), uniform, **how).view(2, n)
     for row, ids in zip(rows.double().numpy(), drawn, strict=True):
         p, f = definition(row, **how), np.bincount(ids.numpy(), minlength=8) / n
         assert (f[p == 0] == 0).all(), (f, p)
@@ -323,7 +307,17 @@ def test_draws_have_the_defined_probabilities(how, n=20_000):
 def test_top_p_at_the_edge(top_p, expected):
     """Probabilities that floats have exactly, out of order: the smallest set that reaches p."""
     rows = (torch.tensor([1, 4, 0, 8, 2, 1]) / 16).double().log().repeat(2000, 1)
-    assert set(draw(rows, top_p=top_p, generator=seeded()).tolist()) == expected
+    uniform = torch.rand(2000, generator=seeded())
+    assert set(draw(rows, uniform, top_p=top_p).tolist()) == expected
+
+
+def test_the_ends_of_a_draw():
+    """At 0 and just below 1 no token is drawn that has no probability."""
+    for width in (1, 3, 1000, 50257):
+        logits = torch.full((2, width + 2), -torch.inf)
+        logits[:, 1:-1] = 3 * torch.randn(2, width, generator=seeded(width))
+        drawn = draw(logits, torch.tensor([0.0, 1 - 2**-24]))
+        assert (1 <= drawn).all() and (drawn <= width).all()
 
 
 # -----------------------------------------------------------------------------
@@ -362,6 +356,7 @@ def test_greedy_and_seeds(out, monkeypatch):
     samples = out(num_samples=4)
     assert samples == out(num_samples=4) != out(num_samples=4, seed=2)
     assert len(set(samples.split(RULE))) == 4
+    assert samples.startswith(out(num_samples=2).removesuffix("\n"))  # in any batch
     hot = out(top_k="None", temperature=50.0, max_new_tokens=200)
     assert hot == out(top_k=26, temperature=50.0, max_new_tokens=200)
     assert set(hot) == set(LETTERS + "\n")  # top_k=None keeps all
@@ -385,11 +380,33 @@ def test_prompts_arrive_whole(out, tmp_path, monkeypatch, source):
         yield torch.tensor([ord("!")])
 
     monkeypatch.setattr(sample, "stream", one_token)
-    (tmp_path / "prompt.txt").write_bytes(PROMPT.encode())
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode()), "utf-8"))
+    marked = PROMPT.encode("utf-8-sig")  # a byte-order mark is no character
+    (tmp_path / "prompt.txt").write_bytes(marked)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(marked), "utf-8"))
     start = {"text": PROMPT, "file": f"FILE:{tmp_path}/prompt.txt", "stdin": "-"}[source]
     assert out(start=start) == PROMPT + "!\n"
     assert seen == [*"Zwölf 😀\r\nzwei\n".encode(), 256, ord("a")]
+
+
+def test_the_default_prompt_as_help_prints_it(out, tmp_path, capsys):
+    """And no other: an empty one is a mistake."""
+    write_checkpoint(tmp_path / "out" / "ckpt.pt")
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    default = re.search("--start=(.*?)   ", capsys.readouterr().out)[1]
+    assert out(start=default) == out(start="\n") != out(start=r"a\n")
+    (tmp_path / "empty.txt").touch()
+    refused(lambda: out(start=f"FILE:{tmp_path}/empty.txt"), "the prompt is empty")
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite(out, tmp_path, temperature):
+    write_checkpoint(tmp_path / "out" / "ckpt.pt", CHARS)
+    checkpoint = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    checkpoint["model"]["transformer.ln_f.weight"] *= 1e5
+    torch.save(checkpoint, tmp_path / "out" / "ckpt.pt")
+    (_,) = refused(lambda: out(dtype="float16", temperature=temperature), "--dtype=float32")
+    assert out(dtype="float32", temperature=temperature)
 
 
 def test_a_program_reads_standard_input_and_prints_utf8(tmp_path):
@@ -533,7 +550,8 @@ def test_a_checkpoint_decodes_with_its_own_tokenizer_or_none(out, tmp_path):
 
 
 def test_mistakes_come_together(out):
-    lines = refused(lambda: out("--num_samples=0", "--top_k=0", "--top_p=1.5", "--stop="),
+    lines = refused(lambda: out("--num_samples=0", "--top_k=0", "--top_p=1.5", "--stop=",
+                                "--seed=-1"), "seed=-1",
                     "num_samples=0: must be at least 1", "top_k=0", "None keeps", "top_p=1.5",
                     "(0, 1]", 'stop=""')
-    assert len(lines) == 4
+    assert len(lines) == 5

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -66,8 +66,11 @@ def checkpoint_named(ckpt: str, data_dir: str = "data") -> SampleConfig:
     return SampleConfig(data_dir=data_dir, **{"out_dir" if a_run else "init_from": ckpt})
 
 
-PLAIN = dict(template="gd", splitting="lie_trotter", attention="causal", ffn="mlp",
-             norm="layernorm", position="learned", qk_norm=False)  # what GPT-2 is
+# the options that GPT-2 has too, or that do nothing without others
+EXPORTED = {"block_size", "vocab_size", "vocab_used", "n_layer", "n_head", "n_embd", "dropout",
+            "bias", "ffn_hidden", "activation", "head_dim", "rope_theta", "ffn_depth",
+            "ffn_substeps", "imex_steps", "velocity_init", "velocity_norm", "mu_init", "beta_init",
+            "gamma_init", "scalar_map", "residual_init_scale"}
 
 
 def load_source(config: ExportConfig) -> tuple[GPT, dict]:
@@ -134,23 +137,31 @@ def to_hf(model: GPT, meta: dict, folder: str) -> str:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     m = model.config
-    differs = [name for name, plain in PLAIN.items() if getattr(m, name) != plain]
-    if m.d_attn != m.n_embd:
-        differs.append("head_dim")
-    if m.velocity_init == "add":
-        differs.append("velocity_init")
-    if differs:
-        options = ", ".join(f"{name}={getattr(m, name)}" for name in differs)
-        fail(f"transformers' GPT-2 has no {options}; use --format=safetensors")
+    options = [f"{f.name}={getattr(m, f.name)}" for f in fields(m)
+               if f.name not in EXPORTED and getattr(m, f.name) != f.default]
+    if options:
+        fail(f"transformers' GPT-2 has no {', '.join(options)}; use --format=safetensors")
     eot = Tokenizer.from_meta(meta).eot if meta else None
     hf = GPT2LMHeadModel(GPT2Config(
         vocab_size=m.vocab_size, n_positions=m.block_size, n_embd=m.n_embd, n_layer=m.n_layer,
         n_head=m.n_head, n_inner=m.ffn_hidden, resid_pdrop=m.dropout, embd_pdrop=m.dropout,
         attn_pdrop=m.dropout, bos_token_id=eot, eos_token_id=eot,
-        activation_function="gelu" if m.activation == "gelu" else "gelu_new"))
-    hf.to(model.lm_head.weight.dtype)
-    ours = transposed(model.state_dict())
-    hf.load_state_dict({n: ours.get(n, torch.zeros_like(w)) for n, w in hf.state_dict().items()})
+        activation_function="gelu" if m.activation == "gelu" else "gelu_new",
+        tokenizer=meta or None)).eval()  # which is for us alone
+    stored = model.lm_head.weight.dtype
+    wide = torch.promote_types(stored, torch.float32)
+    ours = transposed(model.to(wide).state_dict())
+    weights = {n: ours.get(n, torch.zeros_like(w)) for n, w in hf.to(wide).state_dict().items()}
+    try:
+        hf.load_state_dict(weights)
+    except RuntimeError as error:  # other shapes
+        fail(f"transformers' GPT-2 has other weights ({str(error).splitlines()[-1].strip()}); use "
+             f"--format=safetensors")
+    largest, change = compare_logits(model, lambda idx: hf(idx).logits)
+    if not change < 1e-4 * largest:
+        fail(f"transformers' GPT-2 is not this model: on random tokens the logits, of up to "
+             f"{largest:.3g}, would change by up to {change:.1e}; use --format=safetensors")
+    hf.to(stored)
     padding = range(m.vocab_used or m.vocab_size, m.vocab_size)
     if padding:  # stays, so that the logits are the same, and is never drawn
         hf.generation_config.suppress_tokens = list(padding)
@@ -176,6 +187,15 @@ def save_tokenizer(name: str, block_size: int, folder: str) -> None:
         eos_token=END_OF_TEXT, unk_token=END_OF_TEXT).save_pretrained(folder)
 
 
+@torch.no_grad()
+def compare_logits(model: GPT, other: Callable) -> tuple[float, float]:
+    """On one batch of random tokens: the model's largest logit, and how far the other's are off."""
+    c = model.config
+    idx = torch.randint(c.vocab_used or c.vocab_size, (1, c.block_size))
+    logits = model(idx, idx)[0]
+    return logits.abs().max().item(), (logits - other(idx)).abs().max().item()
+
+
 def convert(config: ConvertConfig) -> None:
     """A trained GPT as a momentum model, to train on: with velocity_norm=none, gamma = nu = 1 (in
     Strang's halves gamma h = 1) and mu, beta -> 0, X' = X + h nu (beta V + gamma h g(X + mu V)) is
@@ -197,13 +217,10 @@ def convert(config: ConvertConfig) -> None:
                 step.gamma.fill_(math.log(math.expm1(1 / h)))
                 for name in {"mu", "beta"} & step.learned.keys():
                     getattr(step, name).fill_(config.raw_init)
-        size = old.config.vocab_used or old.config.vocab_size
-        idx = torch.randint(size, (1, min(old.config.block_size, 256)))
-        logits, converted = (model.eval()(idx, idx)[0] for model in (old, new))
+    largest, change = compare_logits(old, lambda idx: new.eval()(idx, idx)[0])
     write_file({"model": new.state_dict()} | about(new, meta), config.out)
     tokenizer = f"the {meta['tokenizer']} tokenizer's" if meta else "its"
     print(f"{config.out}: {config.template}, {new.get_num_params(False):,} parameters\n"
-          f"on random tokens the logits, of up to {logits.abs().max():.3g}, changed by up to "
-          f"{(logits - converted).abs().max():.1e}\n"
+          f"on random tokens the logits, of up to {largest:.3g}, changed by up to {change:.1e}\n"
           f"train on: python train.py --init_from={config.out} --dataset=NAME, with {tokenizer} "
           f"data and the options of a run")

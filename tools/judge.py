@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from config import check_rules, nearest
 from model import GPT
-from sample import load_model, store_matrices, stream
+from sample import check_finite, load_model, store_matrices, stream
+from support.checkpoint import check_tokenizer
 from support.data import Tokens, evaluation_starts
 from support.device import pick_device, pick_dtype, tune_allocator
-from support.errors import fail, reason
+from support.errors import UserError, fail, reason
 from support.meta import load_meta
 from support.text import file_pieces
 from support.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ class EvalConfig:
         for name in ("limit", "eval_tokens", "batch_size"):
             count = getattr(self, name)
             rule(count is None or count >= 1, f"{name}={count}: must be at least 1; choose more")
+        rule(self.seed >= 0, f"seed={self.seed}: must not be negative")
 
 
 def judge(config: EvalConfig) -> list[dict]:
@@ -90,6 +92,7 @@ def on_text(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> list[dict]:
     for rows in tqdm(batches, desc="predicting", unit="batch"):
         x, y = rows[:, :-1].clamp(min=0), rows[:, 1:]  # (B, T)
         losses = model(x.to(device), y.to(device), return_logits=False, reduction="none")[1]
+        check_finite(losses)
         total += losses.cpu().double().sum().item()
         predicted = y[y >= 0]
         n_tokens += len(predicted)
@@ -119,10 +122,7 @@ def windows(tokenizer: Tokenizer, config: EvalConfig, T: int) -> torch.Tensor:
     if not os.path.isdir(folder):
         fail(f"data={data}: there is neither such a text file nor the folder {folder}")
     meta = load_meta(folder)
-    made_with = Tokenizer.from_meta(meta)
-    if (made_with.name, made_with.alphabet) != (tokenizer.name, tokenizer.alphabet):
-        fail(f"{folder} was made with another tokenizer than the checkpoint's: {made_with.name}, "
-             f"not {tokenizer.name}, or of another alphabet; prepare the data with that one")
+    check_tokenizer(folder, meta, {"tokenizer": tokenizer.to_meta()})
     tokens = Tokens(folder, "val", meta, T)
     rows = tokens.read(evaluation_starts(len(tokens), T, config.eval_tokens))
     return torch.from_numpy(rows.numpy().view(meta["dtype"]).astype(np.int64))
@@ -154,7 +154,9 @@ def on_tasks(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> list[dict]
         try:
             found = simple_evaluate(judged, tasks=[name], limit=config.limit, task_manager=manager,
                                     num_fewshot=None if n == "auto" else int(n), log_samples=False)
-        except ValueError as error:  # more examples than there are; code that is unsafe to run
+        except UserError as error:
+            fail(f"task {name}: {error}")
+        except (IndexError, ValueError) as error:  # an item without text; too few examples; ...
             fail(f"task {name}: {reason(error)}")
         items = {task: n["effective"] for task, n in found["n-samples"].items()}
         rate = sum(items.values()) / (time.perf_counter() - start)
@@ -196,6 +198,11 @@ def harness_model(model: GPT, tokenizer: Tokenizer, config: EvalConfig):
             return tokenizer.encode_prompt(string)
 
         def _loglikelihood_tokens(self, requests: list, **_) -> list[tuple[float, bool]]:
+            for texts, _, answer in requests:
+                if texts and not answer:  # the hf backend refuses it, too
+                    fail(f"the answer {texts[1]!r:.40} has no token of its own after "
+                         f"{texts[0][-20:]!r}; put a space between them: target_delimiter, in the "
+                         f"task's file")
             pairs = [(context or [self.eot_token_id], continuation)
                      for _, context, continuation in requests]
             return score(model, pairs, config.batch_size)
@@ -205,14 +212,16 @@ def harness_model(model: GPT, tokenizer: Tokenizer, config: EvalConfig):
             return [log_p for log_p, _ in self._loglikelihood_tokens(whole)]
 
         def generate_until(self, requests: list, **_) -> list[str]:
-            """Greedily, unless a task says otherwise."""
-            pairs = [(self.tok_encode(context) or [self.eot_token_id], how)
-                     for context, how in (request.args for request in requests)]
+            """Greedily, unless a task says otherwise. Each text has draws of its own, whatever its
+            batch: the repeats of an item differ."""
+            pairs = [(self.tok_encode(context) or [self.eot_token_id], how, number)
+                     for number, (context, how) in enumerate(r.args for r in requests)]
             batches = Collator(pairs, lambda pair: -len(pair[0]), group_by="gen_kwargs")
             texts: list[str] = []
             for batch in batches.get_batched(config.batch_size):  # that are generated in one way
-                how = normalize_gen_kwargs(batch[0][1], 256)
-                texts += complete(model, tokenizer, [p for p, _ in batch], how, config.seed)
+                prompts, hows, numbers = zip(*batch, strict=True)
+                how = normalize_gen_kwargs(hows[0], 256)
+                texts += complete(model, tokenizer, prompts, how, config.seed, numbers)
             return batches.get_original(texts)
 
     return HarnessModel()
@@ -240,6 +249,7 @@ def score(model: GPT, pairs: list[tuple[list[int], list[int]]], batch_size: int,
                 logits = model.lm_head(x[len(inputs) - len(targets):len(inputs)])
                 logits = logits[:, :model.config.vocab_used]
                 logits = logits if logits.dtype == torch.float64 else logits.float()
+                check_finite(logits)
                 wanted = torch.tensor(targets, device=device)[:, None]
                 found = logits.log_softmax(-1).gather(1, wanted)
                 log_p[pair] += found.cpu().double().sum().item()
@@ -252,13 +262,19 @@ def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
 
 
-def complete(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], how: dict[str, Any],
-             seed: int) -> list[str]:
+def complete(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], how: dict[str, Any],
+             seed: int, numbers: Sequence[int]) -> list[str]:
     """The continuation of each prompt, up to the first of the texts how["until"] or the end of the
     text. A prompt's beginning is cut, so that the context has room for what is generated.
 
     how: a task's generation_kwargs, with max_gen_toks, until and do_sample at least.
+    seed, numbers: of the draws, see `stream`.
     """
+    known = {"max_gen_toks", "until", "do_sample", "temperature", "top_k", "top_p"}
+    for name in how.keys() - known:
+        if (name, how[name]) not in (("num_beams", 1), ("repetition_penalty", 1)):  # for nothing
+            fail(f"its generation_kwargs ask for {name}={how[name]}, which is not here; take that "
+                 f"out of a copy of the task: --include_path")
     T, new, device = model.config.block_size, how["max_gen_toks"], next(model.parameters()).device
     room = T - new if new < T else max(1, T // 2)
     prompts = [prompt[-room:] for prompt in prompts]
@@ -266,9 +282,9 @@ def complete(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], how: di
     temperature = how.get("temperature", 1.0) if how["do_sample"] else 0.0
     stops = [stop for stop in how["until"] if stop]
     found, done = [b""] * len(prompts), [False] * len(prompts)
-    for tokens in stream(model, padded(prompts).to(device), new, temperature, how.get("top_k"),
-                         how.get("top_p"), lengths=lengths,
-                         generator=torch.Generator(device).manual_seed(seed)):
+    top_k, top_p = (how.get(name) or None for name in ("top_k", "top_p"))  # 0 is none, too
+    for tokens in stream(model, padded(prompts).to(device), new, temperature, top_k, top_p,
+                         seed, numbers, lengths):
         for i, token in enumerate(tokens.tolist()):
             if not done[i] and token != tokenizer.eot:
                 found[i] += tokenizer.token_bytes(token)
