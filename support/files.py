@@ -47,7 +47,7 @@ def rename(source: str | os.PathLike, target: str | os.PathLike) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """All of it or nothing."""
     new = path.with_suffix(".new")
-    with open(new, "w", encoding="utf-8") as file:
+    with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:  # for odd names
         json.dump(content, file, indent=1, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())
