@@ -1,7 +1,7 @@
 """Text to training data: data/<name>/train.bin, val.bin and meta.json.
 
     python prepare.py tinystories | openwebtext | shakespeare | shakespeare_char | pydoc
-    python prepare.py text --name=mine --input FILES, FOLDERS, *.jsonl, *.parquet
+    python prepare.py text --name=mine --input FILES, FOLDERS (text, JSON, parquet)
     python prepare.py hf --dataset=ID
 
 Plain text is cut into documents at <|endoftext|>; a file is at least one. pydoc, the texts of
@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -37,11 +37,11 @@ from typing import Any, Literal
 import numpy as np
 
 from config import read_config
-from support.errors import UserError, cli, explain_failures, fail, reason
+from support.errors import UserError, cli, explain_failures, fail, printable, reason
 from support.files import locked, rename, sha256, write_json
 from support.meta import SPLITS, load_meta
-from support.text import Piece, cut_in_two, dataset_pieces, file_pieces, list_files, record_pieces
-from support.tokenizer import Tokenizer
+from support.text import Piece, dataset_pieces, file_pieces, list_files, record_pieces
+from support.tokenizer import Alphabet, Tokenizer
 
 BATCH = 1 << 20         # characters encoded at a time
 WORKER_SHARE = 8 << 20  # characters for which one more process pays
@@ -55,7 +55,7 @@ CORPORA: dict[str, dict[str, Any]] = {
                         val_fraction=0.005),
     # the Hub's own conversion, because the corpus's loading script no longer runs
     "openwebtext": dict(dataset="Skylion007/openwebtext", revision="refs/convert/parquet",
-                        val_fraction="nanogpt"),
+                        val_fraction=0.0005),  # and nanoGPT's documents
     "shakespeare": dict(url=TINY_SHAKESPEARE, val_fraction=0.1, mark=False),
     "shakespeare_char": dict(url=TINY_SHAKESPEARE, val_fraction=0.1, tokenizer="char"),
     "pydoc": dict(val_fraction=0.1, tokenizer="bytes"),
@@ -66,6 +66,7 @@ OPENWEBTEXT_DOCUMENTS = 8_013_769
 
 Source = Callable[[], Iterator[Piece]]  # reads a text from its start
 Rule = Callable[[int], bool]            # whether document i is for validation
+Labelled = tuple[str, str, bool]        # (split, text, whether its document ends here)
 
 
 @dataclass
@@ -79,11 +80,13 @@ class PrepareConfig:
     split: str = "train"             # what to read from the Hub; also a part, train[:1%]
     val_split: str | None = None     # what to validate on from the Hub (auto: tinystories has it)
     field: str = "text"              # the text's name in JSON lines, in parquet and on the Hub
-    # gpt2 or another of tiktoken's, bytes, char (auto: gpt2; pydoc: bytes; shakespeare_char: char)
+    # gpt2 or another of tiktoken's, bytes, char, or that of data/NAME or of FILE.pt (auto: gpt2;
+    # pydoc: bytes; shakespeare_char: char)
     tokenizer: str | None = None
-    # Share of the documents to validate on, drawn by a seeded hash; if there is only one document,
-    # its end. auto: none if there is a validation text (val_input, val_split); openwebtext:
-    # nanoGPT's documents; tinystories: 0.005; shakespeare and pydoc: 0.1; other text: 0.05.
+    # Share of the text to validate on: documents drawn by a seeded hash; where these are less than
+    # half or more than twice the share, the end of the text. auto: none if there is a validation
+    # text (val_input, val_split); openwebtext: nanoGPT's documents; tinystories: 0.005;
+    # shakespeare and pydoc: 0.1; other text: 0.05.
     # The YuriiFormer paper: 0.05 of openwebtext, 0.005 of tinystories' train split.
     val_fraction: float | None = None
     seed: int = 2357                 # of that draw
@@ -94,6 +97,10 @@ class PrepareConfig:
 
 def resolve(config: PrepareConfig) -> PrepareConfig:
     """`config` with its auto fields but val_fraction filled in. Raises UserError: all mistakes."""
+    for name in "input", "val_input":  # the corpus may stand last, behind the files
+        *files, last = getattr(config, name) or [None]
+        if config.corpus is None and last in CORPORA:
+            config = dataclasses.replace(config, **{"corpus": last, name: tuple(files)})
     if config.corpus is None:
         fail(f"say what to prepare: python prepare.py {' | '.join(CORPORA)}")
     corpus = CORPORA[config.corpus]
@@ -146,11 +153,20 @@ def source_name(config: PrepareConfig) -> str:
     return " ".join(config.input) or config.dataset or corpus.get("url") or corpus["dataset"]
 
 
-def open_sources(config: PrepareConfig) -> list[Source]:
+def find_files(config: PrepareConfig) -> list[list[Path]]:
+    """The files of the text; and those of the validation text, if there is one."""
+    texts = [list_files(inputs) for inputs in (config.input, config.val_input) if inputs]
+    times = Counter(os.path.realpath(path) for files in texts for path in files)
+    if again := [path for path in times if times[path] > 1]:
+        print(f"warning: files given more than once: {len(again)}, first {printable(again[0])}; "
+              f"trained on and validated on, they make the loss too good", file=sys.stderr)
+    return texts
+
+
+def open_sources(config: PrepareConfig, texts: list[list[Path]]) -> list[Source]:
     """What reads the text; and what reads the validation text, if there is one."""
-    if config.input:
-        return [functools.partial(file_pieces, list_files(inputs), config.field)
-                for inputs in (config.input, config.val_input) if inputs]
+    if texts:
+        return [functools.partial(file_pieces, files, config.field) for files in texts]
     if config.corpus == "pydoc":
         from pydoc_data.topics import topics
 
@@ -180,15 +196,13 @@ def open_sources(config: PrepareConfig) -> list[Source]:
 # Which documents are for validation
 
 
-def hash_rule(n: int, fraction: float, seed: int) -> Rule:
-    """Of document i: whether a hash of seed and i, as a number in [0, 1), is below `fraction`. Of
-    the first documents the lowest is always for validation and the highest never."""
-    def number(i: int) -> float:
+def hash_rule(fraction: float, seed: int) -> Rule:
+    """Of document i: whether a hash of seed and i, as a number in [0, 1), is below `fraction`."""
+    def below(i: int) -> bool:
         digest = hashlib.blake2b(f"{seed} {i}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") / 2**64
+        return int.from_bytes(digest, "big") / 2**64 < fraction
 
-    lowest, *_, highest = sorted(range(min(n, 10_000)), key=number)
-    return lambda i: i == lowest or (i != highest and number(i) < fraction)
+    return below
 
 
 def nanogpt_rule(n: int, seed: int = 2357) -> Rule:
@@ -197,39 +211,53 @@ def nanogpt_rule(n: int, seed: int = 2357) -> Rule:
     return lambda i: i in chosen
 
 
-def split_documents(config: PrepareConfig, pieces: Iterator[Piece], documents: list[int],
-                    characters: int) -> tuple[Iterator[Piece], Rule, str]:
-    """(pieces, which documents are for validation, that rule in words).
+def draw(pieces: Iterable[Piece], for_validation: Rule) -> Iterator[Labelled]:
+    document = 0
+    for text, ends in pieces:
+        yield "val" if for_validation(document) else "train", text, ends
+        document += ends
 
-    documents: of the text, and of the validation text if there is one
-    characters: of the text
-    """
-    n = documents[0]
-    if len(documents) == 2:
-        return pieces, lambda i: i >= n, "a validation text of its own"
-    fraction = config.val_fraction or CORPORA[config.corpus].get("val_fraction", 0.05)
-    if n == 1:
-        limit = int(characters * (1 - (0.0005 if fraction == "nanogpt" else fraction)))
-        return (cut_in_two(pieces, limit), lambda i: i > 0,
-                f"one document, cut after {limit} characters")
-    if fraction == "nanogpt":
-        return (pieces, nanogpt_rule(n, config.seed),
+
+def cut_in_two(pieces: Iterable[Piece], limit: int) -> Iterator[Labelled]:
+    """The first `limit` characters are to train on; there a document ends, and another begins."""
+    split, begun = "train", False
+    for text, ends in pieces:
+        if split == "train" and limit < len(text):
+            if limit > 0 or begun:
+                yield split, text[:limit], True
+            split, text = "val", text[limit:]
+        limit -= len(text)
+        yield split, text, ends
+        begun = not ends
+
+
+def split_pieces(config: PrepareConfig, pieces: Iterator[Piece], counts: list[tuple],
+                 share: float) -> tuple[Iterator[Labelled], str]:
+    """(pieces with their splits, that rule in words). counts: (documents, characters, those drawn)
+    of the text, and of the validation text if there is one."""
+    n, characters, chosen = counts[0]
+    if len(counts) == 2:
+        return draw(pieces, lambda i: i >= n), "a validation text of its own"
+    if config.corpus == "openwebtext" and not config.val_fraction and n > 1:
+        return (draw(pieces, nanogpt_rule(n, config.seed)),
                 f"nanoGPT's: default_rng({config.seed}).permutation({n}), the first 0.05 %")
-    return (pieces, hash_rule(n, fraction, config.seed),
-            f"documents whose hash with seed {config.seed} is below {fraction}")
+    if share / 2 * characters <= chosen <= 2 * share * characters and chosen < characters:
+        return (draw(pieces, hash_rule(share, config.seed)),
+                f"documents whose hash with seed {config.seed} is below {share}")
+    limit = int(characters * (1 - share))
+    return cut_in_two(pieces, limit), f"the text, cut after {limit} characters"
 
 
 # -----------------------------------------------------------------------------
 # Encoding, on all cores
 
 
-def make_batches(pieces: Iterable[Piece], for_validation: Rule) -> Iterator[list]:
-    """Lists of (split, text, whether its document ends here) with about BATCH characters."""
-    batch, size, document = [], 0, 0
-    for text, ends in pieces:
-        batch.append(("val" if for_validation(document) else "train", text, ends))
-        size += len(text) + 1
-        document += ends
+def make_batches(pieces: Iterable[Labelled]) -> Iterator[list[Labelled]]:
+    """Lists with about BATCH characters."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[1]) + 1
         if size >= BATCH:
             yield batch
             batch, size = [], 0
@@ -237,7 +265,7 @@ def make_batches(pieces: Iterable[Piece], for_validation: Rule) -> Iterator[list
         yield batch
 
 
-def encode_batch(name: str, alphabet: str, mark: bool, batch: list) -> tuple[dict, int]:
+def encode_batch(name: str, alphabet: Alphabet, mark: bool, batch: list) -> tuple[dict, int]:
     """In a worker: a batch -> ({split: (ids, documents that end)}, characters)."""
     tokenizer, encoded = Tokenizer(name, alphabet), {}
     for split in SPLITS:
@@ -372,28 +400,31 @@ def write_bins(partial: Path, state: dict[str, Any], batches: Iterator[list], en
 # The command
 
 
-def data_settings(config: PrepareConfig) -> dict[str, Any]:
+def data_settings(config: PrepareConfig, tokenizer: Tokenizer,
+                  texts: list[list[Path]]) -> dict[str, Any]:
     """All that the bins depend on, for meta.json; files by name, size and time."""
     settings = {key: value for key, value in vars(config).items()
                 if key not in ("name", "data_dir", "num_proc", "overwrite")}
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
-             for path in list_files((*config.input, *config.val_input))]
+             for files in texts for path in files]
     settings["files"] = len(stats), hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
     settings["source"] = source_name(config)
+    settings["tokenizer"], settings["alphabet"] = tokenizer.name, tokenizer.alphabet or None
     return json.loads(json.dumps(settings))  # tuples become lists, as in a file
 
 
-def count(source: Source, alphabet: set[str] | None) -> tuple[int, int]:
-    """(documents, characters); adds the characters that occur to `alphabet`."""
-    documents = characters = 0
+def count(source: Source, alphabet: set[str] | None, drawn: Rule) -> tuple[int, int, int]:
+    """(documents, characters, those in drawn documents); adds what occurs to `alphabet`."""
+    documents = characters = chosen = 0
     with progress_bar("reading") as bar:
         for text, ends in source():
-            documents += ends
             characters += len(text)
+            chosen += len(text) * drawn(documents)
+            documents += ends
             bar.update(len(text))
             if alphabet is not None:
                 alphabet.update(text)
-    return documents, characters
+    return documents, characters, chosen
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -401,8 +432,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     config = resolve(config)
     folder = Path(config.data_dir, config.name)
     partial = folder / "partial"
-    settings = data_settings(config)
-    tokenizer = Tokenizer(config.tokenizer)  # the name exists
+    texts = find_files(config)
+    tokenizer = Tokenizer.find(config.tokenizer)
+    settings = data_settings(config, tokenizer, texts)
     if (partial / "meta.json").exists():
         move_into_place(partial)
     if not config.overwrite and (meta := find_complete(folder, settings)):
@@ -412,26 +444,30 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
                 shutil.rmtree(partial)
         return meta
 
-    sources = open_sources(config)
-    alphabet = set() if config.tokenizer == "char" else None
-    documents, characters = zip(*(count(source, alphabet) for source in sources), strict=True)
+    sources = open_sources(config, texts)
+    alphabet = set() if tokenizer.name == "char" else None
+    share = config.val_fraction or CORPORA[config.corpus].get("val_fraction", 0.05)
+    counts = [count(source, alphabet, hash_rule(share, config.seed)) for source in sources]
+    documents, characters, _ = zip(*counts, strict=True)
     if not all(documents):
         fail(f"there is no text in {settings['source']}")
     if config.corpus == "openwebtext" and documents[0] != OPENWEBTEXT_DOCUMENTS:
         print(f"partial: {documents[0]:,} of OpenWebText's {OPENWEBTEXT_DOCUMENTS:,} documents")
-    if alphabet is not None:
+    if tokenizer.alphabet:  # given: it has all that occurs, or says what not
+        tokenizer.encode("".join(alphabet))
+    elif alphabet is not None:
         tokenizer = Tokenizer("char", "".join(sorted(alphabet)))
     mark = tokenizer.eot is not None and CORPORA[config.corpus].get("mark", True)
     pieces = itertools.chain.from_iterable(source() for source in sources)
-    pieces, for_validation, rule = split_documents(config, pieces, documents, characters[0])
-    wanted = settings | {"documents": sum(documents), "characters": sum(characters)}
+    labelled, rule = split_pieces(config, pieces, counts, share)
+    wanted = settings | {"documents": sum(documents), "characters": sum(characters), "rule": rule}
     start = {"wanted": wanted, "batches": 0, "characters": 0,
              **{split: {"tokens": 0, "documents": 0} for split in SPLITS}}
 
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial, f"another prepare.py is writing to {folder}"):
         state = load_progress(partial, start, tokenizer.dtype.itemsize)
-        write_bins(partial, state, make_batches(pieces, for_validation),
+        write_bins(partial, state, make_batches(labelled),
                    functools.partial(encode_batch, tokenizer.name, tokenizer.alphabet, mark),
                    min(config.num_proc, sum(characters) // WORKER_SHARE), tokenizer.dtype.itemsize)
         if not all(state[split]["tokens"] for split in SPLITS):

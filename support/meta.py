@@ -3,8 +3,11 @@ have none."""
 
 import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
+
+import numpy as np
 
 from support.errors import fail
 
@@ -18,9 +21,12 @@ def is_tokenizer(meta: Any) -> bool:
     if not isinstance(meta, dict):
         return False
     name, alphabet = meta.get("tokenizer"), meta.get("alphabet", "")
-    if not isinstance(name, str) or not isinstance(alphabet, str):
+    if not isinstance(name, str) or not isinstance(alphabet, (str, list)):
         return False
-    return name != "char" or 0 < len(set(alphabet)) == len(alphabet) == meta.get("vocab_size")
+    if not all(isinstance(entry, str) for entry in alphabet):
+        return False
+    distinct = isinstance(alphabet, list) or len(set(alphabet)) == len(alphabet)
+    return name != "char" or (distinct and 0 < len(alphabet) == meta.get("vocab_size"))
 
 
 def load_meta(folder: str | Path) -> dict[str, Any]:
@@ -58,23 +64,33 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
 
 
 def _nanogpt_meta(folder: Path, sizes: dict[str, int]) -> dict[str, Any]:
-    """nanoGPT's ids are uint16: GPT-2's, or those of the table of characters in meta.pkl."""
+    """nanoGPT's ids are uint16: GPT-2's, or those of the table in meta.pkl, whose entries may be of
+    several characters, or missing."""
     for split, size in sizes.items():
         if size % 2:
             fail(f"{folder}/{split}.bin has {size} bytes, and without a meta.json an id is two "
                  f"bytes, as nanoGPT's are: it is damaged; make it again")
+        words = np.fromfile(folder / f"{split}.bin", "<u2", 4096)
+        if len(words) >= 64 and words[1::2].max() < 4 <= words[::2].max():
+            print(f"warning: {folder}/{split}.bin seems to have ids of four bytes; without its "
+                  f"meta.json each is read as two", file=sys.stderr)
     meta = {"tokenizer": "gpt2", "vocab_size": 50257, "padded_vocab_size": 50304}
     if (folder / "meta.pkl").exists():
         try:
             with open(folder / "meta.pkl", "rb") as file:
-                itos = _NoClasses(file).load()["itos"]
-            alphabet = "".join(itos[i] for i in range(len(itos)))
-            if not 0 < len(alphabet) == len(set(alphabet)) == len(itos):
-                raise ValueError("an entry is not a character")
+                table = _NoClasses(file).load()
+            itos = table.get("itos") or {i: entry for entry, i in table.get("stoi", {}).items()}
+            names = itos if isinstance(itos, dict) else dict(enumerate(itos))
+            size = table.get("vocab_size", len(names))
+            alphabet = [names.get(i, f"<{i}>") for i in range(min(size, 1 << 16))]
+            if all(len(entry) == 1 for entry in alphabet):
+                alphabet = "".join(alphabet)
+            meta = {"tokenizer": "char", "vocab_size": size, "padded_vocab_size": size,
+                    "alphabet": alphabet}
+            if not is_tokenizer(meta) or not {*names} <= {*range(size)}:
+                raise ValueError("its ids are not 0 to vocab_size - 1, or its entries no strings")
         except Exception as error:  # a damaged pickle may raise anything
             fail(f"{folder}/meta.pkl is not a table of characters such as nanoGPT's: {error}")
-        meta = {"tokenizer": "char", "vocab_size": len(itos), "padded_vocab_size": len(itos),
-                "alphabet": alphabet}
     return meta | {"dtype": "uint16"} | {s: {"tokens": size // 2} for s, size in sizes.items()}
 
 

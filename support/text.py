@@ -4,14 +4,21 @@ A piece is (text, whether its document ends with it). Files are read a block at 
 memory grows neither with a file nor with a document.
 """
 
-import codecs
+import atexit
+import contextlib
+import gzip
+import io
+import itertools
 import json
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
-from support.errors import fail
+from support.errors import UserError, fail, reason
 from support.tokenizer import END_OF_TEXT
 
 Piece = tuple[str, bool]
@@ -28,27 +35,37 @@ SAFE_CUT = re.compile(r"\S(?= )|\S\n(?=\w)|[^\W_](?=[\u3001\u3002\uff01\uff0c\uf
 # Plain text
 
 
-def _decode(decoder: codecs.IncrementalDecoder, data: bytes, path: Path, end: int) -> str:
-    """The bytes of a file before its byte `end` as text; an error names the file and the byte."""
-    try:
-        return decoder.decode(data, final=not data)
-    except UnicodeDecodeError as error:  # error.object begins with bytes held back earlier
-        fail(f"{path} is not UTF-8 text: byte {end - len(error.object) + error.start}")
+def _open(path: Path) -> BinaryIO:
+    """The bytes of a file, unpacked if they are gzip's."""
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic == b"\x28\xb5\x2f\xfd":
+        fail(f"{path} is packed by zstd; unpack it: zstd -d {path} -o FILE")
+    return gzip.open(path) if magic.startswith(b"\x1f\x8b") else open(path, "rb")
+
+
+@contextlib.contextmanager
+def _open_text(path: Path) -> Iterator[TextIO]:
+    """The text of a file: any line end as a newline, like nanoGPT, and no byte-order mark."""
+    with _open(path) as file:
+        try:
+            yield io.TextIOWrapper(file, "utf-8-sig")
+        except UnicodeDecodeError as error:  # error.object begins with bytes held back earlier
+            fail(f"{path} is not UTF-8 text: byte {file.tell() - len(error.object) + error.start}")
 
 
 def _blocks(path: Path) -> Iterator[str]:
     """A file in blocks of about BLOCK characters, ending at safe cuts, never in a separator."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
     rest = ""
-    with open(path, "rb") as file:
+    with _open_text(path) as file:
         while data := file.read(BLOCK):
             start = len(rest)
-            rest += _decode(decoder, data, path, file.tell())
+            rest += data
             cut = SAFE_CUT.search(rest, start) if len(rest) > BLOCK else None
             if cut:
                 yield rest[:cut.end()]
                 rest = rest[cut.end():]
-        yield rest + _decode(decoder, b"", path, file.tell())
+        yield rest
 
 
 def text_pieces(path: Path) -> Iterator[Piece]:
@@ -60,26 +77,14 @@ def text_pieces(path: Path) -> Iterator[Piece]:
         for i, text in enumerate(parts):
             ends = i < len(parts) - 1
             if i > 0:
-                text = text.removeprefix("\r").removeprefix("\n")
+                text = text.removeprefix("\n")
             if ends:
-                text = text.removesuffix("\n").removesuffix("\r")
+                text = text.removesuffix("\n")
             if begun or (text and not text.isspace()):
                 yield text, ends
                 begun = not ends
     if begun:
         yield "", True
-
-
-def cut_in_two(pieces: Iterable[Piece], limit: int) -> Iterator[Piece]:
-    """One document as two, the first of `limit` characters."""
-    left = limit  # characters before the cut
-    for text, ends in pieces:
-        if 0 < left <= len(text):
-            yield text[:left], True
-            text, left = text[left:], 0
-        elif left > 0:
-            left -= len(text)
-        yield text, ends
 
 
 # -----------------------------------------------------------------------------
@@ -89,6 +94,7 @@ def cut_in_two(pieces: Iterable[Piece], limit: int) -> Iterator[Piece]:
 def record_pieces(texts: Iterable[Any], where: str) -> Iterator[Piece]:
     """One document for each record, even an empty one."""
     for number, text in enumerate(texts, 1):
+        text = text.decode() if isinstance(text, bytes) else text  # of binary columns
         if not isinstance(text, str):
             fail(f"{where}: record {number} has {text!r:.40} for its text")
         yield text, True
@@ -99,70 +105,136 @@ def _check_field(field: str, names: Iterable[str], where: str) -> None:
         fail(f"{where} has no field {field}; --field chooses one of: {', '.join(names)}")
 
 
-def _jsonl_texts(path: Path, field: str) -> Iterator[Any]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            source = _decode(codecs.getincrementaldecoder("utf-8")(), line, path, file.tell())
-            if not source.strip():
-                continue
+def _json_texts(path: Path, field: str) -> Iterator[Any]:
+    """The field of each record: by pyarrow, which is fast; what that refuses by `json`."""
+    import pyarrow
+    from pyarrow.json import ParseOptions, open_json
+
+    schema, done = pyarrow.schema([(field, pyarrow.string())]), 0
+    options = ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    with contextlib.suppress(pyarrow.ArrowException, UnicodeDecodeError):
+        for batch in open_json(_open(path), parse_options=options):
+            texts = batch.column(0).to_pylist()
+            if None in texts:
+                raise pyarrow.ArrowInvalid("null, or no such field")
+            yield from texts
+            done += len(texts)
+        return
+    yield from itertools.islice(_slow_json_texts(path, field), done, None)
+
+
+def _slow_json_texts(path: Path, field: str) -> Iterator[Any]:
+    """The same of any JSON: records one a line or over several lines, or one list of them."""
+    decode, line, done = json.JSONDecoder().raw_decode, 1, 0
+    with _open_text(path) as file:
+        rest = file.read(BLOCK)
+        is_list = rest.lstrip().startswith("[")
+        between = re.compile(r"[\s\[,\]]*" if is_list else r"\s*")
+        while True:
+            start = between.match(rest, done).end()
+            line_here = line + rest.count("\n", done, start)
+            where = f"{path}, line {line_here}"
             try:
-                record = json.loads(source)
-            except (ValueError, RecursionError) as error:
+                record, end = decode(rest, start)
+            except RecursionError as error:
                 fail(f"{where} is not JSON: {error}")
+            except json.JSONDecodeError as error:
+                cut = error.pos > len(rest) - 12 or error.msg.startswith("Unterminated string")
+                if cut and (more := file.read(BLOCK + len(rest))):  # read on, the record is longer
+                    rest, done = rest[done:] + more, 0
+                    continue
+                if start < len(rest) or (is_list and not rest.rstrip().endswith("]")):
+                    fail(f"{where} is not JSON: {error.msg}")
+                return
+            line, done = line_here + rest.count("\n", start, end), end
             _check_field(field, record if isinstance(record, dict) else {}, where)
             text = record[field]
-            if b"\\ud" in line.lower() and isinstance(text, str):  # escaped halves of characters
+            if isinstance(text, str):  # perhaps with escaped halves of characters
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             yield text
 
 
 def _parquet_texts(path: Path, field: str) -> Iterator[Any]:
-    import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    try:
-        file = ParquetFile(path)
-        _check_field(field, file.schema_arrow.names, str(path))
-        for batch in file.iter_batches(batch_size=256, columns=[field]):
-            yield from batch.column(0).to_pylist()
-    except pyarrow.ArrowException as error:
-        fail(f"{path} is not a parquet file that can be read: {str(error).splitlines()[0]}")
+    file = ParquetFile(_open(path))
+    _check_field(field, file.schema_arrow.names, str(path))
+    for batch in file.iter_batches(batch_size=256, columns=[field]):
+        yield from batch.column(0).to_pylist()
 
 
 def dataset_pieces(dataset, where: str, field: str) -> Iterator[Piece]:
     """The rows of a `datasets.Dataset`, a few at a time."""
     _check_field(field, dataset.column_names, where)
     tables = dataset.select_columns([field]).with_format("arrow").iter(batch_size=256)
-    return record_pieces((text for table in tables for text in table.column(0).to_pylist()), where)
+    texts = (text for table in tables for text in table.column(0).to_pylist())
+    with _naming(where):
+        yield from record_pieces(texts, where)
 
 
 # -----------------------------------------------------------------------------
 # Files and folders
 
-RECORDS = {".jsonl": _jsonl_texts, ".parquet": _parquet_texts}  # everything else is plain text
+
+@contextlib.contextmanager
+def _naming(where: object) -> Iterator[None]:
+    """What goes wrong in here names the source."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file raises nearly anything
+        fail(f"{where} cannot be read: {reason(error)}")
+
+
+def _record_texts(path: Path, field: str) -> Iterator[Any] | None:
+    """The records of a file; None of plain text. That is what its content says; names only keep
+    what is damaged from passing for text."""
+    with _open(path) as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    name = path.name.lower().removesuffix(".gz")
+    if head.startswith(b"PAR1") or name.endswith(".parquet"):
+        return _parquet_texts(path, field)
+    begins = rb'\{[ \t]*"|\[\s*["{]|\{.*"%b":' % re.escape(field.encode())
+    if re.match(begins, head, re.DOTALL) or name.endswith((".jsonl", ".ndjson", ".jsonlines")):
+        return _json_texts(path, field)
+    return None
 
 
 def file_pieces(files: Iterable[Path], field: str) -> Iterator[Piece]:
     """The documents of all files. field: the text's name in records."""
     for path in files:
-        if path.suffix in RECORDS:
-            yield from record_pieces(RECORDS[path.suffix](path, field), str(path))
-        else:
-            yield from text_pieces(path)
+        with _naming(path):
+            texts = _record_texts(path, field)
+            yield from text_pieces(path) if texts is None else record_pieces(texts, str(path))
 
 
 def list_files(inputs: Iterable[str]) -> list[Path]:
-    """The files that are named; of a folder all but the hidden ones, sorted by path."""
+    """The files that are named; of a folder all but the hidden ones, sorted by path, behind links
+    too; of a pipe, which can be read only once, a copy that goes when we end."""
     files: list[Path] = []
     for top in map(Path, inputs):
-        if not top.exists():
-            fail(f"no file or folder {top}")
-        if not top.is_dir():
+        if top.is_dir():
+            files += sorted(_files_in(top))
+        elif top.is_file():
             files.append(top)
-            continue
-        for path in sorted(top.rglob("*")):
-            hidden = any(part.startswith(".") for part in path.relative_to(top).parts)
-            if path.is_file() and not hidden:
-                files.append(path)
+        elif top.exists():
+            with (_naming(f"{top}, which is copied to {tempfile.gettempdir()} (TMPDIR),"),
+                  open(top, "rb") as pipe,
+                  tempfile.NamedTemporaryFile(prefix="pipe-", delete=False) as copy):
+                atexit.register(os.remove, copy.name)
+                shutil.copyfileobj(pipe, copy)
+            files.append(Path(copy.name))
+        else:
+            fail(f"no file or folder {top}")
     return files
+
+
+def _files_in(top: Path) -> Iterator[Path]:
+    folders, seen = [top], set()
+    for folder in folders:  # grows on the way; links may lead back
+        if folder.resolve() not in seen:
+            seen.add(folder.resolve())
+            visible = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
+            folders += [path for path in visible if path.is_dir()]
+            yield from (path for path in visible if path.is_file())

@@ -1,15 +1,17 @@
 """Text <-> token ids: by bytes, by characters, or by one of tiktoken's vocabularies."""
 
 import difflib
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from support.errors import fail
-from support.meta import is_tokenizer
+from support.meta import is_tokenizer, load_meta
 
 END_OF_TEXT = "<|endoftext|>"
+Alphabet = str | list[str]  # entry i is token i; one of several characters is never encoded
 
 
 class Tokenizer:
@@ -22,7 +24,7 @@ class Tokenizer:
     Raises UserError for a name that does not exist or cannot be downloaded.
     """
 
-    def __init__(self, name: str, alphabet: str = ""):
+    def __init__(self, name: str, alphabet: Alphabet = ""):
         self.name, self.alphabet, self.bpe = name, alphabet, None
         self.ids = {character: i for i, character in enumerate(alphabet)}
         if name == "bytes":
@@ -95,6 +97,20 @@ class Tokenizer:
         if not is_tokenizer(meta):
             fail(f"there is no such tokenizer: {str(meta)[:60]}")
         return cls(meta["tokenizer"], meta.get("alphabet", ""))
+
+    @classmethod
+    def find(cls, name: str) -> "Tokenizer":
+        """Of this name; of a path, that of the checkpoint or of the data folder there."""
+        if os.path.basename(name) == name and not name.endswith(".pt"):
+            return cls(name)
+        if os.path.isdir(name):
+            return cls.from_meta(load_meta(name))
+        from support.checkpoint import read_checkpoint  # imports torch
+
+        meta = read_checkpoint(name).get("tokenizer")
+        if not meta:
+            fail(f"{name} does not say its tokenizer; its data do: --tokenizer=data/NAME")
+        return cls.from_meta(meta)
 
 
 def _tiktoken(name: str):

@@ -1,6 +1,7 @@
 """prepare.py: corpora, splits, interruption, overwriting, mistakes."""
 
 import hashlib
+import json
 import math
 import os
 import subprocess
@@ -13,13 +14,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tiktoken
+import torch
 from conftest import SHARED
 
 import prepare
 from support import text
 from support.errors import UserError
 from support.files import locked
-from support.meta import load_meta
+from support.meta import TOKENIZER_KEYS, load_meta
 from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,7 +119,7 @@ def test_tinystories_document_by_document(tmp_path, gpt2_cache, monkeypatch):
     monkeypatch.setattr(prepare, "WORKER_SHARE", 1 << 20)
     make(tmp_path, "tinystories", "--input", path, "--num_proc=2")
     texts = path.read_text().removesuffix(f"\n{MARK}\n").split(f"\n{MARK}\n")
-    is_val = prepare.hash_rule(len(texts), 0.005, 2357)
+    is_val = prepare.hash_rule(0.005, 2357)
     ids, encode = {"train": [], "val": []}, tiktoken.get_encoding("gpt2").encode_ordinary
     for i, document in enumerate(texts):
         ids["val" if is_val(i) else "train"] += [*encode(document), 50256]
@@ -203,22 +205,51 @@ def test_datasets(tmp_path, monkeypatch):
 
 
 def test_hash_rule():
-    first, second = ([*filter(prepare.hash_rule(50_000, 0.05, seed), range(50_000))]
-                     for seed in (1, 2))
+    first, second = ([*filter(prepare.hash_rule(0.05, seed), range(50_000))] for seed in (1, 2))
     assert first != second and abs(len(first) - 2500) < 200
     assert first[:5] == [5, 30, 47, 124, 127]  # the split of a published run never changes
-    for n in range(2, 30):
-        for fraction in 0.0001, 0.5, 0.9999:
-            rule = prepare.hash_rule(n, fraction, seed=n)
-            assert 0 < sum(map(rule, range(n))) < n
 
 
-def test_one_document_is_cut_near_its_end(tmp_path, stories, command):
-    stories.write_text("0123456789" * 10)
-    make(tmp_path, *command, "--val_fraction=0.07")
-    assert documents(tmp_path / "data/text") == [("0123456789" * 10)[:93]]
-    assert documents(tmp_path / "data/text", "val") == ["3456789"]
-    assert "cut after 93 characters" in load_meta(tmp_path / "data/text")["split_rule"]
+TEN = "0123456789" * 10
+
+
+@pytest.mark.parametrize("texts, words, train, val", [
+    ([TEN], ["--val_fraction=0.07"], [TEN[:93]], [TEN[93:]]),
+    ([TEN, "end"], ["--val_fraction=0.1"], [TEN[:92]], [TEN[92:], "end"]),
+    ([TEN, "a", "b"], ["--val_fraction=0.1"], [TEN[:91]], [TEN[91:], "a", "b"]),
+    ([TEN[:90], TEN[90:]], ["--val_fraction=0.1"], [TEN[:90]], [TEN[90:]]),
+    (["", "", TEN, ""], ["--val_fraction=0.1"], ["", "", TEN[:90]], [TEN[90:], ""]),
+    (["a", "b", TEN, "c"], ["--val_fraction=0.02", "--seed=4"], ["a", "b", TEN[:98]],
+     [TEN[98:], "c"])])
+def test_few_documents_are_cut_near_their_end(tmp_path, texts, words, train, val):
+    """Wherever what the hash draws is less than half of the share, or more than twice."""
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    make(tmp_path, "text", "--tokenizer=bytes", "--input", path, *words)
+    assert documents(tmp_path / "data/text") == train
+    assert documents(tmp_path / "data/text", "val") == val
+    assert "cut after" in load_meta(tmp_path / "data/text")["split_rule"]
+
+
+def test_what_the_hash_draws_is_kept_within_half_and_twice_the_share(tmp_path):
+    drawn = [*filter(prepare.hash_rule(0.1, 2357), range(40))]
+    for factor, kept in (0.6, True), (1.8, True), (0.4, False), (2.2, False):
+        share, others = 0.1 * factor, 1000 * (40 - len(drawn))
+        size = round(others * share / (1 - share) / len(drawn))  # of a document that is drawn
+        texts = [f"{i:05}".ljust(size if i in drawn else 1000, "x") for i in range(40)]
+        (tmp_path / "x.txt").write_text(MARK.join(texts))
+        make(tmp_path, "text", "--tokenizer=bytes", "--input", tmp_path / "x.txt",
+             "--val_fraction=0.1", "--overwrite")
+        assert (documents(tmp_path / "data/text", "val") == [texts[i] for i in drawn]) is kept
+
+
+@pytest.mark.parametrize("limit", range(1, 6))
+def test_a_cut_in_two_may_fall_between_pieces(limit):
+    pieces = [("abc", False), ("de", False), ("f", True)]
+    found = ""
+    for split, piece, ends in prepare.cut_in_two(pieces, limit):
+        found += (piece if split == "train" else piece.upper()) + "|" * ends
+    assert found == f"{'abcdef'[:limit]}|{'ABCDEF'[limit:]}|"
 
 
 def test_bins_do_not_depend_on_processes_or_blocks(tmp_path, command, request):
@@ -226,6 +257,65 @@ def test_bins_do_not_depend_on_processes_or_blocks(tmp_path, command, request):
     request.getfixturevalue("small_blocks")
     make(tmp_path, *command, "--val_fraction=0.2", "--name=b", "--num_proc=3")
     assert bins(tmp_path / "data/a") == bins(tmp_path / "data/b")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """checkpoint(**more): tmp_path/x.pt, with no more of a model than prepare.py asks for."""
+    def go(**more):
+        torch.save({"model": {}, "model_args": {}, **more}, tmp_path / "x.pt")
+        return tmp_path / "x.pt"
+
+    return go
+
+
+def test_the_tokenizer_of_a_checkpoint_or_a_folder(tmp_path, command, checkpoint):
+    meta = Tokenizer("char", "edcba\n").to_meta()
+    file = checkpoint(tokenizer={key: meta[key] for key in TOKENIZER_KEYS})
+    (tmp_path / "x.txt").write_text("abc\n" * 20)
+    words = ["text", "--input", tmp_path / "x.txt"]
+    make(tmp_path, *words, f"--tokenizer={file}")
+    folder = tmp_path / "data/text"
+    assert np.fromfile(folder / "train.bin", "<u2")[:4].tolist() == [4, 3, 2, 5]
+    assert load_meta(folder)["alphabet"] == "edcba\n"
+    old = bins(folder)
+    make(tmp_path, *words, f"--tokenizer={folder}", "--name=again")
+    assert bins(tmp_path / "data/again") == old
+    assert "alphabet: 'edcba" in refused(tmp_path, *words, "--tokenizer=char")
+    (tmp_path / "x.txt").write_text("abc\né")
+    assert "alphabet does not have 'é'" in refused(
+        tmp_path, *words, f"--tokenizer={file}", "--name=new")
+    assert "x.pt does not say its tokenizer" in refused(
+        tmp_path, *words, f"--tokenizer={checkpoint()}")
+    assert not (tmp_path / "data/new").exists()
+
+
+def test_the_corpus_may_stand_last(tmp_path, stories):
+    make(tmp_path, "--tokenizer=bytes", "--input", stories, "text")
+    make(tmp_path, "--tokenizer=bytes", "--name=b", "--input", stories, "--val_input", stories,
+         "text")
+    assert len(documents(tmp_path / "data/b")) == 300
+
+
+def test_files_that_are_given_twice(tmp_path, stories, command, capsys):
+    (tmp_path / "link").symlink_to(stories)
+    for more in [], ["--input", stories, tmp_path / "link"], ["--val_input", tmp_path / "link"]:
+        make(tmp_path, *command, *more, "--overwrite")
+        said = f"warning: files given more than once: 1, first {stories}; "
+        assert (said in capsys.readouterr().err) is bool(more)
+
+
+def test_a_name_that_is_not_utf_8(tmp_path, stories):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    stories.rename(odd / stories.name)
+    for said in "train has", "is complete already":
+        done = subprocess.run(
+            [sys.executable, "prepare.py", "text", "--tokenizer=bytes", "--input",
+             odd / stories.name, f"--data_dir={odd}"], cwd=ROOT, capture_output=True,
+            env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"})
+        assert done.returncode == 0 and said in done.stdout.decode("latin1"), done.stderr
+    assert len(documents(odd / "text")) > 250
 
 
 def test_few_batches_are_in_flight():

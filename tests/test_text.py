@@ -1,6 +1,8 @@
-"""support/text.py: the documents of plain text, JSON lines and parquet; where text may be cut."""
+"""support/text.py: what a file is, and its documents; where text may be cut."""
 
+import gzip
 import json
+import os
 
 import numpy as np
 import pyarrow
@@ -9,7 +11,7 @@ import pytest
 from conftest import refused
 
 from support import text
-from support.text import SAFE_CUT, cut_in_two, file_pieces, list_files, text_pieces
+from support.text import SAFE_CUT, file_pieces, list_files, text_pieces
 
 MARK = "<|endoftext|>"
 MIXED = "Ünï ☃ 🙂👩‍👩‍👧\r\nline two\n\n  \ttabs\n"
@@ -43,7 +45,8 @@ def read(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 7, 1 << 20])
 @pytest.mark.parametrize("content, expected", [
-    (MIXED, [MIXED]),  # no newline is lost or translated
+    (MIXED, [MIXED.replace("\r\n", "\n")]),  # universal newlines, as nanoGPT reads
+    ("\ufeffa\rb\r\nc\ufeff", ["a\nb\nc\ufeff"]), ("\ufeff", []),
     (f"a b\n{MARK}\nc d", ["a b", "c d"]),
     (f"a\n\n{MARK}\n\nb\n", ["a\n", "\nb\n"]),
     (f"a\r\n{MARK}\r\nb {MARK} c", ["a", "b ", " c"]),
@@ -84,31 +87,75 @@ def test_no_token_spans_a_safe_cut(monkeypatch):
         assert [t for part in parts for t in pattern.findall(part)] == pattern.findall(content)
 
 
-@pytest.mark.parametrize("limit", range(1, 6))
-def test_a_cut_in_two_may_fall_between_pieces(limit):
-    pieces = [("abc", False), ("de", False), ("f", True)]
-    found = "".join(f"{piece}|" if ends else piece for piece, ends in cut_in_two(pieces, limit))
-    assert found == f"{'abcdef'[:limit]}|{'abcdef'[limit:]}|"
-
-
 # -----------------------------------------------------------------------------
 # Records and folders
 
 
-def test_json_lines(read):
+RECORDS = [{"body": f"one\n{MARK}\nstill one", "x": [{"body": "no"}, -1.5e300, True]},
+           {"body": ""}, {"body": "\ud83d"}, {"body": "é\\"}]
+LINES = "\n\n".join(map(json.dumps, RECORDS))
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+@pytest.mark.parametrize("content", [
+    LINES, "\ufeff" + LINES.replace("\n", "\r\n"), json.dumps(RECORDS),
+    json.dumps(RECORDS, indent=2) + "\n", "".join(json.dumps(x, indent=1) for x in RECORDS)])
+def test_json_that_pyarrow_refuses(read, monkeypatch, block, content):
     """A separator in a record is text; half of a character is none."""
-    records = [{"body": f"one\n{MARK}\nstill one", "x": 1}, {"body": ""}, {"body": "\ud83d"}]
-    assert read("\n\n".join(map(json.dumps, records)), "a.jsonl", "body") == \
-        [f"one\n{MARK}\nstill one", "", "\N{REPLACEMENT CHARACTER}"]
+    monkeypatch.setattr(text, "BLOCK", block)
+    assert read(content, "a.jsonl", "body") == \
+        [f"one\n{MARK}\nstill one", "", "\N{REPLACEMENT CHARACTER}", "é\\"]
+
+
+def test_pyarrow_reads_json_until_it_refuses(read, monkeypatch):
+    long = ["a" * 700_000, "b" * 700_000, "c" * 3_000_000, "d"]
+    content = "\n".join(json.dumps({"n": 1, "text": t, "day": "2020-01-01"}) for t in long)
+    assert read(content) == long
+    monkeypatch.setattr(text, "_slow_json_texts", None)
+    assert read('\ufeff{"text": "2020-01-01"}\r\n\n{"x": NaN, "text": "é"}') == ["2020-01-01", "é"]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("name", ["a", "a.json", "a.txt", "a.JSONL", "a.ndjson"])
+def test_a_file_is_what_its_content_says(read, tmp_path, pack, name):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "b")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"one", b"two"]}), tmp_path / "c")
+    for content in (b'{"text":"one"}\n{"text":"two"}',
+                    b' [\n{"x": 1, "text": "one"},{"text":"two"}]',
+                    b'{\n "text": "one"\n}{\n "text": "two"\n}', (tmp_path / "b").read_bytes(),
+                    (tmp_path / "c").read_bytes()):
+        assert read(pack(content), name) == ["one", "two"]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("package.json", '{\n "name": "x"\n}'), ("a.txt", "[1] A note.\n{x}"), ("a.txt.gz", "{}")])
+def test_what_is_no_record_is_plain_text(read, name, content):
+    packed = gzip.compress(content.encode()) if name.endswith(".gz") else content
+    assert read(packed, name) == [content]
 
 
 def test_parquet(tmp_path):
     rows = {"text": [f"row {i} {MIXED}" for i in range(600)], "label": [*range(600)]}
-    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
-    assert documents(tmp_path / "a.parquet") == rows["text"]
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.PARQUET")
+    assert documents(tmp_path / "a.PARQUET") == rows["text"]
     for field, said in (("foo", "no field foo; --field chooses one of: text, label"),
                         ("label", "record 1 has 0 for its text")):
-        refused(lambda field=field: documents(tmp_path / "a.parquet", field=field), said)
+        refused(lambda field=field: documents(tmp_path / "a.PARQUET", field=field), said)
+    latin1 = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin1}), tmp_path / "b")
+    refused(lambda: documents(tmp_path / "b"), "b cannot be read: UnicodeDecodeError")
+
+
+def test_a_damaged_file_among_others_is_named(tmp_path):
+    rows = {"text": [f"{i} " * 500 for i in range(1000)]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a")
+    content = bytearray((tmp_path / "a").read_bytes())
+    content[9999:12_000] = bytes(2001)
+    (tmp_path / "b").write_bytes(content)
+    (tmp_path / "c").write_bytes(gzip.compress(os.urandom(999))[:-9])
+    for name in "b", "c":
+        (line,) = refused(lambda name=name: documents(tmp_path / "a", tmp_path / name))
+        assert line.startswith(f"{tmp_path / name} cannot be read: ")
 
 
 def test_folders_and_several_files(tmp_path):
@@ -122,6 +169,23 @@ def test_folders_and_several_files(tmp_path):
     refused(lambda: documents(folder, tmp_path / "none"), "no file or folder")
 
 
+def test_linked_folders_and_loops(tmp_path):
+    for name, content in ("in/a/x", "x"), ("out/y", "y"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(content)
+    for link, target in ("in/z", "../out"), ("in/a/up", ".."), ("out/in", "../in"), ("in/b", "b"):
+        (tmp_path / link).symlink_to(target)
+    assert documents(tmp_path / "in") == ["x", "y"]
+
+
+def test_a_pipe_is_read_twice(tmp_path):
+    read_end, write_end = os.pipe()
+    os.write(write_end, b'{"text": "x"}')
+    os.close(write_end)
+    files = list_files([f"/dev/fd/{read_end}"])
+    assert [*file_pieces(files, "text")] == [*file_pieces(files, "text")] == [("x", True)]
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("a.txt", "abc é".encode() * 400 + b"\xff", "a.txt is not UTF-8 text: byte 2400"),
     ("a.txt", "abc é".encode()[:-1], "a.txt is not UTF-8 text: byte 4"),
@@ -131,7 +195,9 @@ def test_folders_and_several_files(tmp_path):
     ("a.jsonl", b'{"text": "x"}\n["y"]', "line 2 has no field text"),
     ("a.jsonl", b'{"text": "x"}\n\n{"text"', "line 3 is not JSON"),
     ("a.jsonl", b'{"text": null}', "record 1 has None for its text"),
-    ("a.parquet", b"PAR1 no", "a.parquet is not a parquet file that can be read")])
+    ("a.jsonl", b'[{"text": "x"},\n', "line 2 is not JSON"), ("a.jsonl", b"NaN", "has no field"),
+    ("a.zst", b"\x28\xb5\x2f\xfd", "a.zst is packed by zstd; unpack it: zstd -d "),
+    ("a.parquet", b"no", "a.parquet cannot be read: ArrowInvalid")])
 def test_faults_of_a_file(read, monkeypatch, name, content, message):
     monkeypatch.setattr(text, "BLOCK", 1000)
     assert len(refused(lambda: read(content, name), message)) == 1

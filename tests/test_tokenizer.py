@@ -74,12 +74,12 @@ def test_names_that_are_no_tokenizer():
 # Data folders
 
 
-def nanogpt_folder(folder: Path, itos: dict | None = None) -> Path:
+def nanogpt_folder(folder: Path, table: dict | None = None) -> Path:
     """Ten ids a split; with a meta.pkl if there is a table of characters."""
     for split in "train", "val":
         np.arange(10, dtype=np.uint16).tofile(folder / f"{split}.bin")
-    if itos is not None:
-        (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "itos": itos}))
+    if table is not None:
+        (folder / "meta.pkl").write_bytes(pickle.dumps(table))
     return folder
 
 
@@ -87,15 +87,41 @@ def test_nanogpt_folders(tmp_path):
     assert load_meta(nanogpt_folder(tmp_path)) == {
         "tokenizer": "gpt2", "vocab_size": 50257, "padded_vocab_size": 50304, "dtype": "uint16",
         "train": {"tokens": 10}, "val": {"tokens": 10}}
-    meta = load_meta(nanogpt_folder(tmp_path, dict(enumerate("ba\n"))))
+    meta = load_meta(nanogpt_folder(tmp_path, {"itos": dict(enumerate("ba\n"))}))
     assert (meta["vocab_size"], meta["padded_vocab_size"], meta["dtype"]) == (3, 3, "uint16")
     assert Tokenizer.from_meta(meta).decode([1, 0, 2]) == "ab\n"
-    for itos in {0: "ab"}, {0: "a", 1: "a"}:
+    for itos in {0: 7}, {0: "a", 1: "a"}, {0: b"a"}:
         with pytest.raises(UserError, match="meta.pkl is not a table of characters"):
-            load_meta(nanogpt_folder(tmp_path, itos))
+            load_meta(nanogpt_folder(tmp_path, {"itos": itos}))
     (tmp_path / "val.bin").write_bytes(b"odd")
     with pytest.raises(UserError, match="val.bin has 3 bytes, and without a meta.json an id is"):
         load_meta(tmp_path)
+
+
+@pytest.mark.parametrize("table, decoded", [
+    ({"vocab_size": 3, "itos": {0: "a", 1: "<UNK>", 2: "b"}}, "a<UNK>b"),
+    ({"vocab_size": 3, "stoi": {"a": 0, "b": 2}}, "a<1>b"), ({"vocab_size": 3}, "<0><1><2>"),
+    ({"vocab_size": 4, "itos": ["a", "<PAD>", "<PAD>"]}, "a<PAD><PAD>"),
+    ({"itos": [*"abc"]}, "abc")])
+def test_tables_that_nanogpt_takes(tmp_path, table, decoded):
+    """With words, gaps or more rows than names; what is no character is never encoded."""
+    meta = json.loads(json.dumps(load_meta(nanogpt_folder(tmp_path, table))))
+    tokenizer = Tokenizer.from_meta(meta)
+    assert tokenizer.decode(range(3)) == decoded
+    assert tokenizer.n_vocab == meta["padded_vocab_size"] == table.get("vocab_size", 3)
+    if "a" in decoded:
+        assert tokenizer.encode("a") == [0]
+    with pytest.raises(UserError, match="alphabet does not have '<'"):
+        tokenizer.encode("<")
+
+
+@pytest.mark.parametrize("kind, ids, warns", [("<u4", 100_000, True), ("<u2", 50_000, False)])
+def test_wide_ids_without_a_meta_json(tmp_path, capsys, kind, ids, warns):
+    drawn = np.random.default_rng(0).integers(0, ids, 500).astype(kind)
+    for split in "train", "val":
+        drawn.tofile(tmp_path / f"{split}.bin")
+    load_meta(tmp_path)
+    assert ("train.bin seems to have ids of four bytes" in capsys.readouterr().err) is warns
 
 
 def test_missing_data_names_the_command(tmp_path):

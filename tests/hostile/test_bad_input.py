@@ -291,7 +291,7 @@ def test_no_file_is_unpickled_freely():
         ("dtype", ["uint16"]), ("tokenizer", 3), ("train", []), ("val", None), ("alphabet", 7))),
     *(("tiny", meta(train={"tokens": tokens}), "damaged") for tokens in ("343", 342, True)),
     *(("char", meta("char", alphabet=alphabet), "meta.json") for alphabet in (
-        LETTERS[1:], "a" * 26, list(LETTERS))),
+        LETTERS[1:], "a" * 26, [*LETTERS[1:], 7])),
     *(("nano", put("data/nano/meta.pkl", content), "meta.pkl") for content in (
         b"", b"no pickle", *map(pickle.dumps, (7, {}, {"itos": 7}, {"itos": {1: "a"}},
                                                {"itos": {0: b"a"}}, {"itos": {}})))),
