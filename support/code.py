@@ -31,7 +31,7 @@ def tree(node: Any) -> Any:
 
 
 @functools.cache
-def code_in(folder: Path = HERE) -> dict[str, str | None]:
+def code_in(folder: Path = HERE) -> dict[str, str]:
     """The code in this folder: the hash of model.py, train.py and what computes in support/, and
     the git commit where there is one, with "modified" if these files are not as they are there."""
     paths = [folder / "model.py", folder / "train.py",
@@ -41,17 +41,17 @@ def code_in(folder: Path = HERE) -> dict[str, str | None]:
             "commit": commit(folder)}
 
 
-def commit(folder: Path) -> str | None:
+def commit(folder: Path) -> str:
     """The commit of a working tree, or of the one that copy_code copied."""
     if (folder / "commit.txt").exists():
-        return (folder / "commit.txt").read_text() or None
+        return (folder / "commit.txt").read_text()
     try:
         head, changed = (subprocess.run(
             ["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
             for words in (["rev-parse", "--short", "HEAD"],
                           ["status", "--porcelain", "model.py", "train.py", "support"]))
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-        return None
+        return "unknown"
     return f"{head}, modified" if changed else head
 
 
@@ -65,4 +65,4 @@ def copy_code(folder: str) -> None:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             shutil.copyfile(path, target)
     # last: a copy without it is none
-    Path(folder, "commit.txt").write_text(code_in()["commit"] or "")
+    Path(folder, "commit.txt").write_text(code_in()["commit"])
