@@ -331,7 +331,7 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
 
     with stop_signals() as signals, contextlib.closing(prefetch(micro_batches())) as batches:
         if master:
-            log = Log(c, run.log_length, model, device, ranks.world)
+            log = Log(c, run, model, device, ranks.world)
             clear_folder(c, resumed)
         saved = run.step if resumed else None  # the step of ckpt.pt
         while True:

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 import torch
 
 from model import GPT, GPTConfig
+from support.code import HERE, code_in
 from support.errors import UserError, fail, reason
 from support.files import rename
 from support.tokenizer import END_OF_TEXT
@@ -225,9 +226,10 @@ def keep_previous(path: str, previous: str) -> None:
 
 def save_checkpoint(state: dict, out_dir: str, best: bool) -> None:
     """ckpt.pt, keeping the one before as ckpt_prev.pt; and its weights alone as best.pt."""
-    path = os.path.join(out_dir, "ckpt.pt")
+    path, state = os.path.join(out_dir, "ckpt.pt"), state | {"code": code_in()}
     if best:  # first: a run killed in between comes here again
-        names = ("model", "model_args", "config", "tokenizer", "iter_num", "best_val_loss")
+        names = ("model", "model_args", "config", "tokenizer", "iter_num", "best_val_loss",
+                 "code")
         write_file({name: state[name] for name in names}, os.path.join(out_dir, "best.pt"))
     if os.path.exists(path):
         keep_previous(path, os.path.join(out_dir, "ckpt_prev.pt"))
@@ -241,3 +243,7 @@ def clear_folder(config, resumed: bool) -> None:
             os.remove(os.path.join(config.out_dir, name))
     with open(os.path.join(config.out_dir, "config.json"), "w", encoding="utf-8") as file:
         json.dump(asdict(config), file, indent=1)
+    kept = os.path.join(config.out_dir, "code_that_ran")
+    os.makedirs(kept, exist_ok=True)
+    for name in ("model.py", "train.py"):
+        shutil.copyfile(os.path.join(HERE, name), os.path.join(kept, name))

@@ -55,6 +55,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     rename(new, path)
 
 
+def finite(content: Any) -> Any:
+    """For JSON, which has no NaN and no infinity: null in their place."""
+    return json.loads(json.dumps(content), parse_constant=lambda _: None)
+
+
 def sha256(path: str | os.PathLike) -> str:
     """Of a file, in hexadecimal."""
     digest = hashlib.sha256()

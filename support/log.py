@@ -1,69 +1,94 @@
 """What a run tells: log.jsonl, wandb, tensorboard, its progress, the picture of its losses."""
 
 import contextlib
+import importlib.util
 import json
-import math
 import os
 import re
+import secrets
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
+from support.code import code_in
 from support.data import evaluation_starts
 from support.device import peak_flops, peak_mb
-from support.errors import fail
+from support.errors import fail, printable, reason
+from support.files import finite
 
 
 class Log:
     """log.jsonl, one JSON object a line, wandb or tensorboard when asked for, and the progress line
     on standard output."""
 
-    def __init__(self, config: Any, length: int | None, model: Any, device: torch.device,
-                 world: int):
-        """length: cut an earlier log back to so many bytes; None starts a new one."""
+    def __init__(self, config: Any, run: Any, model: Any, device: torch.device, world: int):
+        """run: where it begins. An earlier log is cut back to there, or removed."""
         self.config, self.model, self.device, self.world = config, model, device, world
         self.seconds: list[float] = []  # of each step since the latest line
-        self.sinks = open_sinks(config)
+        self.failed: set[str] = set()  # of what a run can do without
+        self.sinks = open_sinks(config, run, self.optional)
         path = os.path.join(config.out_dir, "log.jsonl")
         # unbuffered, so that what a full disk refuses is not tried again when the file is closed
         self.file = open(path, "ab", buffering=0)
-        self.file.truncate(min(length or 0, self.file.tell()))
+        self.file.truncate(min(run.log_length or 0, self.file.tell()))
         self.file.seek(0, os.SEEK_END)
         with open(path, encoding="utf-8", errors="replace") as file:  # it may be damaged
-            times = re.findall(r'"seconds": (\d+(?:\.\d+)?)', file.read())
+            text = file.read()
+        times = re.findall(r'"seconds": (\d+(?:\.\d+)?)', text)
         self.began = time.time() - (float(times[-1]) if times else 0.0)  # a resumed clock goes on
-        if self.file.tell() == 0:
-            self.write({"type": "config", **asdict(config)})
+        if not text:
+            self.write({"type": "config", **asdict(config), "code": code_in()})
+        elif run.evaluated == run.step:  # the sinks have forgotten it
+            with self.optional("log.jsonl"):
+                self.send(json.loads(text.splitlines()[-1]))
 
     def write(self, record: dict) -> None:
         data = f"{json.dumps(record)}\n".encode()
         while data:
             data = data[self.file.write(data):]
 
-    def record(self, kind: str, step: int, scalars: dict | None = None, **values: Any) -> None:
-        """scalars: the learned ones, name -> layers -> substeps; to the sinks go their means."""
+    @contextlib.contextmanager
+    def optional(self, name: str) -> Iterator[None]:
+        """What a picture or a sink raises is one warning, never the end of a run."""
+        try:
+            yield
+        except Exception as error:
+            if name not in self.failed:
+                print(f"warning: {name}: {printable(reason(error))}; the run goes on without it",
+                      file=sys.stderr)
+            self.failed.add(name)
+
+    def send(self, record: dict) -> None:
+        """To the sinks, which take numbers: of the learned scalars their means."""
+        kind, step = record["type"], record["iter"]
+        known = {f"{kind}/{name}": value for name, value in record.items()
+                 if isinstance(value, (int, float)) and name != "iter"}
+        for name, layers in record.get("scalars", {}).items():
+            known[f"scalars/{name}"] = float(np.mean(np.array(layers, float)))
+        for name, sink in self.sinks.items():
+            with self.optional(name):
+                sink(known, step)
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
         values["seconds"] = time.time() - self.began
-        values = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
-        record = {"type": kind, "iter": step, **values}
-        self.write(record | {"scalars": scalars} if scalars else record)
-        known = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
-        for name, layers in (scalars or {}).items():
-            known[f"scalars/{name}"] = float(np.mean(layers))
-        for sink in self.sinks:
-            sink(known, step)
+        record = finite({"type": kind, "iter": step, **values})
+        self.write(record)
+        self.send(record)
 
     def evaluation(self, run: Any, val_loss: float) -> None:
         """An evaluation after run.step steps."""
         scalars = {} if self.config.parallel == "fsdp" else learned_scalars(self.model)
-        self.record("eval", run.step, scalars, tokens=run.position * self.config.block_size,
+        self.record("eval", run.step, tokens=run.position * self.config.block_size,
                     val_loss=val_loss, best_val_loss=run.best_val_loss,
-                    peak_mb=peak_mb(self.device))
-        draw_losses(self.config.out_dir)
+                    peak_mb=peak_mb(self.device), **{"scalars": scalars} if scalars else {})
+        with self.optional("loss.png"):
+            draw_losses(self.config.out_dir)
         show(f"step {run.step}: val loss {val_loss:.4f}, best {run.best_val_loss:.4f}", keep=True)
 
     def step(self, run: Any, seconds: float, loss: float, grad_norm: float, share: float) -> None:
@@ -90,7 +115,6 @@ class Log:
 
     def close(self) -> None:
         """The run has ended."""
-        draw_losses(self.config.out_dir)
         self.file.close()
 
 
@@ -108,54 +132,66 @@ def learned_scalars(model: Any) -> dict[str, list[list[float]]]:
     return dict(zip(names, table, strict=True))
 
 
-def open_sinks(config: Any) -> list[Callable[[dict[str, float], int], None]]:
-    """Functions of ({name: value}, step) that log to Weights & Biases and to tensorboard."""
-    sinks = []
+def open_sinks(config: Any, run: Any, optional: Callable[[str], Any],
+               ) -> dict[str, Callable[[dict[str, float], int], None]]:
+    """Name -> function of ({name: value}, step) that logs to Weights & Biases or to tensorboard:
+    of a run that goes on under its old name, without the steps that it makes again."""
+    sinks, package = {}, "wandb"
+    wandb_id, board = (os.path.join(config.out_dir, name) for name in ("wandb_id", "tensorboard"))
+    if run.log_length is None:  # these are an earlier run's
+        shutil.rmtree(board, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.remove(wandb_id)
     try:
         if config.wandb_log:
             import wandb
 
-            sinks.append(wandb.init(project=config.wandb_project, name=config.wandb_run_name,
-                                    config=asdict(config)).log)
+            with optional(package):
+                with contextlib.suppress(FileExistsError), open(wandb_id, "x") as file:
+                    file.write(secrets.token_hex(4))
+                with open(wandb_id) as file:
+                    sinks[package] = wandb.init(
+                        project=config.wandb_project, name=config.wandb_run_name, id=file.read(),
+                        resume="allow", config=asdict(config)).log
+        package = "tensorboard"
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(os.path.join(config.out_dir, "tensorboard"))
+            with optional(package):
+                writer = SummaryWriter(board, purge_step=run.step)
 
-            def log(values: dict[str, float], step: int) -> None:
-                for name, value in values.items():
-                    writer.add_scalar(name, value, step)
-                writer.flush()
+                def log(values: dict[str, float], step: int) -> None:
+                    for name, value in values.items():
+                        writer.add_scalar(name, value, step)
+                    writer.flush()
 
-            sinks.append(log)
+                sinks[package] = log
     except ImportError as error:
-        package = "tensorboard" if "tensorboard" in str(error) else "wandb"
         fail(f"{package} is asked for and not installed: pip install {package} ({error})")
     return sinks
 
 
 def draw_losses(out_dir: str) -> None:
-    """loss.png of a run, where matplotlib is installed. A log that was damaged is no reason to end
-    it. (tools/watch.py draws several runs together.)"""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    """loss.png of a run, where matplotlib is installed. (tools/watch.py draws several together.)"""
+    if importlib.util.find_spec("matplotlib") is None:
         return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="cross-entropy (nats per token)")
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
-        with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
-        for kind, name, style in (("train", "loss", "-"), ("eval", "val_loss", "o-")):
-            points = [(r["iter"], r[name]) for r in records if r["type"] == kind and r[name]]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, lw=1, ms=3.5,
-                          label=f"{kind}: {points[-1][1]:.4f}")
-        axes.set_ylim(top=axes.get_lines()[0].get_ydata()[0])
+    with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    for kind, name, style in (("train", "loss", "-"), ("eval", "val_loss", "o-")):
+        points = [(r["iter"], r[name]) for r in records if r["type"] == kind and r[name]]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, lw=1, ms=3.5,
+                      label=f"{kind}: {points[-1][1]:.4f}")
+    if axes.lines:  # else no loss is finite yet
+        axes.set_ylim(top=axes.lines[0].get_ydata()[0])
         axes.legend()
-        axes.grid(alpha=0.3)
-        FigureCanvasAgg(figure).print_png(os.path.join(out_dir, "loss.png"))
+    axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure).print_png(os.path.join(out_dir, "loss.png"))
 
 
 def clock(seconds: float) -> str:

@@ -19,7 +19,7 @@ def test_a_checkpoint_is_plain_and_has_nanogpts_keys(run, tmp_path, optimizer):
     run(tmp_path, optimizer=optimizer, template="tmm")
     checkpoint = load(tmp_path)  # with weights_only=True
     assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config", "rng",
-            "run", "data", "tokenizer", "versions"} <= checkpoint.keys()
+            "run", "data", "tokenizer", "versions", "code"} <= checkpoint.keys()
     assert checkpoint["iter_num"] == 6 and checkpoint["run"]["position"] == 6 * 8
     assert checkpoint["versions"]["torch"] == str(torch.__version__)
     assert checkpoint["config"]["template"] == checkpoint["model_args"]["template"] == "tmm"
@@ -44,7 +44,7 @@ def test_latest_previous_and_best(run, tmp_path):
     assert load(tmp_path)["best_val_loss"] == 1.0  # of all evaluations
     best, saved = load(tmp_path, "best.pt"), load(tmp_path, "ckpt_prev.pt")
     assert best.keys() == {"model", "model_args", "config", "tokenizer", "iter_num",
-                           "best_val_loss"}
+                           "best_val_loss", "code"}
     assert_same(best, {name: saved[name] for name in best})
     run(tmp_path, hooks=[partial(scripted, [3.5, math.nan, 2.5, 2.9])], max_iters=8,
         init_from="resume", **options)

@@ -1,6 +1,7 @@
 """bench.py compare: the plan, the grid, the statistics, and what is written. Most runs are scripted
 logs; one study really trains."""
 
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from conftest import TINY, option_words, refused
 
 import bench
 from config import read_config
+from support.code import code_in
 from tools import compare, findings
 from train import TrainConfig
 
@@ -40,10 +42,12 @@ def study(tmp_path, data_dir, monkeypatch):
             study.launched.append(config)
             name = re.sub(r"-\w+-seed", "-seed", Path(config.out_dir).name)
             loss = study.script.get(name, 1.0)
+            assert argv[1] == os.path.join(os.path.dirname(config.out_dir), "code", "train.py")
             self.returncode = 2 if isinstance(loss, str) else 0
             stdout.write(f"error: {loss}\n".encode())
             steps = config.max_iters
-            records = [{"type": "eval", "iter": 0, "tokens": 0, "val_loss": 5.0, "seconds": 0.0},
+            records = [{"type": "config", "code": compare.code_in()},
+                       {"type": "eval", "iter": 0, "tokens": 0, "val_loss": 5.0, "seconds": 0.0},
                        {"type": "train", "iter": 0, "tokens": 128, "tokens_per_s": 100.0},
                        {"type": "train", "iter": 1, "tokens": 256, "tokens_per_s": 300.0},
                        {"type": "eval", "iter": 1, "tokens": 128, "val_loss": None,  # not finite
@@ -252,6 +256,72 @@ def test_changed_options(study):
     assert [r["options"].get("template", "gd") for r in runs] == ["gd", "gd", "polyak", "polyak"]
 
 
+@pytest.fixture
+def edited(monkeypatch):
+    """As if model.py were edited now."""
+    return lambda name: monkeypatch.setattr(compare, "code_in", lambda folder=None: {
+        "hash": name, "commit": f"commit {name}"} if folder is None else code_in(folder))
+
+
+def test_runs_of_other_code_are_not_added_to(study, edited):
+    """Not the same variants, nor another seed or variant; nor are they runs of another study. Their
+    table can be written, and names their commit."""
+    variants = "a: template=gd", "b: template=tmm"
+    before = study(*variants)
+    assert {r["code"]["hash"] for r in before} == {code_in()["hash"]}
+    folders = {c.out_dir for c in study.launched}
+    edited("new")
+    for options in ({}, {"seeds": 3}, {"only": "b", "seeds": 3}):
+        refused(lambda options=options: study(*variants, **options), "s has runs of other code",
+                code_in()["commit"], "--overwrite", "--study", "--jobs=0",
+                "python runs/s/code/bench.py compare ")
+        assert study.launched == []
+    refused(lambda: study("c: template=polyak", only="c"), "other code")
+    Path("found/s/table.md").unlink()
+    assert study(*variants, jobs=0) == before and study.launched == []
+    assert f"Code: {code_in()['commit']}.\n" in Path("found/s/table.md").read_text()
+    assert len(study(*variants, study="t")) == len(study.launched) == 4
+    runs = study(*variants, only="b", overwrite=True)
+    assert [r["variant"] for r in runs] == ["b", "b"] == [c.out_dir[7:8] for c in study.launched]
+    assert not folders & {c.out_dir for c in study.launched}
+
+
+def test_runs_that_do_not_say_their_code(study):
+    """They are d42fd40's: as committed, but for other code."""
+    runs = study("a: template=gd")
+    path = Path("found/s/results.json")
+    head = json.loads(path.read_text())
+    for run in head["runs"]:
+        del run["code"]
+    path.write_text(json.dumps(head))
+    refused(lambda: study("a: template=gd"), "other code (d42fd40)")
+    study("a: template=gd", jobs=0)
+    assert "Code: d42fd40." in Path("found/s/table.md").read_text()
+    assert study("a: template=gd", overwrite=True) == runs
+
+
+def test_speeds_are_of_the_code(study, monkeypatch, edited):
+    asked = []
+    monkeypatch.setattr(bench, "relative_speeds", lambda configs: (
+        asked.append(list(configs)), dict.fromkeys(configs, 1.0))[1])
+    for overwrite in (False, False, True, True):
+        study("a: template=gd", budget="seconds", seeds=1, overwrite=overwrite)
+        if len(asked) == 1 and study.launched == []:
+            edited("new")
+    assert len(asked) == 2
+
+
+def test_a_study_without_its_pictures(study, monkeypatch, capsys):
+    """Whatever matplotlib raises, and names that are not UTF-8: the table is there."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure, "add_subplot", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # which takes all, as that of a program
+    study.pictures = True
+    study("caf\udce9: template=gd")
+    assert "caf\\udce9" in Path("found/s/table.md").read_text()
+    assert "warning: no pictures: " in capsys.readouterr().err
+
+
 def test_other_data(study, data_dir, tmp_path):
     """Without meta.json's sums, too."""
     study("a: template=gd")
@@ -268,6 +338,7 @@ def test_other_data(study, data_dir, tmp_path):
     (("a: template=gd", "a: template=tmm"), {}, "two variants have the name a"),
     (("a: template=gd",), {"study": "../x"}, "study=../x"),
     (("a: template=gd",), {"seeds": 0}, "seeds=0"),
+    (("a: template=gd",), {"jobs": -1}, "jobs=-1"),
     (("a: template=gd",), {"dataset": "none"}, "none"),
     (("a: template=quick",), {}, "template=quick"),
     (("a: template='gd",), {}, "variant a: No closing quotation"),
@@ -353,9 +424,10 @@ def test_a_signal_stops_the_runs(study, monkeypatch):
     assert [call[0] for call in endless.method_calls] == ["poll", "terminate", "wait"]
 
 
-def test_a_study_that_trains(words, tmp_path, data_dir, run, monkeypatch, capsys):
+def test_a_study_that_trains(words, tmp_path, data_dir, run, monkeypatch, capsys, edited):
     """Two variants, two at a time, in processes of their own. Anyone who runs a cell's options with
-    train.py gets its figure; a cell that was cut off goes on from its checkpoint."""
+    train.py gets its figure; a cell that was cut off goes on from its checkpoint, with its code,
+    whatever became of that meanwhile."""
     monkeypatch.chdir(tmp_path)
     argv = ["compare", *words("runs"), "--study=s", "--seeds=1", "--jobs=2", "--results=found",
             "--variants", "gd: template=gd", "tmm: template=tmm"]
@@ -374,8 +446,11 @@ def test_a_study_that_trains(words, tmp_path, data_dir, run, monkeypatch, capsys
     assert records[-1]["val_loss"] == pytest.approx(tmm["val_loss"], abs=6e-6)
     stored["runs"] = [gd]
     path.write_text(json.dumps(stored))
-    bench.main(argv)
-    assert "1 runs to do, 1 there" in capsys.readouterr().out
+    edited("new")
+    (line,) = refused(lambda: bench.main(argv), "other code")
+    command = shlex.split(line.split("go on with it: ")[1])  # the remedy that it names
+    done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True)
+    assert "1 runs to do, 1 there" in done.stdout and done.returncode == 0, done.stderr
     (output,) = (tmp_path / "runs/s").glob("tmm-*-seed1/output.txt")
     assert "resuming" in output.read_text()
     assert [r["val_loss"] for r in json.loads(path.read_text())["runs"]] == [

@@ -9,10 +9,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, load, of_kind, records, refused, scripted
+from conftest import (
+    TINY,
+    as_killed_at_3,
+    in_ranks,
+    load,
+    of_kind,
+    records,
+    refused,
+    scripted,
+)
 
 import train
+from support import log
+from support.code import code_in
 from support.log import Log
+from support.resume import Progress
 from train import TrainConfig
 
 
@@ -21,7 +33,8 @@ def test_the_log(run, tmp_path):
     config = found[0]
     assert config["type"] == "config" and config["n_layer"] == 2 and config["eval_tokens"] == 128
     assert set(TrainConfig.__dataclass_fields__) - {"vocab_used"} <= config.keys()
-    assert {"type": "config", **json.loads((tmp_path / "config.json").read_text())} == config
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert {"type": "config", **stored, "code": code_in()} == config
     assert [(r["type"], r["iter"]) for r in found[1:]] == [
         ("eval", 0), ("train", 0), ("eval", 2), ("train", 2), ("eval", 4), ("train", 4),
         ("eval", 5)]
@@ -37,11 +50,19 @@ def test_the_log(run, tmp_path):
 def test_the_log_is_cut_even_if_nothing_was_written_since(tmp_path):
     """A run resumed at step 10 and stopped before its next record keeps the right length."""
     config, here = TrainConfig(out_dir=str(tmp_path)), (torch.device("cpu"), 1)
-    log = Log(config, None, None, *here)
+    log = Log(config, Progress(), None, *here)
     log.record("train", 0, loss=1.0)
     length = log.length()
     log.record("train", 15, loss=2.0)
-    assert Log(config, length, None, *here).length() == length
+    assert Log(config, Progress(log_length=length), None, *here).length() == length
+
+
+def test_json_has_no_nan(run, tmp_path):
+    """It stands as null, in the learned scalars too."""
+    found = run(tmp_path, max_iters=1, template="polyak",
+                hooks=[partial(scripted, [math.nan, 1.0]), lambda patch: patch.setattr(
+                    log, "learned_scalars", lambda _: {"beta": [[math.inf]]})])
+    assert (found[1]["val_loss"], found[1]["scalars"]) == (None, {"beta": [[None]]})
 
 
 def test_only_options_that_are_not_the_defaults_are_printed(words, run, tmp_path, capsys):
@@ -74,15 +95,108 @@ def test_the_loss_curve(run, pictures, tmp_path):
     assert coloured.sum() > 200  # the curves, not only axes and letters
 
 
-def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(run, pictures, tmp_path, monkeypatch):
+def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(run, pictures, tmp_path, monkeypatch,
+                                                           capsys):
     """Of no number yet, in a place that is taken, without matplotlib."""
     run(tmp_path / "nan", hooks=[partial(scripted, [math.nan, 1.0])], max_iters=1)
+    assert "warning" not in capsys.readouterr().err
     (tmp_path / "taken" / "loss.png").mkdir(parents=True)
     run(tmp_path / "taken", max_iters=1)
+    assert capsys.readouterr().err.count("warning: loss.png: IsADirectoryError") == 1
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
     run(tmp_path / "none", max_iters=1)
     assert not (tmp_path / "none" / "loss.png").exists()
+
+
+class Sink:
+    """A fake of wandb's run and of tensorboard's writer, that keeps or raises."""
+
+    def __init__(self, error=None):
+        self.error, self.seen, self.opened = error, [], []
+
+    def add_scalar(self, name, value, step):
+        if self.error:
+            raise self.error
+        self.seen.append((name, float(value), step))
+
+    def log(self, values, step):
+        for name, value in values.items():
+            self.add_scalar(name, value, step)
+
+    def flush(self):
+        pass
+
+    def open(self, *_, **options):
+        self.opened.append(options)
+        return self
+
+    def install(self, patch):
+        for module, name in (("wandb", "init"), ("torch.utils.tensorboard", "SummaryWriter")):
+            patch.setitem(sys.modules, module, SimpleNamespace(**{name: self.open}))
+
+
+def failing(patch):
+    """All that a run can do without raises."""
+    def draw(_):
+        raise RuntimeError("no\nfont")
+
+    Sink(BrokenPipeError("it has left")).install(patch)
+    patch.setattr(log, "draw_losses", draw)
+
+
+def test_pictures_and_sinks_that_fail_are_one_warning_each(job, run, tmp_path, monkeypatch,
+                                                          capsys):
+    """Also while they are opened, and in ranks."""
+    options = dict(wandb_log=True, tensorboard=True)
+    run(tmp_path / "one", hooks=[failing], **options)
+    said = capsys.readouterr().err
+    assert [said.count(f"warning: {name}: {error}") for name, error in (
+        ("wandb", "BrokenPipeError: it has left"), ("tensorboard", "BrokenPipeError"),
+        ("loss.png", "RuntimeError: no; "))] == [1, 1, 1]
+    in_ranks(2, [job(tmp_path / "two", [failing], **options)])
+    assert load(tmp_path / "two")["iter_num"] == load(tmp_path / "one")["iter_num"] == 6
+
+    def init(**_):
+        raise ValueError("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    run(tmp_path / "three", wandb_log=True, max_iters=1)
+    assert "warning: wandb: ValueError: no API key" in capsys.readouterr().err
+
+
+def test_sinks_follow_the_log_back(run, tmp_path, monkeypatch):
+    """A run that goes on does so under its own name, and steps made again replace their first
+    pass; the evaluation that is not made again is there. A new run has none of these."""
+    options = dict(wandb_log=True, tensorboard=True, save_interval=3)
+    sink = Sink()
+    sink.install(monkeypatch)
+    run(tmp_path / "a", **options)
+    (tmp_path / "a" / "tensorboard").mkdir()
+    half = as_killed_at_3(tmp_path / "a", tmp_path / "b")
+    del sink.seen[:]
+    run(half, init_from="resume", **options)
+    wandb, board, again, board_again = sink.opened
+    assert wandb["id"] == again["id"] and again["resume"] == "allow"
+    assert board_again["purge_step"] == 3 and (half / "tensorboard").exists()
+    steps = [step for name, _, step in sink.seen if name == "eval/val_loss"]
+    assert steps == [3, 3, 6, 6] and min(step for *_, step in sink.seen) == 3
+    run(half, "--overwrite", **options)
+    assert sink.opened[-2]["id"] != wandb["id"] and not (half / "tensorboard").exists()
+
+
+def test_real_tensorboard_has_each_step_once(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path / "a", tensorboard=True, save_interval=3)
+    half = as_killed_at_3(tmp_path / "a", tmp_path / "b")
+    run(half, tensorboard=True, init_from="resume")
+    board = EventAccumulator(str(half / "tensorboard"))
+    board.Reload()
+    for tag, kind in (("train/loss", "train"), ("eval/val_loss", "eval")):
+        assert [e.step for e in board.Scalars(tag)] == [
+            r["iter"] for r in of_kind(records(half), kind)]
 
 
 @pytest.mark.parametrize("option, module", [("wandb_log", "wandb"),
@@ -91,19 +205,9 @@ def test_other_logs_get_the_same_numbers(run, tmp_path, monkeypatch, option, mod
     """Only numbers: a CPU has no mfu, and tensorboard cannot take None. If it is installed."""
     monkeypatch.setitem(sys.modules, module, None)
     refused(lambda: run(tmp_path, f"--{option}"), "pip install", module.split(".")[-1])
-    seen = []
-
-    def add_scalar(name, value, step):
-        seen.append((name, float(value), step))
-
-    def log(values, step):
-        for name, value in values.items():
-            add_scalar(name, value, step)
-
-    writer = SimpleNamespace(log=log, add_scalar=add_scalar, flush=lambda: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: writer))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
-                        SimpleNamespace(SummaryWriter=lambda folder: writer))
+    sink = Sink()
+    sink.install(monkeypatch)
+    seen = sink.seen
     found = run(tmp_path, f"--{option}", template="polyak")
     for name in ("beta", "gamma"):
         means = [(pytest.approx(np.mean(r["scalars"][name])), r["iter"])

@@ -1,6 +1,8 @@
 """bench.py plot, whose lines are read off the figures."""
 
 import math
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -123,6 +125,30 @@ def test_the_path_of_a_file_and_of_a_folder(run, tmp_path, data_dir, drawn, monk
     assert len(drawn[0].axes[1].lines[0].get_xdata()) == 2
     refused(lambda: bench.main(["plot", "folder", *draw]), "--data=NAME")
     refused(lambda: bench.main(["plot", "run", "--data=count", *draw]), "343 token ids")
+
+
+@pytest.mark.parametrize("draw", ["losses", "scalars", "path"])
+def test_names_are_shown_as_they_are(run, tmp_path, drawn, monkeypatch, draw):
+    """No mathematics, none left out of the legend."""
+    names = {"lr$1e_$3": "lr$1e_$3", "_x": " _x", "a\nb": "a\\nb", "caf\udce9": "caf\\udce9"}
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        run(name, template="polyak", max_iters=1)
+    drawn.clear()
+    bench.main(["plot", *names, f"--draw={draw}", "--plot=x.png"])
+    assert (tmp_path / "x.png").stat().st_size > 5_000
+    legend, = drawn[0].legends or [drawn[0].axes[0].get_legend()]
+    texts = [re.split("[:,]", text.get_text())[0] for text in legend.get_texts()]
+    assert list(dict.fromkeys(texts)) == list(names.values())
+
+
+def test_what_matplotlib_raises_is_one_line(run, tmp_path, monkeypatch):
+    run(tmp_path, max_iters=1)
+    monkeypatch.setattr(figures.Figure, "add_subplot", lambda *_, **__: 1 / 0)
+    plot = ["plot", str(tmp_path), f"--plot={tmp_path}/x.png"]
+    refused(lambda: bench.main(plot), "x.png cannot be drawn: ZeroDivisionError")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused(lambda: bench.main(plot), "pip install -U matplotlib")
 
 
 @pytest.mark.parametrize("command, said", [

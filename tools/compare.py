@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from subprocess import Popen
 from typing import ClassVar, Literal
 
@@ -21,14 +22,15 @@ import numpy as np
 import torch
 
 from model import GPT, GPTConfig
+from support.code import code_in, copy_code
 from support.device import pick_device
 from support.errors import UserError, fail
-from support.files import locked, rename, sha256
+from support.files import finite, locked, rename, sha256
 from support.log import clock
 from support.meta import load_meta
 from tools.findings import draw_study, markdown, pairs, summary
 from tools.judge import EvalConfig, judge
-from tools.race import HERE, machine
+from tools.race import machine
 from tools.watch import read_log
 from train import TrainConfig, model_args
 
@@ -50,7 +52,7 @@ class CompareConfig(TrainConfig):
     repeats: int = 5  # budget=seconds: measurements of each variant's speed
     steps: int = 5  # budget=seconds: optimiser steps in each measurement
     only: tuple[str, ...] = ()  # run only these variants
-    jobs: int | None = None  # runs at once; auto: one for each GPU, or one
+    jobs: int | None = None  # runs at once; auto: one for each GPU, or one; 0: only the table
     dry_run: bool = False  # print the plan and stop
     results: str = "docs/results"  # the folder of the STUDY folders
     published: tuple[str, ...] = ()  # "variant: loss", to print beside ours
@@ -62,9 +64,15 @@ class CompareConfig(TrainConfig):
 
     def rules(self, rule: Callable[[bool, str], None]) -> None:
         super().rules(rule)
-        for name in ("seeds", "repeats", "steps", "jobs", "limit"):
+        for name in ("seeds", "repeats", "steps", "limit"):
             count = getattr(self, name)
             rule(count is None or count >= 1, f"{name}={count}: must be at least 1; choose more")
+        rule((self.jobs or 0) >= 0, f"jobs={self.jobs}: must not be negative; choose more")
+
+    @property
+    def code_dir(self) -> str:
+        """The copy of the code that all runs of the study are made with."""
+        return os.path.join(self.out_dir, self.study, "code")
 
     @property
     def judged_by(self) -> str:
@@ -96,6 +104,16 @@ def options_of(config: TrainConfig, without: Iterable[str] = PLACE | ASIDE) -> d
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def commit_of(run: dict) -> str:
+    """Of the code that made it; runs that do not say theirs count as d42fd40's."""
+    return run["code"]["commit"] if "code" in run else "d42fd40"
+
+
+def is_ours(run: dict) -> bool:
+    """Whether the code of now made it: only to such runs can others be added."""
+    return run.get("code", {}).get("hash") == code_in()["hash"]
 
 
 def model_size(config: TrainConfig) -> dict[str, int]:
@@ -219,9 +237,9 @@ class Cell:
 
     @property
     def out_dir(self) -> str:
-        """Other options, another folder: what is in it can be gone on with."""
+        """Other options or code, another folder: what is in it can be gone on with."""
         name = re.sub(r"[^\w.=+-]+", "-", self.label)
-        options = digest(json.dumps(options_of(self.config)))[:6]
+        options = digest(f"{code_in()['hash']} {json.dumps(options_of(self.config))}")[:6]
         return os.path.join(self.config.out_dir, self.config.study,
                             f"{name}-{options}-seed{self.seed}")
 
@@ -232,7 +250,7 @@ class Cell:
         options |= {"seed": self.seed, "out_dir": self.out_dir, "init_from": "auto"}
         words = [f"--{name}={value}" for name, value in options.items()]
         with open(os.path.join(self.out_dir, "output.txt"), "wb") as output:
-            return Popen([sys.executable, os.path.join(HERE, "train.py"), *words],
+            return Popen([sys.executable, os.path.join(self.config.code_dir, "train.py"), *words],
                          env=os.environ | share, stdout=output, stderr=output)
 
     def record(self, code: int) -> dict:
@@ -248,7 +266,8 @@ class Cell:
         if last["iter"] != self.config.max_iters or last["val_loss"] is None:
             fail(f"it ended at step {last['iter']} with the loss {last['val_loss']}")
         record = {"variant": self.label, "seed": self.seed, "options": options_of(self.config),
-                  **model_size(self.config), "tokens": last["tokens"], "steps": last["iter"],
+                  "code": log[0]["code"], **model_size(self.config),
+                  "tokens": last["tokens"], "steps": last["iter"],
                   "val_loss": round(last["val_loss"], 5),
                   "best_val_loss": round(min(r["val_loss"] for r in evals), 5),
                   "seconds": round(last["seconds"], 1),
@@ -256,7 +275,7 @@ class Cell:
                   "curve": [[r["iter"], round(r["val_loss"], 5)] for r in evals]}
         if "scalars" in last:
             record["scalars"] = [
-                [r["iter"], {name: np.round(values, 4).tolist()  # layers -> substeps
+                [r["iter"], {name: np.array(values, float).round(4).tolist()  # layers -> substeps
                              for name, values in r["scalars"].items()}] for r in evals]
         return record
 
@@ -299,11 +318,15 @@ class Results:
             if self.head["data"] != data:
                 fail(f"{self.path} is of other data than those in {config.data_dir}/"
                      f"{config.dataset} now; choose another --study, or prepare the data as before")
+            if config.overwrite and not all(map(is_ours, self.runs.values())):
+                self.runs = {key: run for key, run in self.runs.items() if is_ours(run)}
+                self.head.pop("speeds", None)
 
     def get(self, cell: Cell) -> dict | None:
-        """This cell's run, if there is one of its options."""
+        """This cell's run, if there is one of its options and of this code."""
         run = self.runs.get((cell.label, cell.seed))
-        return run if run and run["options"] == options_of(cell.config) else None
+        fits = run and is_ours(run) and run["options"] == options_of(cell.config)
+        return run if fits else None
 
     def sorted(self) -> list[dict]:
         """The runs in the order of the variants."""
@@ -313,7 +336,7 @@ class Results:
 
     def write(self) -> None:
         """Whole, beside the old one, then in its place."""
-        lines = ",\n".join(map(json.dumps, self.sorted()))
+        lines = ",\n".join(json.dumps(finite(run)) for run in self.sorted())
         with open(self.path + ".tmp", "w", encoding="utf-8") as file:
             file.write(f'{json.dumps(self.head)[:-1]}, "runs": [\n{lines}\n]}}\n')
             file.flush()
@@ -354,11 +377,9 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
         results.runs = Results(config, data).runs  # another command may have just ended
         cells = [Cell(label, planned[label], seed) for seed in range(1, config.seeds + 1)
                  for label in config.only or planned]
-        missing = [cell for cell in cells if results.get(cell) is None]
-        changed = {cell.label for cell in missing if (cell.label, cell.seed) in results.runs}
-        if changed and not config.overwrite:
-            fail(f"{results.path} has runs of {sorted(changed)} with other options; add "
-                 f"--overwrite to replace them, or choose another --study")
+        missing = [] if config.jobs == 0 else [c for c in cells if results.get(c) is None]
+        if missing:
+            prepare_code(missing, results, config, argv)
         print(f"{len(missing)} runs to do, {len(cells) - len(missing)} there, {len(shares)} at a "
               f"time", flush=True)
         failed = run_cells(missing, results, shares, where)
@@ -382,6 +403,27 @@ def check(configs: dict[str, CompareConfig], config: CompareConfig) -> None:
         fail("tasks need lm-eval: pip install lm-eval")
     if unknown := set(config.only) - set(configs):
         fail(f"only={', '.join(unknown)}: the variants are {list(configs)}")
+
+
+def prepare_code(missing: list[Cell], results: Results, config: CompareConfig, argv: list[str],
+                 ) -> None:
+    """Copy the code, so that editing it meanwhile changes nothing. UserError where the study has
+    runs that these cannot be added to."""
+    copied = os.path.exists(os.path.join(config.code_dir, "commit.txt"))
+    copy = {"code": code_in(Path(config.code_dir))} if copied else {}
+    runs = [*results.runs.values(), copy] if copied else results.runs.values()
+    others = dict.fromkeys(commit_of(run) for run in runs if not is_ours(run))
+    if others and not config.overwrite:
+        theirs = f"; go on with it: python {config.code_dir}/bench.py {shlex.join(argv)}"
+        fail(f"{config.study} has runs of other code ({', '.join(others)}), to which those of this "
+             f"one cannot be added; replace them with --overwrite, choose another --study, only "
+             f"write their table with --jobs=0{theirs if copied and not is_ours(copy) else ''}")
+    changed = {cell.label for cell in missing if (cell.label, cell.seed) in results.runs}
+    if changed and not config.overwrite:
+        fail(f"{results.path} has runs of {sorted(changed)} with other options; add "
+             f"--overwrite to replace them, or choose another --study")
+    if not is_ours(copy):
+        copy_code(config.code_dir)
 
 
 def run_cells(cells: list[Cell], results: Results, shares: list[dict[str, str]], where: str,
@@ -465,18 +507,20 @@ def report(results: Results, planned: dict[str, CompareConfig], config: CompareC
             words.append(word)
     table = markdown(summary(runs, planned))
     setting = f"{results.head['data']['dataset']}, equal {config.budget}; "
-    setting += "; ".join(dict.fromkeys(r["machine"] for r in runs)) + "."
+    setting += "; ".join(dict.fromkeys(r["machine"] for r in runs)) + ". Code: "
+    setting += "; ".join(dict.fromkeys(commit_of(r) for r in runs)) + "."
     if borrowed := dict.fromkeys(r["study"] for r in runs if "study" in r):
         setting += f" Runs of the same options are from {', '.join(borrowed)}."
     parts = [f"# {config.study}", f"`python bench.py {shlex.join(words)}`", setting, table, NOTES]
     if others := pairs(runs):
         parts += ["The other pairs, row less column, bold where the interval leaves out zero:",
                   markdown(others)]
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no pictures: pip install matplotlib")
-    else:
+    try:
         pictures = draw_study(runs, results.folder, config.x)
         parts.append("\n".join(f"![{name[:-4]}]({name})" for name in pictures))
-    with open(os.path.join(results.folder, "table.md"), "w", encoding="utf-8") as file:
+    except (OSError, UserError) as error:
+        print(f"warning: no pictures: {error}", file=sys.stderr)
+    with open(os.path.join(results.folder, "table.md"), "w", encoding="utf-8",
+              errors="backslashreplace") as file:
         file.write("\n\n".join(part.strip() for part in parts) + "\n")
     print(f"{table}\nwrote {results.folder}")

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from tools.watch import AXES, draw_scalars, picture
+from tools.watch import AXES, draw_scalars, picture, shown
 
 # -----------------------------------------------------------------------------
 # The statistics
@@ -183,7 +183,7 @@ def draw_curves(runs: list[dict], path: str, x: str) -> None:
             at_step = [[curve[step] for curve in curves] for step in steps]
             mean, color = list(map(statistics.mean, at_step)), f"C{i % 10}"
             axes.plot(xs, mean, color=color, ls=("-", "--", ":")[i // 10 % 3],
-                      label=f"{name}: {mean[-1]:.4f}")
+                      label=shown(f"{name}: {mean[-1]:.4f}"))
             axes.fill_between(xs, list(map(min, at_step)), list(map(max, at_step)), color=color,
                               alpha=0.12, lw=0)
             early = max(1, 2 * (len(mean) - 1) // 5)  # what is above would flatten the rest
@@ -197,7 +197,7 @@ def draw_differences(runs: list[dict], path: str) -> None:
     found = {label: d for label, d in differences(runs).items() if d}
     losses, first = losses_by_seed(runs), runs[0]["variant"]
     with picture(path, 7, 1.4 + 0.32 * len(found)) as figure:
-        axes = figure.add_subplot(xlabel=f"final loss - that of {first}\n"
+        axes = figure.add_subplot(xlabel=f"final loss - that of {shown(first)}\n"
                                          f"(nats per token, with 95 % intervals)")
         for i, (name, (mean, half)) in enumerate(found.items()):
             color = {"lower": "C2", "higher": "C3"}.get(verdict((mean, half)), "C7")
@@ -209,5 +209,5 @@ def draw_differences(runs: list[dict], path: str) -> None:
                        fontsize="small")
         axes.set_ylim(-0.6, len(found) - 0.4)
         axes.axvline(0, color="k", lw=0.8)
-        axes.set_yticks(range(len(found)), found)
+        axes.set_yticks(range(len(found)), [*map(shown, found)])
         axes.invert_yaxis()

@@ -1,7 +1,6 @@
 """Pictures of runs: losses, learned scalars, the path of the residual stream."""
 
 import contextlib
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,7 @@ from model import GPT
 from sample import load_checkpoint
 from support.checkpoint import checkpoint_config, model_from
 from support.data import Tokens
-from support.errors import fail, reason
+from support.errors import UserError, fail, printable, reason
 from support.meta import load_meta
 from tools.exchange import checkpoint_named
 
@@ -48,8 +47,6 @@ class PlotConfig:
 
 def plot(config: PlotConfig) -> None:
     """Several runs in one PNG."""
-    if importlib.util.find_spec("matplotlib") is None:
-        fail("plot needs matplotlib: pip install matplotlib")
     path = config.plot or f"{config.draw}.png"
     if config.draw == "losses":
         draw_losses(config.runs, path, config.x)
@@ -63,15 +60,28 @@ def plot(config: PlotConfig) -> None:
 
 @contextlib.contextmanager
 def picture(path: str, width: float, height: float) -> Iterator:
-    """A matplotlib figure, in inches, that becomes a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """A matplotlib figure, in inches, that becomes a PNG; a $ in its words is a $."""
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    yield figure
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(path)
+        with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
+            figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+            yield figure
+            for axes in figure.axes:
+                axes.grid(alpha=0.3)
+            FigureCanvasAgg(figure).print_png(path)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # matplotlib raises nearly anything
+        fail(f"{path} cannot be drawn: {reason(error)}; mend that: pip install -U matplotlib")
+
+
+def shown(name: str) -> str:
+    """A name for a picture, of which matplotlib leaves out what begins with _ and is not UTF-8."""
+    name = printable(name)
+    return f" {name}" if name.startswith("_") else name
 
 
 def read_log(out_dir: str) -> list[dict]:
@@ -110,8 +120,8 @@ def draw_losses(runs: Iterable[str], path: str, x: str) -> None:
                           if r.get("type") == kind and r.get(loss) and key in r]
                 if points:
                     xs, losses = zip(*points, strict=True)
-                    axes.plot(xs, losses, color=color, label=f"{run}, {kind}: {losses[-1]:.4f}",
-                              **style)
+                    axes.plot(xs, losses, color=color, **style,
+                              label=shown(f"{run}, {kind}: {losses[-1]:.4f}"))
                     if kind == "eval" and len(losses) > 1:
                         top = max(top, losses[1])
         axes.set_ylim(top=1.05 * top or None)
@@ -152,13 +162,13 @@ def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
             for i, (run, log) in enumerate(logs.items()):
                 log = [r for r in log if name in r]
                 steps = [r["step"] for r in log]
-                values = np.array([r[name] for r in log])  # (evaluations, layers, substeps)
+                values = np.array([r[name] for r in log], float)  # (evaluations, layers, substeps)
                 substeps = {1: ["layer"], 2: ["attention", "FFN"]}.get(
                     values.shape[-1], [f"substep {k + 1}" for k in range(values.shape[-1])])
                 for k, substep in enumerate(substeps):
                     style = dict(color=f"C{i}", ls=STYLES[k % len(STYLES)])
-                    by_layer.plot(range(1, values.shape[1] + 1), values[-1, :, k], ms=3.5,
-                                  marker="os^Dv<>"[k % 7], label=f"{run}, {substep}", **style)
+                    by_layer.plot(range(1, values.shape[1] + 1), values[-1, :, k], **style, ms=3.5,
+                                  marker="os^Dv<>"[k % 7], label=shown(f"{run}, {substep}"))
                     of_substep = values[:, :, k]
                     over_time.plot(steps, of_substep.mean(axis=1), **style)
                     over_time.fill_between(steps, of_substep.min(axis=1), of_substep.max(axis=1),
@@ -216,7 +226,7 @@ def draw_paths(paths: dict[str, tuple[list[float], list[float]]], path: str) -> 
         turns.set(xlabel="between layers l and l + 1", ylabel="turning angle (degrees)")
         for run, (steps, angles) in paths.items():
             lengths.plot(range(1, len(steps) + 1), steps, marker="o", ms=3,
-                         label=f"{run}: {sum(steps):.1f} in all")
+                         label=shown(f"{run}: {sum(steps):.1f} in all"))
             turns.plot(range(1, len(angles) + 1), angles, marker="o", ms=3)
         for axes in (lengths, turns):
             axes.set_ylim(bottom=0)

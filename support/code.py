@@ -1,0 +1,68 @@
+"""Which code makes a run: a hash of what computes, the git commit, and a copy to run from."""
+
+import ast
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent.parent
+# the files of support/ that compute nothing: what they do changes no figure
+ASIDE = {"__init__", "checkpoint", "code", "errors", "files", "log", "meta", "resume", "text",
+         "tokenizer"}
+
+
+def tree(node: Any) -> Any:
+    """A syntax tree as lists: without docstrings and what is empty, alike in all of Python's
+    versions (ast.dump's words are not)."""
+    if isinstance(node, list):
+        return [tree(child) for child in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    children = dict(ast.iter_fields(node))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+        children["body"] = node.body[1:]
+    return [type(node).__name__, *([name, tree(child)] for name, child in children.items()
+                                   if child not in (None, []))]
+
+
+@functools.cache
+def code_in(folder: Path = HERE) -> dict[str, str]:
+    """The code in this folder: the hash of model.py, train.py and what computes in support/, and
+    the git commit where there is one, with "modified" if these files are not as they are there."""
+    paths = [folder / "model.py", folder / "train.py",
+             *(p for p in sorted(folder.glob("support/*.py")) if p.stem not in ASIDE)]
+    trees = [[path.name, tree(ast.parse(path.read_bytes()))] for path in paths]
+    return {"hash": hashlib.sha256(repr(trees).encode()).hexdigest()[:16],
+            "commit": commit(folder)}
+
+
+def commit(folder: Path) -> str:
+    """The commit of a working tree, or of the one that copy_code copied."""
+    if (folder / "commit.txt").exists():
+        return (folder / "commit.txt").read_text()
+    try:
+        head, changed = (subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--short", "HEAD"],
+                          ["status", "--porcelain", "model.py", "train.py", "support"]))
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return "unknown"
+    return f"{head}, modified" if changed else head
+
+
+def copy_code(folder: str) -> None:
+    """Replace a folder by a copy of all our programs, as they are now."""
+    shutil.rmtree(folder, ignore_errors=True)
+    packages = [path.parent.name for path in HERE.glob("*/__init__.py")]
+    for pattern in ("*.py", *(f"{package}/**/*.py" for package in packages)):
+        for path in HERE.glob(pattern):
+            target = os.path.join(folder, path.relative_to(HERE))
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copyfile(path, target)
+    # last: a copy without it is none
+    Path(folder, "commit.txt").write_text(code_in()["commit"])

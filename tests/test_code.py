@@ -1,0 +1,72 @@
+"""support/code.py: which code makes a run."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from support import code
+
+ROOT = Path(__file__).parent.parent
+
+
+def git(folder, *words) -> str:
+    name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    return subprocess.run(["git", *name, *words], cwd=folder, check=True, capture_output=True,
+                          text=True).stdout.strip()
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of what the hash is of."""
+    for name in ("model.py", "train.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "support", tmp_path / "support")
+    return tmp_path
+
+
+def hash_of(folder) -> str:
+    return code.code_in.__wrapped__(folder)["hash"]
+
+
+@pytest.mark.parametrize("file, old, new, same", [
+    ("model.py", "import math\n", "import  math  # of Python\n\n\n", True),
+    ("model.py", '"""Keys and values', '"""Or: keys and values', True),
+    ("support/log.py", "import json\n", "import json\nimport glob\n", True),
+    ("model.py", "dropout: float = 0.0", "dropout: float = 0", False),
+    ("model.py", "self.c_proj(", "2 * self.c_proj(", False),
+    ("train.py", "scaler.update()", "pass", False),
+    ("support/data.py", "import numpy as np\n", "import numpy as np\nx = None\n", False)])
+def test_the_hash_is_that_of_what_computes(copy, file, old, new, same):
+    """Not of comments, docstrings, blanks, and what only reports."""
+    text = (copy / file).read_text()
+    assert old in text and hash_of(copy) == hash_of(ROOT)
+    (copy / file).write_text(text.replace(old, new))
+    assert (hash_of(copy) == hash_of(ROOT)) == same
+
+
+def test_a_new_file_of_support_counts(copy):
+    (copy / "support" / "flash.py").write_text("x = 1\n")
+    assert hash_of(copy) != hash_of(ROOT)
+
+
+def test_the_commit(copy):
+    assert code.commit(copy) == "unknown"
+    for words in (["init"], ["add", "."], ["commit", "-m", "x"]):
+        git(copy, *words)
+    head = git(copy, "rev-parse", "--short", "HEAD")
+    (copy / "results.json").write_text("{}")
+    assert code.commit(copy) == head
+    (copy / "support" / "new.py").write_text("")
+    assert code.commit(copy) == f"{head}, modified"
+
+
+def test_a_copy_is_whole_and_knows_its_commit(tmp_path):
+    """It replaces another one, and runs where git does not know it."""
+    (tmp_path / "old.py").write_text("")
+    code.copy_code(str(tmp_path))
+    assert not (tmp_path / "old.py").exists()
+    assert code.code_in.__wrapped__(tmp_path) == code.code_in()
+    for name in ("bench.py", "config/studies/suite.py", "tools/compare.py"):
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text()
