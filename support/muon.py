@@ -54,5 +54,5 @@ def share_out(function: Callable, x: torch.Tensor) -> torch.Tensor:
     if len(share):
         part[:len(share)] = function(share)
     whole = x.new_empty(n * world, *x.shape[1:])
-    dist.all_gather_into_tensor(whole, part)
+    dist.all_gather(list(whole.chunk(world)), part)
     return whole[:len(x)]
