@@ -36,11 +36,11 @@ def test_the_matrices_are_shared_out(world, shares, monkeypatch):
 
     def gather(whole, part):
         parts.append(part)
-        assert len(whole) == world * len(part)
+        assert [w.shape for w in whole] == [part.shape] * world
 
     monkeypatch.setattr(muon.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(muon.dist, "get_world_size", lambda: world)
-    monkeypatch.setattr(muon.dist, "all_gather_into_tensor", gather)
+    monkeypatch.setattr(muon.dist, "all_gather", gather)
     for rank in range(world):
         monkeypatch.setattr(muon.dist, "get_rank", lambda rank=rank: rank)
         assert muon.share_out(double, x).shape == x.shape
