@@ -139,6 +139,12 @@ def test_pydoc_needs_nothing(tmp_path):
     assert sorted(found) == sorted(topics.values())
 
 
+def test_importing_prepare_is_quick():
+    code = ("import sys, prepare; "
+            "assert not {'torch', 'model', 'datasets', 'pyarrow'} & sys.modules.keys()")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_openwebtext_has_nanogpts_validation_documents(tmp_path, stories, capsys):
     datasets = pytest.importorskip("datasets")
     for n in 2, 300, 4001:
