@@ -127,6 +127,7 @@ def resolve(config: PrepareConfig) -> PrepareConfig:
     rule(config.corpus == "hf" or not (config.dataset or config.subset),
          "--dataset and --subset are hf's")
     rule(from_hub or not config.val_split, "--val_split is for text from the Hub")
+    rule(config.val_split != config.split, f"--val_split={config.val_split} is what is trained on")
     rule(config.input or not config.val_input, "--val_input needs --input")
     rule(share is None or not (config.val_input or config.val_split),
          "--val_fraction does not go with --val_input or --val_split")

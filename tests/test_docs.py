@@ -197,6 +197,9 @@ def test_messages_are_what_the_programs_print(place, monkeypatch, capsys):
     letters = {"tokenizer": "char", "alphabet": "abcdefghijklmnopqrstuvwxyz", "vocab_size": 26}
     torch.save(torch.load("out/ckpt.pt", weights_only=True) | {"tokenizer": letters}, "letters.pt")
     Path("yurii.pt").touch()
+    Path("src").mkdir()
+    Path("src/package.json").write_text('{"name": "x", "version": 1}')
+    Path("x.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     offline = Mock(side_effect=urllib.error.URLError("no network"))
     new = "train --out_dir=new"
 
@@ -220,6 +223,8 @@ def test_messages_are_what_the_programs_print(place, monkeypatch, capsys):
         (f"{new} --dataset=short --block_size=1024",),
         ("prepare shakespeare_char", urllib.request, "urlopen", offline),
         ("prepare shakespeare", tiktoken, "get_encoding", offline),
+        ("prepare text --tokenizer=bytes --input src",),
+        ("prepare text --tokenizer=bytes --input x.jsonl.zst",),
         ("sample --init_from=letters.pt --start=caf\xe9",),
         (f"{new} --vocab_size=100",),
         ("train --init_from=resume --dataset=letters",),

@@ -139,6 +139,12 @@ def test_pydoc_needs_nothing(tmp_path):
     assert sorted(found) == sorted(topics.values())
 
 
+def test_importing_prepare_is_quick():
+    code = ("import sys, prepare; "
+            "assert not {'torch', 'model', 'datasets', 'pyarrow'} & sys.modules.keys()")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_openwebtext_has_nanogpts_validation_documents(tmp_path, stories, capsys):
     datasets = pytest.importorskip("datasets")
     for n in 2, 300, 4001:
@@ -397,6 +403,7 @@ def test_what_others_have_made_or_make(tmp_path, command):
     ("pydoc --input=x", "pydoc takes no --input"),
     ("text --input=x --dataset=y", "are hf's"),
     ("pydoc --val_split=x", "is for text from the Hub"),
+    ("hf --dataset=x --val_split=train", "--val_split=train is what is trained on"),
     ("tinystories --val_input=x", "--val_input needs --input"),
     ("text --input=x --val_input=y --val_fraction=0.1", "does not go with"),
     ("pydoc --tokenizer=gtp2", "no tokenizer gtp2; did you mean gpt2?"),
