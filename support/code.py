@@ -16,17 +16,14 @@ ASIDE = {"__init__", "checkpoint", "code", "errors", "files", "log", "meta", "re
 
 
 def tree(node: Any) -> Any:
-    """A syntax tree as lists: without docstrings and what is empty, alike in all of Python's
-    versions (ast.dump's words are not)."""
+    """A syntax tree as lists: without docstrings and what is empty, so that it is the same in all
+    versions of Python, which ast.dump's words are not."""
     if isinstance(node, list):
-        return [tree(child) for child in node]
+        return [tree(child) for child in node if not isinstance(child, ast.Expr)
+                or not isinstance(child.value, ast.Constant)]
     if not isinstance(node, ast.AST):
         return repr(node)
-    children = dict(ast.iter_fields(node))
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-        children["body"] = node.body[1:]
-    return [type(node).__name__, *([name, tree(child)] for name, child in children.items()
+    return [type(node).__name__, *([name, tree(child)] for name, child in ast.iter_fields(node)
                                    if child not in (None, []))]
 
 
@@ -45,24 +42,21 @@ def commit(folder: Path) -> str:
     """The commit of a working tree, or of the one that copy_code copied."""
     if (folder / "commit.txt").exists():
         return (folder / "commit.txt").read_text()
-    try:
-        head, changed = (subprocess.run(
-            ["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "--short", "HEAD"],
-                          ["status", "--porcelain", "model.py", "train.py", "support"]))
-    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-        return "unknown"
+    done = subprocess.run(
+        "git rev-parse --short HEAD && git status --porcelain model.py train.py support",
+        shell=True, cwd=folder, capture_output=True, text=True)
+    head, *changed = done.stdout.splitlines() or ["unknown"]  # no git, or not in it
     return f"{head}, modified" if changed else head
 
 
 def copy_code(folder: str) -> None:
-    """Replace a folder by a copy of all our programs, as they are now."""
+    """Make this folder a copy of all our programs, as they are now."""
+    if os.path.realpath(folder) == str(HERE):  # we run from it
+        return
     shutil.rmtree(folder, ignore_errors=True)
-    packages = [path.parent.name for path in HERE.glob("*/__init__.py")]
-    for pattern in ("*.py", *(f"{package}/**/*.py" for package in packages)):
+    for pattern in ("*.py", "*/*.py", "config/*/*.py"):
         for path in HERE.glob(pattern):
-            target = os.path.join(folder, path.relative_to(HERE))
-            os.makedirs(os.path.dirname(target), exist_ok=True)
+            target = Path(folder, path.relative_to(HERE))
+            target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-    # last: a copy without it is none
     Path(folder, "commit.txt").write_text(code_in()["commit"])

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -31,8 +31,7 @@ class Log:
         """run: where it begins. An earlier log is cut back to there, or removed."""
         self.config, self.model, self.device, self.world = config, model, device, world
         self.seconds: list[float] = []  # of each step since the latest line
-        self.failed: set[str] = set()  # of what a run can do without
-        self.sinks = open_sinks(config, run, self.optional)
+        self.sinks = open_sinks(config, run)
         path = os.path.join(config.out_dir, "log.jsonl")
         # unbuffered, so that what a full disk refuses is not tried again when the file is closed
         self.file = open(path, "ab", buffering=0)
@@ -44,8 +43,8 @@ class Log:
         self.began = time.time() - (float(times[-1]) if times else 0.0)  # a resumed clock goes on
         if not text:
             self.write({"type": "config", **asdict(config), "code": code_in()})
-        elif run.evaluated == run.step:  # the sinks have forgotten it
-            with self.optional("log.jsonl"):
+        elif run.evaluated == run.step:  # which the sinks have forgotten
+            with contextlib.suppress(ValueError, KeyError):
                 self.send(json.loads(text.splitlines()[-1]))
 
     def write(self, record: dict) -> None:
@@ -53,27 +52,20 @@ class Log:
         while data:
             data = data[self.file.write(data):]
 
-    @contextlib.contextmanager
-    def optional(self, name: str) -> Iterator[None]:
-        """What a picture or a sink raises is one warning, never the end of a run."""
-        try:
-            yield
-        except Exception as error:
-            if name not in self.failed:
-                print(f"warning: {name}: {printable(reason(error))}; the run goes on without it",
-                      file=sys.stderr)
-            self.failed.add(name)
-
     def send(self, record: dict) -> None:
-        """To the sinks, which take numbers: of the learned scalars their means."""
+        """To the sinks, which take numbers: of the learned scalars their means. What fails is left
+        out from then on."""
         kind, step = record["type"], record["iter"]
         known = {f"{kind}/{name}": value for name, value in record.items()
                  if isinstance(value, (int, float)) and name != "iter"}
         for name, layers in record.get("scalars", {}).items():
             known[f"scalars/{name}"] = float(np.mean(np.array(layers, float)))
-        for name, sink in self.sinks.items():
-            with self.optional(name):
+        for name, sink in list(self.sinks.items()):
+            try:
                 sink(known, step)
+            except Exception as error:
+                leave_out(name, error)
+                del self.sinks[name]
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         values["seconds"] = time.time() - self.began
@@ -87,8 +79,6 @@ class Log:
         self.record("eval", run.step, tokens=run.position * self.config.block_size,
                     val_loss=val_loss, best_val_loss=run.best_val_loss,
                     peak_mb=peak_mb(self.device), **{"scalars": scalars} if scalars else {})
-        with self.optional("loss.png"):
-            draw_losses(self.config.out_dir)
         show(f"step {run.step}: val loss {val_loss:.4f}, best {run.best_val_loss:.4f}", keep=True)
 
     def step(self, run: Any, seconds: float, loss: float, grad_norm: float, share: float) -> None:
@@ -132,43 +122,53 @@ def learned_scalars(model: Any) -> dict[str, list[list[float]]]:
     return dict(zip(names, table, strict=True))
 
 
-def open_sinks(config: Any, run: Any, optional: Callable[[str], Any],
-               ) -> dict[str, Callable[[dict[str, float], int], None]]:
-    """Name -> function of ({name: value}, step) that logs to Weights & Biases or to tensorboard:
-    of a run that goes on under its old name, without the steps that it makes again."""
-    sinks, package = {}, "wandb"
-    wandb_id, board = (os.path.join(config.out_dir, name) for name in ("wandb_id", "tensorboard"))
+def leave_out(sink: str, error: Exception) -> None:
+    print(f"warning: {sink}: {printable(reason(error))}; the run goes on without it",
+          file=sys.stderr)
+
+
+def open_sinks(config: Any, run: Any) -> dict[str, Callable[[dict[str, float], int], None]]:
+    """Functions of ({name: value}, step) that draw loss.png and log to Weights & Biases or to
+    tensorboard. A run that goes on does so there, too, without the steps that it makes again."""
+    sinks = {"loss.png": lambda values, _: "eval/tokens" in values and draw_losses(config.out_dir)}
     if run.log_length is None:  # these are an earlier run's
-        shutil.rmtree(board, ignore_errors=True)
+        shutil.rmtree(os.path.join(config.out_dir, "tensorboard"), ignore_errors=True)
         with contextlib.suppress(OSError):
-            os.remove(wandb_id)
-    try:
-        if config.wandb_log:
-            import wandb
-
-            with optional(package):
-                with contextlib.suppress(FileExistsError), open(wandb_id, "x") as file:
-                    file.write(secrets.token_hex(4))
-                with open(wandb_id) as file:
-                    sinks[package] = wandb.init(
-                        project=config.wandb_project, name=config.wandb_run_name, id=file.read(),
-                        resume="allow", config=asdict(config)).log
-        package = "tensorboard"
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            with optional(package):
-                writer = SummaryWriter(board, purge_step=run.step)
-
-                def log(values: dict[str, float], step: int) -> None:
-                    for name, value in values.items():
-                        writer.add_scalar(name, value, step)
-                    writer.flush()
-
-                sinks[package] = log
-    except ImportError as error:
-        fail(f"{package} is asked for and not installed: pip install {package} ({error})")
+            os.remove(os.path.join(config.out_dir, "wandb_id"))
+    for name, wanted, open_sink in (("wandb", config.wandb_log, open_wandb),
+                                    ("tensorboard", config.tensorboard, open_tensorboard)):
+        try:
+            if wanted:
+                sinks[name] = open_sink(config, run.step)
+        except ImportError as error:
+            fail(f"{name} is asked for and not installed: pip install {name} ({error})")
+        except Exception as error:
+            leave_out(name, error)
     return sinks
+
+
+def open_wandb(config: Any, _: int) -> Callable:
+    import wandb
+
+    path = os.path.join(config.out_dir, "wandb_id")
+    with contextlib.suppress(FileExistsError), open(path, "x") as file:
+        file.write(secrets.token_hex(4))
+    with open(path) as file:
+        return wandb.init(project=config.wandb_project, name=config.wandb_run_name,
+                          id=file.read(), resume="allow", config=asdict(config)).log
+
+
+def open_tensorboard(config: Any, step: int) -> Callable:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(os.path.join(config.out_dir, "tensorboard"), purge_step=step)
+
+    def log(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log
 
 
 def draw_losses(out_dir: str) -> None:

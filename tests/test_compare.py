@@ -46,8 +46,7 @@ def study(tmp_path, data_dir, monkeypatch):
             self.returncode = 2 if isinstance(loss, str) else 0
             stdout.write(f"error: {loss}\n".encode())
             steps = config.max_iters
-            records = [{"type": "config", "code": compare.code_in()},
-                       {"type": "eval", "iter": 0, "tokens": 0, "val_loss": 5.0, "seconds": 0.0},
+            records = [{"type": "eval", "iter": 0, "tokens": 0, "val_loss": 5.0, "seconds": 0.0},
                        {"type": "train", "iter": 0, "tokens": 128, "tokens_per_s": 100.0},
                        {"type": "train", "iter": 1, "tokens": 256, "tokens_per_s": 300.0},
                        {"type": "eval", "iter": 1, "tokens": 128, "val_loss": None,  # not finite
@@ -268,18 +267,18 @@ def test_runs_of_other_code_are_not_added_to(study, edited):
     table can be written, and names their commit."""
     variants = "a: template=gd", "b: template=tmm"
     before = study(*variants)
-    assert {r["code"]["hash"] for r in before} == {code_in()["hash"]}
+    assert json.loads(Path("found/s/results.json").read_text())["code"] == code_in()
     folders = {c.out_dir for c in study.launched}
     edited("new")
     for options in ({}, {"seeds": 3}, {"only": "b", "seeds": 3}):
-        refused(lambda options=options: study(*variants, **options), "s has runs of other code",
+        refused(lambda options=options: study(*variants, **options), "has runs of other code",
                 code_in()["commit"], "--overwrite", "--study", "--jobs=0",
                 "python runs/s/code/bench.py compare ")
         assert study.launched == []
     refused(lambda: study("c: template=polyak", only="c"), "other code")
     Path("found/s/table.md").unlink()
     assert study(*variants, jobs=0) == before and study.launched == []
-    assert f"Code: {code_in()['commit']}.\n" in Path("found/s/table.md").read_text()
+    assert f"code {code_in()['commit']};" in Path("found/s/table.md").read_text()
     assert len(study(*variants, study="t")) == len(study.launched) == 4
     runs = study(*variants, only="b", overwrite=True)
     assert [r["variant"] for r in runs] == ["b", "b"] == [c.out_dir[7:8] for c in study.launched]
@@ -291,12 +290,11 @@ def test_runs_that_do_not_say_their_code(study):
     runs = study("a: template=gd")
     path = Path("found/s/results.json")
     head = json.loads(path.read_text())
-    for run in head["runs"]:
-        del run["code"]
+    del head["code"]
     path.write_text(json.dumps(head))
     refused(lambda: study("a: template=gd"), "other code (d42fd40)")
     study("a: template=gd", jobs=0)
-    assert "Code: d42fd40." in Path("found/s/table.md").read_text()
+    assert "code d42fd40;" in Path("found/s/table.md").read_text()
     assert study("a: template=gd", overwrite=True) == runs
 
 
@@ -448,7 +446,7 @@ def test_a_study_that_trains(words, tmp_path, data_dir, run, monkeypatch, capsys
     path.write_text(json.dumps(stored))
     edited("new")
     (line,) = refused(lambda: bench.main(argv), "other code")
-    command = shlex.split(line.split("go on with it: ")[1])  # the remedy that it names
+    command = shlex.split(re.search(r"theirs \((.*?)\), replace", line)[1])  # which it names
     done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True)
     assert "1 runs to do, 1 there" in done.stdout and done.returncode == 0, done.stderr
     (output,) = (tmp_path / "runs/s").glob("tmm-*-seed1/output.txt")

@@ -64,15 +64,10 @@ class CompareConfig(TrainConfig):
 
     def rules(self, rule: Callable[[bool, str], None]) -> None:
         super().rules(rule)
-        for name in ("seeds", "repeats", "steps", "limit"):
-            count = getattr(self, name)
-            rule(count is None or count >= 1, f"{name}={count}: must be at least 1; choose more")
-        rule((self.jobs or 0) >= 0, f"jobs={self.jobs}: must not be negative; choose more")
-
-    @property
-    def code_dir(self) -> str:
-        """The copy of the code that all runs of the study are made with."""
-        return os.path.join(self.out_dir, self.study, "code")
+        for name in ("seeds", "repeats", "steps", "jobs", "limit"):
+            count, least = getattr(self, name), 0 if name == "jobs" else 1
+            rule(count is None or count >= least,
+                 f"{name}={count}: must be at least {least}; choose more")
 
     @property
     def judged_by(self) -> str:
@@ -104,16 +99,6 @@ def options_of(config: TrainConfig, without: Iterable[str] = PLACE | ASIDE) -> d
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def commit_of(run: dict) -> str:
-    """Of the code that made it; runs that do not say theirs count as d42fd40's."""
-    return run["code"]["commit"] if "code" in run else "d42fd40"
-
-
-def is_ours(run: dict) -> bool:
-    """Whether the code of now made it: only to such runs can others be added."""
-    return run.get("code", {}).get("hash") == code_in()["hash"]
 
 
 def model_size(config: TrainConfig) -> dict[str, int]:
@@ -244,13 +229,14 @@ class Cell:
                             f"{name}-{options}-seed{self.seed}")
 
     def start(self, share: dict[str, str]) -> Popen:
-        """Train it, or train it on, with this share of the machine."""
+        """Train it, or train it on, with this share of the machine and the study's code."""
         os.makedirs(self.out_dir, exist_ok=True)
+        code = os.path.join(os.path.dirname(self.out_dir), "code")
         options = options_of(self.config, without={"overwrite"})
         options |= {"seed": self.seed, "out_dir": self.out_dir, "init_from": "auto"}
         words = [f"--{name}={value}" for name, value in options.items()]
         with open(os.path.join(self.out_dir, "output.txt"), "wb") as output:
-            return Popen([sys.executable, os.path.join(self.config.code_dir, "train.py"), *words],
+            return Popen([sys.executable, os.path.join(code, "train.py"), *words],
                          env=os.environ | share, stdout=output, stderr=output)
 
     def record(self, code: int) -> dict:
@@ -266,8 +252,7 @@ class Cell:
         if last["iter"] != self.config.max_iters or last["val_loss"] is None:
             fail(f"it ended at step {last['iter']} with the loss {last['val_loss']}")
         record = {"variant": self.label, "seed": self.seed, "options": options_of(self.config),
-                  "code": log[0]["code"], **model_size(self.config),
-                  "tokens": last["tokens"], "steps": last["iter"],
+                  **model_size(self.config), "tokens": last["tokens"], "steps": last["iter"],
                   "val_loss": round(last["val_loss"], 5),
                   "best_val_loss": round(min(r["val_loss"] for r in evals), 5),
                   "seconds": round(last["seconds"], 1),
@@ -305,28 +290,27 @@ class Results:
     def __init__(self, config: CompareConfig, data: dict):
         self.folder = os.path.join(config.results, config.study)
         self.path = os.path.join(self.folder, "results.json")
-        self.head: dict = {"study": config.study, "data": data}  # what the runs share
+        # what the runs share
+        self.head: dict = {"study": config.study, "data": data, "code": code_in()}
         self.order: list[str] = []  # of the variants
         self.runs: dict[tuple[str, int], dict] = {}  # by variant and seed
         if os.path.isfile(self.path):
             try:
                 with open(self.path, encoding="utf-8") as file:
-                    self.head = json.load(file)
-                self.runs = {(r["variant"], r["seed"]): r for r in self.head.pop("runs")}
+                    head = {"code": {"hash": "", "commit": "d42fd40"}} | json.load(file)
+                runs = {(r["variant"], r["seed"]): r for r in head.pop("runs")}
             except (ValueError, KeyError):
                 fail(f"{self.path} is damaged; mend it, or move it away to begin anew")
-            if self.head["data"] != data:
+            if head["data"] != data:
                 fail(f"{self.path} is of other data than those in {config.data_dir}/"
                      f"{config.dataset} now; choose another --study, or prepare the data as before")
-            if config.overwrite and not all(map(is_ours, self.runs.values())):
-                self.runs = {key: run for key, run in self.runs.items() if is_ours(run)}
-                self.head.pop("speeds", None)
+            if head["code"]["hash"] == code_in()["hash"] or not config.overwrite:
+                self.head, self.runs = head, runs
 
     def get(self, cell: Cell) -> dict | None:
-        """This cell's run, if there is one of its options and of this code."""
+        """This cell's run, if there is one of its options."""
         run = self.runs.get((cell.label, cell.seed))
-        fits = run and is_ours(run) and run["options"] == options_of(cell.config)
-        return run if fits else None
+        return run if run and run["options"] == options_of(cell.config) else None
 
     def sorted(self) -> list[dict]:
         """The runs in the order of the variants."""
@@ -377,9 +361,17 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
         results.runs = Results(config, data).runs  # another command may have just ended
         cells = [Cell(label, planned[label], seed) for seed in range(1, config.seeds + 1)
                  for label in config.only or planned]
-        missing = [] if config.jobs == 0 else [c for c in cells if results.get(c) is None]
+        missing = [cell for cell in cells if config.jobs != 0 and results.get(cell) is None]
+        code = os.path.join(config.out_dir, config.study, "code")
+        if config.jobs != 0:
+            check_code(results, code, argv)
+        changed = {cell.label for cell in missing if (cell.label, cell.seed) in results.runs}
+        if changed and not config.overwrite:
+            fail(f"{results.path} has runs of {sorted(changed)} with other options; add "
+                 f"--overwrite to replace them, or choose another --study")
         if missing:
-            prepare_code(missing, results, config, argv)
+            results.write()
+            copy_code(code)
         print(f"{len(missing)} runs to do, {len(cells) - len(missing)} there, {len(shares)} at a "
               f"time", flush=True)
         failed = run_cells(missing, results, shares, where)
@@ -405,25 +397,17 @@ def check(configs: dict[str, CompareConfig], config: CompareConfig) -> None:
         fail(f"only={', '.join(unknown)}: the variants are {list(configs)}")
 
 
-def prepare_code(missing: list[Cell], results: Results, config: CompareConfig, argv: list[str],
-                 ) -> None:
-    """Copy the code, so that editing it meanwhile changes nothing. UserError where the study has
-    runs that these cannot be added to."""
-    copied = os.path.exists(os.path.join(config.code_dir, "commit.txt"))
-    copy = {"code": code_in(Path(config.code_dir))} if copied else {}
-    runs = [*results.runs.values(), copy] if copied else results.runs.values()
-    others = dict.fromkeys(commit_of(run) for run in runs if not is_ours(run))
-    if others and not config.overwrite:
-        theirs = f"; go on with it: python {config.code_dir}/bench.py {shlex.join(argv)}"
-        fail(f"{config.study} has runs of other code ({', '.join(others)}), to which those of this "
-             f"one cannot be added; replace them with --overwrite, choose another --study, only "
-             f"write their table with --jobs=0{theirs if copied and not is_ours(copy) else ''}")
-    changed = {cell.label for cell in missing if (cell.label, cell.seed) in results.runs}
-    if changed and not config.overwrite:
-        fail(f"{results.path} has runs of {sorted(changed)} with other options; add "
-             f"--overwrite to replace them, or choose another --study")
-    if not is_ours(copy):
-        copy_code(config.code_dir)
+def check_code(results: Results, copy: str, argv: list[str]) -> None:
+    """Raise UserError if the study's runs are of other code, since they cannot be compared."""
+    code = results.head["code"]
+    if code["hash"] == code_in()["hash"]:
+        return
+    whole, go_on = os.path.exists(os.path.join(copy, "commit.txt")), ""
+    if whole and code_in(Path(copy))["hash"] == code["hash"]:
+        go_on = f"go on with theirs (python {copy}/bench.py {shlex.join(argv)}), "
+    fail(f"{results.path} has runs of other code ({code['commit']}), to which those of this one "
+         f"cannot be added; {go_on}replace them (--overwrite), choose another --study, or only "
+         f"write their table (--jobs=0)")
 
 
 def run_cells(cells: list[Cell], results: Results, shares: list[dict[str, str]], where: str,
@@ -506,9 +490,9 @@ def report(results: Results, planned: dict[str, CompareConfig], config: CompareC
         if kept:
             words.append(word)
     table = markdown(summary(runs, planned))
-    setting = f"{results.head['data']['dataset']}, equal {config.budget}; "
-    setting += "; ".join(dict.fromkeys(r["machine"] for r in runs)) + ". Code: "
-    setting += "; ".join(dict.fromkeys(commit_of(r) for r in runs)) + "."
+    head = results.head
+    setting = f"{head['data']['dataset']}, equal {config.budget}; code {head['code']['commit']}; "
+    setting += "; ".join(dict.fromkeys(r["machine"] for r in runs)) + "."
     if borrowed := dict.fromkeys(r["study"] for r in runs if "study" in r):
         setting += f" Runs of the same options are from {', '.join(borrowed)}."
     parts = [f"# {config.study}", f"`python bench.py {shlex.join(words)}`", setting, table, NOTES]
