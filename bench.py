@@ -10,7 +10,6 @@ you name, runs in the same process. The data are random ids, whatever the datase
 """
 
 import json
-import math
 import multiprocessing
 import os
 import shlex
@@ -36,6 +35,7 @@ from support.device import (
     tune_allocator,
 )
 from support.errors import cli, explain_failures, fail
+from support.files import finite
 from tools import race
 from tools.compare import CompareConfig, compare
 from tools.exchange import ConvertConfig, ExportConfig, convert, export
@@ -281,11 +281,9 @@ def measure(argv: list[str], config: Any, function: Callable[..., list[dict]]) -
         rows = function(config)
     print(race.text_table(rows))
     if config.json:
-        rows = [{k: None if isinstance(v, float) and not math.isfinite(v) else v
-                 for k, v in row.items()} for row in rows]  # JSON has no nan
         with (explain_failures(config.json, mend="choose another --json"),
               open(config.json, "w", encoding="utf-8") as file):
-            json.dump({"command": argv, "machine": machine, "rows": rows}, file, indent=1)
+            json.dump(finite({"command": argv, "machine": machine, "rows": rows}), file, indent=1)
 
 
 def main(argv: list[str]) -> None:

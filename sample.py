@@ -254,7 +254,6 @@ class SampleConfig:
         rule(self.top_p is None or 0 < self.top_p <= 1,
              f"top_p={self.top_p}: must lie in (0, 1]; None keeps all tokens")
         rule(self.seed >= 0, f"seed={self.seed}: must not be negative")
-        rule(self.stop != "", 'stop="": must not be empty')
 
 
 def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:

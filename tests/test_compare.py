@@ -340,7 +340,7 @@ def test_other_data(study, data_dir, tmp_path):
     (("a: template=gd",), {"dataset": "none"}, "none"),
     (("a: template=quick",), {}, "template=quick"),
     (("a: template='gd",), {}, "variant a: No closing quotation"),
-    (("",), {}, "say what to compare"),
+    (("",), {}, "not an empty word"),
     (("a: template=gd", "b: block_size=8"), {}, "b: block_size must be the same in all"),
     (("a: template=gd", "b: eval_tokens=32"), {}, "eval_tokens"),
     (("a: template=gd", "b: dataset=easy"), {}, "dataset"),

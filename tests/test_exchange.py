@@ -393,7 +393,7 @@ def test_it_learns_on(tmp_path, run, raw):
     ("export --ckpt=a.pt --out=full", "is there already; choose another --out"),
     ("export --ckpt=a.pt --out=full --overwrite", "is there already"),
     ("export --ckpt=a.pt --out=a.pt --overwrite", "is there already"),
-    ("export --ckpt=a.pt --out=a.pt/b", "mend the path"),
+    ("export --ckpt=a.pt --out=a.pt/b", "name another place"),
     ("export --ckpt=a.pt --out=b --format=gguf", "format=gguf"),
     ("CONVERT --template=gd", "template=gd"), ("CONVERT --out=b", "FILE.pt"),
     ("CONVERT --velocity_norm=update", "velocity_norm=update: expected none"),

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -308,11 +309,15 @@ def test_the_context_may_shrink(run, tmp_path):
 
 def test_eval_only_writes_nothing(run, tmp_path, capsys):
     run(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = contents()
     capsys.readouterr()
     resume(tmp_path, eval_only=True)
     assert f"val loss {load(tmp_path)['best_val_loss']:.4f}" in capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents() == before
 
 
 # -----------------------------------------------------------------------------

@@ -553,5 +553,5 @@ def test_mistakes_come_together(out):
     lines = refused(lambda: out("--num_samples=0", "--top_k=0", "--top_p=1.5", "--stop=",
                                 "--seed=-1"), "seed=-1",
                     "num_samples=0: must be at least 1", "top_k=0", "None keeps", "top_p=1.5",
-                    "(0, 1]", 'stop=""')
+                    "(0, 1]", "stop=: expected")
     assert len(lines) == 5
