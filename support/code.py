@@ -42,11 +42,14 @@ def commit(folder: Path) -> str:
     """The commit of a working tree, or of the one that copy_code copied."""
     if (folder / "commit.txt").exists():
         return (folder / "commit.txt").read_text()
-    done = subprocess.run(
-        "git rev-parse --short HEAD && git status --porcelain model.py train.py support",
-        shell=True, cwd=folder, capture_output=True, text=True)
-    head, *changed = done.stdout.splitlines() or ["unknown"]  # no git, or not in it
-    return f"{head}, modified" if changed else head
+    try:
+        head, changed = (
+            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True).stdout
+            for words in (["rev-parse", "--short", "HEAD"],
+                          ["status", "--porcelain", "model.py", "train.py", "support"]))
+    except OSError:  # there is no git
+        return "unknown"
+    return f"{head.strip() or 'unknown'}{', modified' if changed else ''}"
 
 
 def copy_code(folder: str) -> None:
