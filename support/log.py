@@ -172,7 +172,7 @@ def show(line: str, keep: bool = False) -> None:
 
 
 def report(model: Any, config: Any, meta: dict, train: Any, val: Any, ranks: Any,
-           precision: str) -> None:
+           how: list[str]) -> None:
     """What is about to run: the options that are not the defaults, and what they make."""
     c, plain = config, type(config)()
     for name, value in asdict(c).items():
@@ -194,4 +194,4 @@ step:   {tokens_per_step:,} tokens = {c.gradient_accumulation_steps} micro-batch
 data:   {c.dataset}: {len(train):,} training and {len(val):,} validation tokens, \
 {meta["vocab_size"]:,} ids
 eval:   {windows * c.block_size:,} tokens every {c.eval_interval} steps
-device: {ranks.device}, {precision}""", flush=True)
+device: {ranks.device}, {', '.join(filter(None, how))}""", flush=True)
