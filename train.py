@@ -24,7 +24,13 @@ from config import read_config
 from model import GPT, GPTConfig
 from support.checkpoint import clear_folder, holds_weights, model_from
 from support.data import Tokens, WindowOrder, evaluation_starts, prefetch, to_device
-from support.device import autocast, pick_dtype, try_compile, tune_machine
+from support.device import (
+    attention_backend,
+    autocast,
+    pick_dtype,
+    try_compile,
+    tune_machine,
+)
 from support.errors import cli, explain_failures, fail
 from support.fuse import fuse
 from support.log import Log, report, show
@@ -93,6 +99,7 @@ class TrainConfig(GPTConfig):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None  # auto: bf16 if fast
     compile: bool | None = None  # torch.compile; auto: on CUDA, where it works
     fused: bool | None = None  # momentum with one kernel backward; auto: on CUDA, where it serves
+    deterministic: bool = False  # the same bits in each run and resuming, on a GPU compiled too
     backend: Literal["nccl", "gloo"] | None = None  # of torchrun's processes; auto: nccl on CUDA
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has all of the model, or a part
     activation_checkpointing: bool = False  # blocks are computed again for the backward pass
@@ -290,7 +297,7 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     device, master, sharded = ranks.device, ranks.rank == 0, c.parallel == "fsdp"
     dtype = pick_dtype(c.dtype, device)
     meta, source = read_source(os.path.join(c.data_dir, c.dataset), checkpoint, resumed)
-    tune_machine(device)
+    tune_machine(device, c.deterministic)
 
     # --- model, data, optimisers ---
     torch.manual_seed(c.seed)
@@ -321,7 +328,8 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     windows_per_step = c.batch_size * c.gradient_accumulation_steps
     if master:
         report(model, c, meta, train_tokens, val_tokens, ranks,
-               [str(dtype).removeprefix("torch."), "compiled" if compiled else "eager", fused])
+               [str(dtype).removeprefix("torch."), "compiled" if compiled else "eager",
+                attention_backend(model, dtype, device), fused])
     if c.eval_only:
         loss = evaluate(model, val_tokens, c, ranks, dtype, signals=[])
         if master:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from support.data import evaluation_starts
-from support.device import peak_flops, peak_mb
+from support.device import compile_seconds, peak_flops, peak_mb
 from support.errors import fail
 
 
@@ -27,6 +27,7 @@ class Log:
                  world: int):
         """length: cut an earlier log back to so many bytes; None starts a new one."""
         self.config, self.model, self.device, self.world = config, model, device, world
+        self.compiled = False  # and said so
         self.seconds: list[float] = []  # of each step since the latest line
         self.sinks = open_sinks(config)
         path = os.path.join(config.out_dir, "log.jsonl")
@@ -70,6 +71,9 @@ class Log:
         """The step that began at run.step: how long it took, and its share of the peak rates."""
         c = self.config
         self.seconds.append(seconds)
+        if not self.compiled and (compiled := compile_seconds()):
+            self.compiled = True
+            show(f"compiled in {compiled:.0f} s", keep=True)
         if run.step % c.log_interval:
             return
         mean = sum(self.seconds) / len(self.seconds)
