@@ -36,6 +36,7 @@ from support.device import (
 )
 from support.errors import cli, explain_failures, fail
 from support.files import finite
+from support.fuse import fuse
 from tools import race
 from tools.compare import CompareConfig, compare
 from tools.exchange import ConvertConfig, ExportConfig, convert, export
@@ -112,8 +113,9 @@ def new_model(config: TrainConfig) -> tuple[GPT, torch.device, torch.dtype]:
 def training(name: str, config: TrainConfig, steps: int) -> Variant:
     """Steps of train.py: data, forward, backward, clipping, optimiser, one read of the loss."""
     model, device, dtype = new_model(config)
-    try_compile(model, config.compile, device)
     model.activation_checkpointing = config.activation_checkpointing
+    fuse(model, config.fused, device)
+    try_compile(model, config.compile, device)
     optimizers = make_optimizers(model, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     batches, micro_steps = prefetch(random_batches(config)), config.gradient_accumulation_steps

@@ -61,6 +61,7 @@ class GPTConfig:
     beta_init: float = 0.5  # velocity decay at the start
     gamma_init: float = math.log(2)  # oracle step size at the start
     scalar_map: Literal["sigmoid", "softplus"] = "sigmoid"  # range of mu and beta: (0, 1), (0, inf)
+    stream_dtype: Literal["float32", "bfloat16"] = "float32"  # of x and the streams beside it
     residual_init_scale: bool = True  # attention-out and FFN-out start 1/sqrt(2 L) times smaller
 
     def __post_init__(self) -> None:
@@ -538,6 +539,7 @@ class Block(nn.Module):
         self.ln_2 = nn.Identity() if isinstance(ffn, HourglassFFN) else make_norm(config)
         self.mlp = ffn
         self.each = config.each
+        self.narrow = config.stream_dtype == "bfloat16"
         template = TEMPLATES[config.template]
         self.split = SPLITTINGS[config.splitting] if template.splittings else unsplit
         n_substeps = len(self.split(*self.oracles()))
@@ -554,7 +556,11 @@ class Block(nn.Module):
         """state: x (B, T, C) and the template's streams of the same shape."""
         substeps = self.split(*self.oracles(rope, cache))
         for step, (oracle, h) in zip(self.steps, substeps, strict=True):
+            if self.narrow:
+                state = tuple(stream.to(self.ln_1.weight.dtype) for stream in state)
             state = step(oracle, state, h)
+            if self.narrow:  # computed in fp32, stored in bf16
+                state = tuple(stream.bfloat16() for stream in state)
         return state
 
 
@@ -588,6 +594,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.streams = TEMPLATES[config.template].streams
+        self.narrow = config.stream_dtype == "bfloat16"
         embedded = "embed" in self.streams and config.velocity_init == "embed"
         second = embedded or config.velocity_init == "add"  # a second table?
         learned = config.position == "learned"
@@ -641,18 +648,22 @@ class GPT(nn.Module):
                 return look_up("vte", "vpe")
             return torch.full_like(x, float(stream == "ones"))
 
-        return x, *map(begin, self.streams)
+        state = x, *map(begin, self.streams)
+        return tuple(stream.bfloat16() for stream in state) if self.narrow else state
+
+    def rope(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """The table of rotations, with position=rope."""
+        if self.config.position != "rope":
+            return None
+        wide = torch.promote_types(self.lm_head.weight.dtype, torch.float32)  # as angles need
+        return rope_table(positions, self.config.d_head, self.config.rope_theta, wide)
 
     def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """idx (B, T) token ids -> what the head reads (B, T, C). With a cache, idx continues the
         cached tokens. Raises ValueError where all tokens exceed block_size or the cache."""
         c = self.config
         positions = (cache or KVCache()).begin(idx, c.block_size)  # (1, T), (B, T) if ragged
-        state = self.embed(idx, positions)
-        rope = None
-        if c.position == "rope":
-            wide = torch.promote_types(self.lm_head.weight.dtype, torch.float32)  # as angles need
-            rope = rope_table(positions, c.d_head, c.rope_theta, wide)
+        state, rope = self.embed(idx, positions), self.rope(positions)
         for block in self.transformer.h:
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 state = recompute(block, state, rope, use_reentrant=False)
@@ -660,7 +671,8 @@ class GPT(nn.Module):
                 state = block(state, rope, cache)
         if cache is not None:
             cache.end()
-        return self.transformer.ln_f(state[0])
+        norm = self.transformer.ln_f
+        return norm(state[0].to(norm.weight.dtype))
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
                 cache: KVCache | None = None, return_logits: bool = True,

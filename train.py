@@ -24,8 +24,15 @@ from config import read_config
 from model import GPT, GPTConfig
 from support.checkpoint import clear_folder, holds_weights, model_from
 from support.data import Tokens, WindowOrder, evaluation_starts, prefetch, to_device
-from support.device import autocast, pick_dtype, try_compile, tune_machine
+from support.device import (
+    attention_backend,
+    autocast,
+    pick_dtype,
+    try_compile,
+    tune_machine,
+)
 from support.errors import cli, explain_failures, fail
+from support.fuse import fuse
 from support.log import Log, report, show
 from support.muon import Muon
 from support.ranks import Ranks, locked_folder, shard, stop_signals
@@ -91,6 +98,8 @@ class TrainConfig(GPTConfig):
     device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None  # auto: bf16 if fast
     compile: bool | None = None  # torch.compile; auto: on CUDA, where it works
+    fused: bool | None = None  # momentum with one kernel backward; auto: on CUDA, where it serves
+    deterministic: bool = False  # the same bits in each run and resuming, on a GPU compiled too
     backend: Literal["nccl", "gloo"] | None = None  # of torchrun's processes; auto: nccl on CUDA
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has all of the model, or a part
     activation_checkpointing: bool = False  # blocks are computed again for the backward pass
@@ -140,6 +149,8 @@ class TrainConfig(GPTConfig):
         converted = (self.eval_iters or 0) * self.batch_size * self.block_size
         rule(self.eval_iters is None or self.eval_tokens in (TrainConfig.eval_tokens, converted),
              "eval_iters and eval_tokens: say the same thing twice; drop one (--eval_iters=auto)")
+        rule(not self.fused or self.parallel == "ddp",
+             "fused=True: takes whole models; use --fused=auto, or parallel=ddp")
         rule(self.init_from in ("scratch", "resume", "auto") or self.init_from.startswith("gpt2")
              or self.init_from.endswith(".pt") or holds_weights(self.init_from),
              f"init_from={self.init_from}: names no weights; use scratch, resume, auto, gpt2, "
@@ -286,7 +297,7 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     device, master, sharded = ranks.device, ranks.rank == 0, c.parallel == "fsdp"
     dtype = pick_dtype(c.dtype, device)
     meta, source = read_source(os.path.join(c.data_dir, c.dataset), checkpoint, resumed)
-    tune_machine(device)
+    tune_machine(device, c.deterministic)
 
     # --- model, data, optimisers ---
     torch.manual_seed(c.seed)
@@ -300,10 +311,13 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
                                        c.block_size) for split in ("train", "val"))
     order = WindowOrder(len(train_tokens), c.block_size, c.seed)
     model.activation_checkpointing = c.activation_checkpointing
-    compiled = try_compile(model, c.compile, device, blocks=sharded)
     if sharded:
+        fused, compiled = "", try_compile(model, c.compile, device, blocks=True)
         shard(model, ranks)
-    model.to(device)
+        model.to(device)
+    else:
+        fused = fuse(model.to(device), c.fused, device)
+        compiled = try_compile(model, c.compile, device)
     optimizers = make_optimizers(model, c, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Progress()
@@ -314,7 +328,8 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     windows_per_step = c.batch_size * c.gradient_accumulation_steps
     if master:
         report(model, c, meta, train_tokens, val_tokens, ranks,
-               f"{str(dtype).removeprefix('torch.')}, {'compiled' if compiled else 'eager'}")
+               [str(dtype).removeprefix("torch."), "compiled" if compiled else "eager",
+                attention_backend(model, dtype, device), fused])
     if c.eval_only:
         loss = evaluate(model, val_tokens, c, ranks, dtype, signals=[])
         if master:

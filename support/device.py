@@ -10,8 +10,16 @@ import torch
 from support.errors import fail, reason
 
 
-def tune_machine(device: torch.device) -> None:
-    """Settings that make training faster and change no result beyond rounding."""
+def tune_machine(device: torch.device, deterministic: bool = False) -> None:
+    """Settings that make training faster and change no result beyond rounding. deterministic: the
+    same bits in every run, compiled ones too, for some speed."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch asks for
+        torch.use_deterministic_algorithms(True)
+        import torch._inductor.config as inductor
+
+        if hasattr(inductor, "deterministic"):
+            inductor.deterministic = True  # no choice among kernels by their speed
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if device.type == "cpu":
@@ -86,6 +94,15 @@ def can_compile(wanted: bool | None, device: torch.device) -> bool:
     return True
 
 
+def attention_backend(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> str:
+    """What scaled_dot_product_attention computes with, for this model's heads. (An older CUDA on
+    LD_LIBRARY_PATH takes cuDNN's away without a word.)"""
+    c = model.config
+    q = torch.empty(1, c.n_head, c.block_size, c.d_head, dtype=dtype, device=device)
+    backend = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
+    return f"{backend.name.lower().removesuffix('_attention')} attention"
+
+
 def try_compile(model: torch.nn.Module, wanted: bool | None, device: torch.device,
                 blocks: bool = False) -> bool:
     """Compile the model in place if it is wanted and works here; with `blocks` each of its blocks,
@@ -99,6 +116,13 @@ def try_compile(model: torch.nn.Module, wanted: bool | None, device: torch.devic
     else:
         model.compile(dynamic=False)
     return True
+
+
+def compile_seconds() -> float:
+    """What torch.compile has taken so far in this process."""
+    if "torch._dynamo" not in sys.modules:
+        return 0.0
+    return torch._dynamo.utils.calculate_time_spent()["total_wall_time"]
 
 
 PEAK_FLOPS = {  # dense bf16 (fp16 on V100 and T4) FLOP/s by card, the makers' data sheets

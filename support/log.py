@@ -18,7 +18,7 @@ import torch
 
 from support.code import code_in
 from support.data import evaluation_starts
-from support.device import peak_flops, peak_mb
+from support.device import compile_seconds, peak_flops, peak_mb
 from support.errors import fail, printable, reason
 from support.files import finite
 
@@ -30,6 +30,7 @@ class Log:
     def __init__(self, config: Any, run: Any, model: Any, device: torch.device, world: int):
         """run: where it begins. An earlier log is cut back to there, or removed."""
         self.config, self.model, self.device, self.world = config, model, device, world
+        self.compiled = False  # and said so
         self.seconds: list[float] = []  # of each step since the latest line
         self.sinks = open_sinks(config, run)
         path = os.path.join(config.out_dir, "log.jsonl")
@@ -85,6 +86,9 @@ class Log:
         """The step that began at run.step: how long it took, and its share of the peak rates."""
         c = self.config
         self.seconds.append(seconds)
+        if not self.compiled and (compiled := compile_seconds()):
+            self.compiled = True
+            show(f"compiled in {compiled:.0f} s", keep=True)
         if run.step % c.log_interval:
             return
         mean = sum(self.seconds) / len(self.seconds)
@@ -208,7 +212,7 @@ def show(line: str, keep: bool = False) -> None:
 
 
 def report(model: Any, config: Any, meta: dict, train: Any, val: Any, ranks: Any,
-           precision: str) -> None:
+           how: list[str]) -> None:
     """What is about to run: the options that are not the defaults, and what they make."""
     c, plain = config, type(config)()
     for name, value in asdict(c).items():
@@ -230,4 +234,4 @@ step:   {tokens_per_step:,} tokens = {c.gradient_accumulation_steps} micro-batch
 data:   {c.dataset}: {len(train):,} training and {len(val):,} validation tokens, \
 {meta["vocab_size"]:,} ids
 eval:   {windows * c.block_size:,} tokens every {c.eval_interval} steps
-device: {ranks.device}, {precision}""", flush=True)
+device: {ranks.device}, {', '.join(filter(None, how))}""", flush=True)

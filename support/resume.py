@@ -24,7 +24,7 @@ from support.ranks import Ranks, part_of
 
 # options of the call or of the machine, and not of the run
 THIS_CALL = {"init_from", "overwrite", "out_dir", "eval_only"}
-NOT_STORED = THIS_CALL | {"device", "dtype", "compile", "backend", "parallel"}
+NOT_STORED = THIS_CALL | {"device", "dtype", "compile", "fused", "backend", "parallel"}
 
 
 @dataclass

@@ -11,7 +11,14 @@ import torch
 from conftest import refused
 
 from model import GPT, GPTConfig
-from support.device import peak_flops, pick_device, pick_dtype, try_compile
+from support.device import (
+    attention_backend,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+    try_compile,
+    tune_machine,
+)
 
 ROOT = Path(__file__).parent.parent
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -91,3 +98,26 @@ def test_where_compilation_fails(run, tmp_path, monkeypatch):
     for wanted in (None, False):
         assert try_compile(model, wanted, torch.device("cuda")) is False
     run(tmp_path)
+
+
+def test_deterministic(monkeypatch):
+    """What torch then refuses, and what inductor's choices depend on."""
+    inductor = pytest.importorskip("torch._inductor.config")
+    with inductor.patch(deterministic=False):
+        try:
+            tune_machine(torch.device("cpu"))
+            assert not torch.are_deterministic_algorithms_enabled()
+            tune_machine(torch.device("cpu"), deterministic=True)
+            assert torch.are_deterministic_algorithms_enabled() and inductor.deterministic
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def test_attention_backend():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=16))
+    for backend, name in ((SDPBackend.MATH, "math"), (SDPBackend.FLASH_ATTENTION, "flash")):
+        with sdpa_kernel(backend):
+            said = attention_backend(model, torch.bfloat16, torch.device("cpu"))
+            assert said == f"{name} attention"

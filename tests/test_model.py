@@ -571,6 +571,31 @@ def test_streams_and_losses_stay_fp32_under_autocast(name):
     assert loss.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "imex-2", "tmm-hourglass-each",
+                                  "adamw"])
+def test_streams_in_bf16(name):
+    """Stored in bf16 between substeps, computed in fp32: logits to bf16's rounding, with and
+    without autocast, and from a cache the same as in one pass."""
+    model, seen = build(**VARIANTS[name], stream_dtype="bfloat16").float(), set()
+    plain = build(**VARIANTS[name]).float()
+    for step in model.transformer.h[0].steps:
+        step.norm.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].dtype))
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda _, inputs, state: seen.update(s.dtype for s in state))
+    logits, loss = model(IDX, IDX)
+    assert torch.bfloat16 in seen and logits.dtype == torch.float32
+    expected = plain(IDX, IDX)[0]
+    assert 0 < (logits - expected).norm() < 0.05 * expected.norm()
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+    cache = KVCache()
+    for t in range(4):
+        step = model(IDX[:, t:t + 1], cache=cache)[0]
+    torch.testing.assert_close(step[:, 0], logits[:, 3], atol=2e-2, rtol=2e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(IDX, IDX)[1].sub(loss).abs() < 0.1
+
+
 def test_dropout_acts_in_training_only():
     with_dropout = build(dropout=0.5, template="nesterov")
     without = build(state=with_dropout.state_dict(), template="nesterov")
