@@ -248,7 +248,7 @@ def test_twenty_steps(options, tmp_path, run, capsys):
     for fused in (True, False):
         run(tmp_path / str(fused), fused=fused, **options)
     said = capsys.readouterr().out
-    assert "eager, momentum fused" in said and "eager, momentum plain" in said
+    assert "attention, momentum fused" in said and "attention, momentum plain" in said
     rounding = 1e-4 if "dtype" not in options else 2e-2
     assert abs(losses(tmp_path / "True") - losses(tmp_path / "False"))[:, 0].max() < rounding
     assert abs(val_losses(tmp_path / "True")[-1] - val_losses(tmp_path / "False")[-1]) < rounding
