@@ -246,7 +246,6 @@ class SampleConfig:
              f"top_k={self.top_k}: must be at least 1; None keeps all tokens")
         rule(self.top_p is None or 0 < self.top_p <= 1,
              f"top_p={self.top_p}: must lie in (0, 1]; None keeps all tokens")
-        rule(self.stop != "", 'stop="": must not be empty')
 
 
 def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:

@@ -535,5 +535,5 @@ def test_a_checkpoint_decodes_with_its_own_tokenizer_or_none(out, tmp_path):
 def test_mistakes_come_together(out):
     lines = refused(lambda: out("--num_samples=0", "--top_k=0", "--top_p=1.5", "--stop="),
                     "num_samples=0: must be at least 1", "top_k=0", "None keeps", "top_p=1.5",
-                    "(0, 1]", 'stop=""')
+                    "(0, 1]", "stop=")
     assert len(lines) == 4
