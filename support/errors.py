@@ -1,11 +1,11 @@
 """One-line errors for what a user can mend, and the wrapper that ends a program with them."""
 
-import contextlib
 import functools
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, NoReturn
 
 
@@ -25,12 +25,8 @@ def printable(value: Any) -> str:
 
 def reason(error: BaseException) -> str:
     """An exception in one line: its kind and the first line that says something."""
-    words = type(error).__name__
-    for line in str(error).splitlines():
-        if line.strip():
-            words += f": {line.strip()}"
-            break
-    return textwrap.shorten(words, 160)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return textwrap.shorten(": ".join([type(error).__name__, *lines[:1]]), 160)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -40,7 +36,7 @@ def out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
 
 
-@contextlib.contextmanager
+@contextmanager
 def explain_failures(place: str, mend: str, shrink: str = "choose smaller sizes") -> Iterator[None]:
     """What the machine, or another process of a run, does to a program becomes a UserError: of the
     file or place, with how to mend that; of a full memory, with what to shrink."""
@@ -62,9 +58,8 @@ class Stream:
     """A standard stream, or nothing where it is closed. Where it fails (a full disk, a reader that
     has left), failed(error) is called, and what is written from then on goes nowhere."""
 
-    def __init__(self, stream: Any, failed: Callable[[OSError], None]):
+    def __init__(self, stream: Any):
         self.stream = stream or open(os.devnull, "w", encoding="utf-8", errors="replace")
-        self.failed = failed
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.stream, name)
@@ -77,12 +72,10 @@ class Stream:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             self.failed(error)
 
-
-def output_failed(error: OSError) -> None:
-    """What ends a program that cannot print."""
-    if isinstance(error, BrokenPipeError):  # the reader of our output has left
-        sys.exit(1)
-    fail(f"standard output: {error.strerror}; print to another place")
+    def failed(self, error: OSError) -> None:  # a program may set another
+        if isinstance(error, BrokenPipeError):  # the reader of our output has left
+            sys.exit(1)
+        fail(f"standard output: {error.strerror}; print to another place")
 
 
 def cli(main: Callable[[list[str]], None]) -> None:
@@ -90,8 +83,8 @@ def cli(main: Callable[[list[str]], None]) -> None:
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # it may be closed
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
-    with (contextlib.redirect_stdout(Stream(sys.stdout, output_failed)),
-          contextlib.redirect_stderr(Stream(sys.stderr, lambda error: None))):
+    with redirect_stdout(Stream(sys.stdout)), redirect_stderr(Stream(sys.stderr)):
+        sys.stderr.failed = lambda error: None
         try:
             try:
                 main(sys.argv[1:])

@@ -4,6 +4,8 @@ the run that one process makes.
 
 import json
 import math
+import os
+import signal
 from functools import partial
 
 import numpy as np
@@ -39,7 +41,7 @@ from processes import start_ranks
 
 import train
 from support.data import WindowOrder
-from support.ranks import Ranks
+from support.ranks import Ranks, stop_signals
 from train import TrainConfig
 
 YURII = dict(template="nesterov")
@@ -248,6 +250,16 @@ def test_half_of_what_torchrun_sets(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
     refused(lambda: run(tmp_path / "new"), "WORLD_SIZE", "unset RANK")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_notebooks_signals_work_as_before():
+    """asyncio hears of them through a file of its own."""
+    with open(os.devnull, "wb") as file:
+        os.set_blocking(file.fileno(), False)
+        signal.set_wakeup_fd(file.fileno())
+        with stop_signals():
+            pass
+        assert signal.set_wakeup_fd(-1) == file.fileno()
 
 
 # -----------------------------------------------------------------------------
