@@ -42,9 +42,9 @@ class Log:
             text = file.read()
         times = re.findall(r'"seconds": (\d+(?:\.\d+)?)', text)
         self.began = time.time() - (float(times[-1]) if times else 0.0)  # a resumed clock goes on
-        if not text:
+        if code_in()["hash"] not in text:  # a new log, or one that other code began
             self.write({"type": "config", **asdict(config), "code": code_in()})
-        elif run.evaluated == run.step:  # which the sinks have forgotten
+        if text and run.evaluated == run.step:  # which the sinks have forgotten
             with contextlib.suppress(ValueError, KeyError):
                 self.send(json.loads(text.splitlines()[-1]))
 

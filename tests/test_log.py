@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from conftest import (
     records,
     refused,
     scripted,
+    steps_of,
 )
 
 import train
@@ -35,6 +37,9 @@ def test_the_log(run, tmp_path):
     assert set(TrainConfig.__dataclass_fields__) - {"vocab_used"} <= config.keys()
     stored = json.loads((tmp_path / "config.json").read_text())
     assert {"type": "config", **stored, "code": code_in()} == config
+    for name in ("model.py", "train.py"):
+        kept = (tmp_path / "code_that_ran" / name).read_text()
+        assert kept == Path(train.__file__).with_name(name).read_text()
     assert [(r["type"], r["iter"]) for r in found[1:]] == [
         ("eval", 0), ("train", 0), ("eval", 2), ("train", 2), ("eval", 4), ("train", 4),
         ("eval", 5)]
@@ -55,6 +60,14 @@ def test_the_log_is_cut_even_if_nothing_was_written_since(tmp_path):
     length = log.length()
     log.record("train", 15, loss=2.0)
     assert Log(config, Progress(log_length=length), None, *here).length() == length
+
+
+def test_a_log_says_where_other_code_goes_on(run, tmp_path, monkeypatch):
+    run(tmp_path, max_iters=3)
+    monkeypatch.setattr(log, "code_in", lambda: {"hash": "new", "commit": "unknown"})
+    found = run(tmp_path, max_iters=6, init_from="resume")
+    assert [(i, r["code"]["hash"]) for i, r in enumerate(found) if r["type"] == "config"] == [
+        (0, code_in()["hash"]), (6, "new")] and steps_of(found) == [0, 1, 2, 3, 4, 5]
 
 
 def test_json_has_no_nan(run, tmp_path):
