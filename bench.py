@@ -81,6 +81,7 @@ class DecodeConfig(MeasureConfig):
     repeats: int = 5  # measurements of each variant
     num_samples: int = 1  # sequences at once
     max_new_tokens: int = 256  # for each sequence
+    tune: bool = False  # try the compiled step's kernels out, which takes as long again
 
 
 @dataclass
@@ -148,7 +149,7 @@ def decoding(name: str, config: DecodeConfig) -> Variant:
 
     def run() -> None:
         for _ in stream(model, prompt, config.max_new_tokens, 0.8, 200, None, lengths=lengths,
-                        cache=cache, compile=compiled):
+                        cache=cache, compile=compiled, tune=config.tune):
             pass
 
     return race.decoding_variant(name, model, run, config)

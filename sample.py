@@ -125,21 +125,29 @@ def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0,
          top_k: int | None = None, top_p: float | None = None) -> torch.Tensor:
-    """One token id per row of logits (B, V), by its number uniform (B,) -> (B,). See `stream`."""
+    """One token id per row of logits (B, V), by its number uniform (B,) -> (B,); -1 where a logit
+    is not finite. See `stream`."""
+    finite, n = logits.amax(dim=-1).isfinite(), logits.size(-1)
     if temperature < 1e-6:
-        return logits.argmax(dim=-1)
-    n = logits.size(-1)
+        return torch.where(finite, logits.argmax(dim=-1), -1)
     kept = n if top_k is None else min(top_k, n)
     ranked = kept < n or top_p is not None
     if ranked:
-        logits, ids = logits.topk(kept)  # (B, kept), the likeliest first
+        logits, ids = logits.topk(kept, sorted=top_p is not None)  # (B, kept)
     probs = (logits / temperature).softmax(dim=-1)
     if top_p is not None:
         likelier = probs.cumsum(dim=-1) - probs  # the probability of all likelier tokens together
         probs = probs.masked_fill((likelier >= top_p) & (likelier > 0), 0.0)
     reached = probs.cumsum(dim=-1)
     drawn = (reached > uniform[:, None] * reached[:, -1:]).int().argmax(dim=-1)  # the first
-    return ids.gather(1, drawn[:, None])[:, 0] if ranked else drawn
+    return torch.where(finite, ids.gather(1, drawn[:, None])[:, 0] if ranked else drawn, -1)
+
+
+def next_token(model: GPT, token: torch.Tensor, cache: DecodingCache, uniform: torch.Tensor,
+               *how) -> torch.Tensor:
+    """The step that decoding compiles: read token (B,), draw the next (B,)."""
+    logits = model(token.clamp(min=0)[:, None], cache=cache)[0][:, -1]  # (B, V)
+    return draw(logits[:, :model.config.vocab_used].float(), uniform, *how)
 
 
 def check_finite(values: torch.Tensor) -> None:
@@ -147,6 +155,14 @@ def check_finite(values: torch.Tensor) -> None:
     if not values.sum().isfinite():
         fail("the model's logits are nan or infinite: numbers too large for the precision; use "
              "--dtype=float32, and if that is in use, another checkpoint")
+
+
+def read_tokens(tokens: torch.Tensor) -> list[int]:
+    """What `stream` yields, on the CPU. UserError where logits were not finite."""
+    ids = tokens.tolist()
+    if -1 in ids:
+        check_finite(torch.tensor(torch.nan))
+    return ids
 
 
 def prefill(model: GPT, text: torch.Tensor, start: torch.Tensor, count: torch.Tensor,
@@ -166,20 +182,21 @@ def prefill(model: GPT, text: torch.Tensor, start: torch.Tensor, count: torch.Te
 def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
            top_k: int | None = None, top_p: float | None = None, seed: int = 0,
            numbers: Sequence[int] | None = None, lengths: torch.Tensor | None = None,
-           cache: DecodingCache | None = None, compile: bool = False) -> Iterator[torch.Tensor]:
+           cache: DecodingCache | None = None, compile: bool = False, tune: bool = False,
+           ) -> Iterator[torch.Tensor]:
     """Continue idx (B, T >= 1), or of every row its first lengths (B,) >= 1 tokens: yield the next
     token of every row, (B,), max_new_tokens times.
 
     temperature 0 (or below 1e-6) is greedy; top_k keeps the k likeliest tokens, top_p the fewest
     whose probability reaches p. A row's draws follow from the seed and its number (0, 1, ...;
     `numbers` where a batch has others), so that they are the same in every batch. Rows beyond
-    vocab_used are never drawn. When a row's context is full its older half is dropped
-    and the rest read again (a sliding window of T/2 to T). compile: the one-token step, with CUDA
-    graphs where there is CUDA. cache: one to use anew, for which nothing need be compiled again.
+    vocab_used are never drawn; -1 is, where logits are not finite. When a row's context is full its
+    older half is dropped and the rest read again (a sliding window of T/2 to T). compile: the step
+    from one token to the next, with CUDA graphs where there is CUDA; tune: try its kernels out,
+    which takes as long again. cache: one to use anew, for which nothing need be compiled again.
     """
     (B, T), device = idx.shape, idx.device
     size = model.config.block_size
-    vocab_used = model.config.vocab_used or model.config.vocab_size
     longest = min(size, T + max_new_tokens - 1)  # the last token is drawn, but not read
     if cache is None:
         cache = DecodingCache(longest)
@@ -189,30 +206,35 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
     count = torch.full((B,), T, device=device) if lengths is None else lengths  # tokens of each row
     if not (1 <= count.min() and count.max() <= T):
         raise ValueError(f"lengths={count.tolist()}: must lie in 1..{T}")
-    mode = "reduce-overhead" if idx.is_cuda else None
-    step = torch.compile(model, fullgraph=True, dynamic=False, mode=mode) if compile else model
+    how = (temperature, top_k, top_p)
+    step = next_token
+    if compile:
+        options = {"triton.cudagraphs": idx.is_cuda, "coordinate_descent_tuning": tune}
+        step = torch.compile(next_token, fullgraph=True, dynamic=False, options=options)
 
     text = F.pad(idx.long(), (0, max_new_tokens))  # (B, T + new): rows begin at 0 and grow
     start = (count - size).clamp(min=0)  # (B,) where each row's window begins
     room = 0  # how many tokens more the longest window may have
     draws = [np.random.default_rng([seed, number]).random(max_new_tokens, np.float32)
              for number in numbers or range(B)]
-    uniform, token = torch.tensor(np.stack(draws), device=device), text[:, 0]  # (B, new), (B,)
+    uniform = torch.tensor(np.stack(draws), device=device)  # (B, new)
+    drawn: list[torch.Tensor] = []  # (B,) each; not yet in `text`
     for i in range(max_new_tokens):
         if room == 0:
+            for token in drawn:
+                text.scatter_(1, count[:, None], token[:, None])
+                count = count + 1
+            drawn = []
             start = torch.where(count - start > size, count - max(1, size // 2), start)
             logits = prefill(model, text, start, count, cache)
+            token = draw(logits[:, :model.config.vocab_used].float(), uniform[:, i], *how)
             room = size - int((count - start).max())
         else:
             if compile:  # else it would import torch's compiler, which takes seconds
                 torch.compiler.cudagraph_mark_step_begin()
-            logits = step(token[:, None], cache=cache)[0][:, -1]
+            token = step(model, token, cache, uniform[:, i], *how).clone()  # graphs reuse theirs
             room -= 1
-        logits = logits[:, :vocab_used].float()  # (B, V)
-        check_finite(logits)
-        token = draw(logits, uniform[:, i], temperature, top_k, top_p)
-        text.scatter_(1, count[:, None], token[:, None])
-        count = count + 1
+        drawn.append(token)
         yield token
 
 
@@ -237,7 +259,8 @@ class SampleConfig:
     data_dir: str = "data"  # where a nanoGPT checkpoint's meta.pkl is
     device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None  # auto: bf16 if fast
-    compile: bool | None = None  # torch.compile of the one-token step; auto: on CUDA
+    compile: bool | None = None  # torch.compile of a step; auto: on CUDA, for 4,000 tokens or more
+    tune: bool | None = None  # kernels tried out as well; auto: for 150,000 tokens or more
 
     def __post_init__(self) -> None:
         check_rules(self)
@@ -342,7 +365,11 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt:
                  ) -> Iterator[str]:
     """Yield the pieces of the text to print: the first sample as it is made, then the others."""
     device = next(model.parameters()).device
-    compiled = can_compile(config.compile, device)
+    wanted, n = config.compile, config.max_new_tokens
+    if wanted is None and n < 4000:  # half a minute of compiling saves a few ms a token
+        wanted = False
+    compiled = can_compile(wanted, device)
+    tuned = n >= 150_000 if config.tune is None else config.tune
     ids = tokenizer.encode_prompt(prompt)
     if not ids:
         fail("the prompt is empty; give --start some text, a newline at least")
@@ -350,8 +377,9 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt:
     samples = [Sample(tokenizer, config.stop) for _ in range(config.num_samples)]
     yield prompt
     for tokens in stream(model, idx, config.max_new_tokens, config.temperature, config.top_k,
-                         config.top_p, config.seed, compile=compiled):
-        pieces = [sample.add(token) for sample, token in zip(samples, tokens.tolist(), strict=True)]
+                         config.top_p, config.seed, compile=compiled, tune=tuned):
+        pieces = [sample.add(token)
+                  for sample, token in zip(samples, read_tokens(tokens), strict=True)]
         yield pieces[0]
         if all(sample.done for sample in samples):
             break

@@ -160,7 +160,7 @@ def graphs(monkeypatch):
     eager. inductor's C++ compiler takes a second for each kernel, the backend "eager" none."""
     def compile_with(backend):
         compile = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda model, mode, **how: compile(
+        monkeypatch.setattr(torch, "compile", lambda model, options, **how: compile(
             model, backend=backend, **how))
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -185,6 +185,31 @@ def test_all_steps_are_one_graph(graphs, backend, name):
         out = decode(model, *padded(prompts), 20, cache=cache, compile=True)
         assert torch.equal(out, greedy(model, prompts, 20))
         assert counts["stats"]["unique_graphs"] == 1 and not counts["graph_break"]
+
+
+@pytest.mark.parametrize("how", [dict(top_k=5), dict(top_p=0.8), dict()])
+def test_compiled_draws_are_the_eager_ones(graphs, how):
+    model, prompts = build(**VARIANTS["nesterov-llama"]), prompts_of(LENGTHS)
+    how = dict(temperature=1.3, seed=3, **how)
+    expected = decode(model, *padded(prompts), 20, **how)
+    counts = graphs("aot_eager")
+    assert torch.equal(decode(model, *padded(prompts), 20, compile=True, **how), expected)
+    assert counts["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("options, compiled, tuned", [
+    (["--max_new_tokens=500"], False, False), (["--max_new_tokens=4000"], True, False),
+    (["--max_new_tokens=150000"], True, True), (["--max_new_tokens=5", "--compile"], True, False),
+    (["--max_new_tokens=9000", "--compile=False"], False, False),
+    (["--max_new_tokens=5", "--compile", "--tune"], True, True)])
+def test_short_texts_are_not_compiled(out, monkeypatch, options, compiled, tuned):
+    """On a GPU, where compiling takes half a minute."""
+    monkeypatch.setattr(sample, "can_compile", lambda wanted, device: wanted is not False)
+    seen = []
+    monkeypatch.setattr(sample, "stream", lambda *_, compile, tune: seen.append((compile, tune)) or
+                        iter([]))
+    out(*options)
+    assert seen == [(compiled, tuned)]
 
 
 def test_compiled_steps_of_one_row(graphs):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from config import check_rules, nearest
 from model import GPT
-from sample import check_finite, load_model, store_matrices, stream
+from sample import check_finite, load_model, read_tokens, store_matrices, stream
 from support.checkpoint import check_tokenizer
 from support.data import Tokens, evaluation_starts
 from support.device import pick_device, pick_dtype, tune_allocator
@@ -285,7 +285,7 @@ def complete(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], how
     top_k, top_p = (how.get(name) or None for name in ("top_k", "top_p"))  # 0 is none, too
     for tokens in stream(model, padded(prompts).to(device), new, temperature, top_k, top_p,
                          seed, numbers, lengths):
-        for i, token in enumerate(tokens.tolist()):
+        for i, token in enumerate(read_tokens(tokens)):
             if not done[i] and token != tokenizer.eot:
                 found[i] += tokenizer.token_bytes(token)
             done[i] |= token == tokenizer.eot or any(stop.encode() in found[i] for stop in stops)
