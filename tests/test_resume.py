@@ -305,11 +305,11 @@ def test_the_context_may_shrink(run, tmp_path):
 
 def test_eval_only_writes_nothing(run, tmp_path, capsys):
     run(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
     capsys.readouterr()
     resume(tmp_path, eval_only=True)
     assert f"val loss {load(tmp_path)['best_val_loss']:.4f}" in capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
 
 
 # -----------------------------------------------------------------------------
