@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from support.errors import fail
+
 HERE = Path(__file__).resolve().parent.parent
 # the files of support/ that compute nothing: what they do changes no figure
 ASIDE = {"__init__", "checkpoint", "code", "errors", "files", "log", "meta", "resume", "text",
@@ -62,4 +64,6 @@ def copy_code(folder: str) -> None:
             target = Path(folder, path.relative_to(HERE))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+    if code_in(Path(folder))["hash"] != code_in()["hash"]:  # which was read a while ago
+        fail("model.py, train.py or support/ was edited just now; give the command again")
     Path(folder, "commit.txt").write_text(code_in()["commit"])

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import refused
 
 from support import code
 
@@ -62,8 +63,12 @@ def test_the_commit(copy):
     assert code.commit(copy) == f"{head}, modified"
 
 
-def test_a_copy_is_whole_and_knows_its_commit(tmp_path):
-    """It replaces another one, and runs where git does not know it."""
+def test_a_copy_is_whole_and_knows_its_commit(tmp_path, monkeypatch):
+    """It replaces another one, runs where git does not know it, and is not of edited files."""
+    with monkeypatch.context() as patch:
+        patch.setattr(code, "code_in", lambda folder=None: {"hash": folder})
+        refused(lambda: code.copy_code(str(tmp_path)), "edited just now; give the command again")
+    assert not (tmp_path / "commit.txt").exists()
     (tmp_path / "old.py").write_text("")
     code.copy_code(str(tmp_path))
     assert not (tmp_path / "old.py").exists()

@@ -370,8 +370,8 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
             fail(f"{results.path} has runs of {sorted(changed)} with other options; add "
                  f"--overwrite to replace them, or choose another --study")
         if missing:
-            results.write()
             copy_code(code)
+            results.write()
         print(f"{len(missing)} runs to do, {len(cells) - len(missing)} there, {len(shares)} at a "
               f"time", flush=True)
         failed = run_cells(missing, results, shares, where)
