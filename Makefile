@@ -1,12 +1,16 @@
 # make demo   prepare a text that every Python ships, train a small YuriiFormer, sample, draw
 # make test   the whole test suite
 # make torture   the tests that take minutes: runs killed at random moments, and the like
+# make gpu    what only a GPU can show: tests, and the figures of the README; it installs nothing
+#             (torch, numpy, pytest): make gpu PYTHON=python3 NANOGPT=../nanoGPT
+# make gpu    what only a GPU can show: tests, and the figures of the README. It installs nothing and
+#             needs torch, numpy and pytest: make gpu PYTHON=python3 NANOGPT=../nanoGPT
 # make reproduce-tinystories, make reproduce-owt   the papers' tables, from download to table: days
 # All make .venv with the pinned requirements first. PYTHON=python3.12 make demo picks the Python.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test torture reproduce-tinystories reproduce-owt clean
+.PHONY: demo test torture gpu reproduce-tinystories reproduce-owt clean
 
 demo: .venv/demo
 	$(BIN)/python prepare.py pydoc
@@ -19,6 +23,9 @@ test: .venv/test
 
 torture: .venv/test
 	$(BIN)/python -m pytest -m torture -s
+
+gpu:
+	$(PYTHON) bench.py gpu $(if $(NANOGPT),--nanogpt=$(NANOGPT)) $(GPU)
 
 # PREPARE="--input=stories.txt" and COMPARE="--seeds=3 --max_iters=100" add options of the programs
 reproduce-tinystories: .venv/test

@@ -40,6 +40,7 @@ from support.fuse import fuse
 from tools import race
 from tools.compare import CompareConfig, compare
 from tools.exchange import ConvertConfig, ExportConfig, convert, export
+from tools.gpu import GPUConfig, measure_gpu
 from tools.judge import EvalConfig, judge
 from tools.race import Variant, alternate
 from tools.watch import PlotConfig, plot
@@ -234,7 +235,8 @@ COMMANDS = {  # name -> its options, what it does
     "memory": (MemoryConfig, memory), "loss": (race.LossConfig, race.time_to_loss),
     "prepare": (race.PreparingConfig, race.preparing), "eval": (EvalConfig, judge),
     "compare": (CompareConfig, compare), "plot": (PlotConfig, plot),
-    "export": (ExportConfig, export), "convert": (ConvertConfig, convert)}
+    "export": (ExportConfig, export), "convert": (ConvertConfig, convert),
+    "gpu": (GPUConfig, measure_gpu)}
 
 
 def read_options(argv: list[str]):
@@ -296,7 +298,7 @@ def main(argv: list[str]) -> None:
     with explain_failures(next(filter(None, places), "a temporary or downloaded file"),
                           mend="mend that, or name another place",
                           shrink="halve --batch_size (or, for decode, --num_samples)"):
-        if argv[0] in ("plot", "export", "convert"):
+        if argv[0] in ("plot", "export", "convert", "gpu"):
             function(config)
         elif argv[0] == "compare":
             compare(named_variants(argv, config), config, argv, relative_speeds)

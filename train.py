@@ -11,14 +11,12 @@ saved steps), log.jsonl, config.json, loss.png. To go on after a stop, add --ini
 import contextlib
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
-from tqdm import tqdm
 
 from config import read_config
 from model import GPT, GPTConfig
@@ -33,7 +31,7 @@ from support.device import (
 )
 from support.errors import cli, explain_failures, fail
 from support.fuse import fuse
-from support.log import Log, report, show
+from support.log import Log, progress, report, show
 from support.muon import Muon
 from support.ranks import Ranks, locked_folder, shard, stop_signals
 from support.resume import (
@@ -264,9 +262,7 @@ def evaluate(model: GPT, tokens: Tokens, config: TrainConfig, ranks: Ranks, dtyp
     model.eval()
     home = "cpu" if ranks.device.type == "mps" else ranks.device  # MPS has no float64
     total = torch.zeros((), dtype=torch.float64, device=home)
-    for i in tqdm(range(0, len(batches), ranks.world), desc="evaluating", unit="batch", delay=5,
-                  mininterval=0.1 if sys.stderr.isatty() else 30, leave=False,
-                  disable=ranks.rank > 0):
+    for i in progress(range(0, len(batches), ranks.world), "evaluating", shown=ranks.rank == 0):
         batch = batches[i + ranks.rank] if i + ranks.rank < len(batches) else []
         filled = batch + starts[:1] * (rows - len(batch))  # all batches have one shape
         x, y = to_device(tokens.read(filled), ranks.device)

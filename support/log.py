@@ -9,7 +9,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -201,6 +201,16 @@ def draw_losses(out_dir: str) -> None:
 def clock(seconds: float) -> str:
     """h:mm:ss."""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def progress(items: Iterable, what: str, shown: bool = True) -> Iterable:
+    """The items, with a bar on standard error where that takes longer than five seconds."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # it comes with datasets, which training does without
+        return items
+    return tqdm(items, desc=what, unit="batch", delay=5, leave=False, disable=not shown,
+                mininterval=0.1 if sys.stderr.isatty() else 30)
 
 
 def show(line: str, keep: bool = False) -> None:

@@ -102,10 +102,9 @@ def kernel_against_formula(device: str, widths: tuple[int, ...]) -> None:
                     assert off < (1e-6 if rounded == torch.float32 else 8e-3), (C, dtypes, off)
 
 
-@pytest.mark.torture
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_the_kernel_on_a_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
     kernel_against_formula("cuda", (16, 96, 768, 1001, 1600, 4096))
 
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from config import check_rules, nearest
 from model import GPT
@@ -21,6 +20,7 @@ from support.checkpoint import check_tokenizer
 from support.data import Tokens, evaluation_starts
 from support.device import pick_device, pick_dtype, tune_allocator
 from support.errors import UserError, fail, reason
+from support.log import progress
 from support.meta import load_meta
 from support.text import file_pieces
 from support.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ def on_text(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> list[dict]:
                       for i in range(tokenizer.n_vocab)])
     total, n_tokens, n_bytes = 0.0, 0, 0
     batches = windows(tokenizer, config, T).split(max(1, 4096 // T))
-    for rows in tqdm(batches, desc="predicting", unit="batch"):
+    for rows in progress(batches, "predicting"):
         x, y = rows[:, :-1].clamp(min=0), rows[:, 1:]  # (B, T)
         losses = model(x.to(device), y.to(device), return_logits=False, reduction="none")[1]
         check_finite(losses)
@@ -242,7 +242,7 @@ def score(model: GPT, pairs: list[tuple[list[int], list[int]]], batch_size: int,
             rows[tuple(whole[max(0, end - T - 1):end - 1])].append((pair, whole[start:end]))
     order = sorted(rows, key=len, reverse=True)
     log_p, greedy = [0.0] * len(pairs), [True] * len(pairs)
-    for k in tqdm(range(0, len(order), batch_size), desc="scoring", unit="batch"):
+    for k in progress(range(0, len(order), batch_size), "scoring"):
         batch = order[k:k + batch_size]
         for inputs, x in zip(batch, model.hidden(padded(batch).to(device)), strict=True):  # (T, C)
             for pair, targets in rows[inputs]:
