@@ -12,6 +12,7 @@ from conftest import refused
 import bench
 from model import GPT, GPTConfig
 from tools import race
+from tools.gpu import GPUConfig, measurements
 from tools.race import HERE
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--vocab_size=64",
@@ -159,3 +160,10 @@ if __name__ == "__main__":
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == ["template=gd", "template=tmm n_layer=1"]
     assert all(1 < row["peak_mb"] < 1000 for row in rows) and rows[0]["ratio"] == 1.0
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+def test_what_make_gpu_measures_can_be_measured(tiny):
+    """Its commands are bench.py's, with options that fit together."""
+    for argv in measurements(GPUConfig(nanogpt="../nanoGPT", tiny=tiny)).values():
+        assert len(bench.named_variants(argv, bench.read_options(argv))) > 0

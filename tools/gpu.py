@@ -91,11 +91,11 @@ def whole_programs(config: GPUConfig, folder: str) -> dict[str, float]:
     data = write_data(folder)
     steps = 6 if config.tiny else 300
     size = (["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2",
-             "--gradient_accumulation_steps=1"] if config.tiny else
-            ["--batch_size=16", "--gradient_accumulation_steps=4"])
+             "--gradient_accumulation_steps=1", "--eval_tokens=2000"] if config.tiny else
+            ["--batch_size=16", "--gradient_accumulation_steps=4", "--eval_tokens=500000"])
     device = f"--device={config.device or 'auto'}"
     took, _ = program("train.py", "config/yurii_owt.py", *size, f"--max_iters={steps}",
-                      f"--eval_interval={steps // 3}", "--eval_tokens=500000", "--log_interval=10",
+                      f"--eval_interval={steps // 3}", f"--log_interval={steps // 6}",
                       f"--data_dir={data}", "--dataset=random", f"--out_dir={folder}/out", device)
     records = [json.loads(line) for line in Path(folder, "out", "log.jsonl").open()]
     trained = [r for r in records if r["type"] == "train"]
