@@ -303,8 +303,6 @@ def nanogpt_tokenizer(checkpoint: dict, data_dir: str) -> dict:
 
 def read_prompt(start: str) -> str:
     """The prompt's text: as it stands, from FILE:path, or from standard input (-)."""
-    if start == r"\n":  # the default as --help prints it
-        return "\n"
     if start != "-" and not start.startswith("FILE:"):
         return start
     try:

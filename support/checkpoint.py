@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
-from support.code import HERE, code_in
+from support.code import code_in, copy_code
 from support.errors import UserError, fail, reason
 from support.files import rename, write_json
 from support.tokenizer import END_OF_TEXT
@@ -237,7 +237,4 @@ def clear_folder(config, resumed: bool) -> None:
         if name.endswith(".pt.partial") or (name in CHECKPOINTS and not resumed):
             os.remove(os.path.join(config.out_dir, name))
     write_json(os.path.join(config.out_dir, "config.json"), asdict(config))
-    kept = os.path.join(config.out_dir, "code_that_ran")
-    os.makedirs(kept, exist_ok=True)
-    for name in ("model.py", "train.py"):
-        shutil.copyfile(os.path.join(HERE, name), os.path.join(kept, name))
+    copy_code(os.path.join(config.out_dir, "code_that_ran"), ("model.py", "train.py"))

@@ -25,12 +25,8 @@ def printable(value: Any) -> str:
 
 def reason(error: BaseException) -> str:
     """An exception in one line: its kind and the first line that says something."""
-    words = type(error).__name__
-    for line in str(error).splitlines():
-        if line.strip():
-            words += f": {line.strip()}"
-            break
-    return textwrap.shorten(words, 160)
+    said = filter(str.strip, str(error).splitlines())
+    return textwrap.shorten(": ".join([type(error).__name__, *said][:2]), 160)
 
 
 def out_of_memory(error: BaseException) -> bool:

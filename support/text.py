@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import gzip
 import io
-import itertools
 import json
 import os
 import re
@@ -106,25 +105,7 @@ def _check_field(field: str, names: Iterable[str], where: str) -> None:
 
 
 def _json_texts(path: Path, field: str) -> Iterator[Any]:
-    """The field of each record: by pyarrow, which is fast; what that refuses by `json`."""
-    import pyarrow
-    from pyarrow.json import ParseOptions, open_json
-
-    schema, done = pyarrow.schema([(field, pyarrow.string())]), 0
-    options = ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    with contextlib.suppress(pyarrow.ArrowException, UnicodeDecodeError):
-        for batch in open_json(_open(path), parse_options=options):
-            texts = batch.column(0).to_pylist()
-            if None in texts:
-                raise pyarrow.ArrowInvalid("null, or no such field")
-            yield from texts
-            done += len(texts)
-        return
-    yield from itertools.islice(_slow_json_texts(path, field), done, None)
-
-
-def _slow_json_texts(path: Path, field: str) -> Iterator[Any]:
-    """The same of any JSON: a record a line, or one list of them, which is read whole."""
+    """The field of each record: a line is one, or the file is a list of them, and read whole."""
     with _open_text(path) as file:
         is_list = file.read(4096).lstrip().startswith("[")
         file.seek(0)

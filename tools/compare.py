@@ -181,11 +181,9 @@ def measured(planned: dict[str, CompareConfig], head: dict, relative_speeds: Cal
                for label, config in planned.items()}
     keys = {label: digest(f"{options[first]} {options[label]}") for label in planned}
     known = head.setdefault("speeds", {})
-    new = [label for label in planned if keys[label] not in known]
+    new = {key: label for label, key in keys.items() if key not in known}
     if new:
-        once = {keys[first]: first}
-        for label in new:
-            once.setdefault(keys[label], label)
+        once = {keys[first]: first} | new
         ratios = relative_speeds({label: planned[label] for label in once.values()})
         known |= {key: round(ratios[label], 4) for key, label in once.items()}
         torch.cuda.empty_cache()  # the runs need it
