@@ -471,12 +471,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     config, _ = read_config(PrepareConfig, argv, positional="corpus", usage=__doc__)
     sys.stdout.failed = lambda error: None  # whoever reads what it prints, the data are made
-    try:
-        with explain_failures(config.data_dir, "once that is mended, the same command continues",
-                       "lower --num_proc; the same command continues"):
-            prepare(config)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command continues")
+    with explain_failures(config.data_dir, "once that is mended, the same command continues",
+                          "lower --num_proc; the same command continues"):
+        prepare(config)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def test_what_matplotlib_raises_is_one_line(run, tmp_path, monkeypatch):
     ("plot", "plot OUT_DIR"), ("plot none", "none"), ("plot none --x=miles", "miles"),
     ("plot gd --draw=scalars", "momentum"), ("plot gd --plot=no/x.png", "no/x.png"),
     ("plot lone", "no losses"), ("plot lone --draw=path", "ckpt.pt"),
-    ("plot lone", "no losses"), ("plot gd --plot=x.pdf", ".png"),
+    ("plot gd --plot=x.pdf", ".png"),
     ("plot broken", "log.jsonl")])
 def test_what_cannot_be_drawn_is_one_line(run, tmp_path, monkeypatch, command, said):
     run(tmp_path / "gd", max_iters=1)
