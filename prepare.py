@@ -11,7 +11,6 @@ killed goes on when the same command is given again, and the bins come out byte 
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -36,7 +35,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from config import read_config
+from config import check_rules, read_config
 from support.errors import UserError, cli, explain_failures, fail, printable, reason
 from support.files import locked, rename, sha256, write_json
 from support.meta import SPLITS, load_meta
@@ -94,52 +93,37 @@ class PrepareConfig:
     num_proc: int | None = None      # processes (auto: one for each core)
     overwrite: bool = False          # replace data made with other settings
 
+    def __post_init__(self) -> None:
+        """Check what is said, and fill in what is auto, but for val_fraction."""
+        self.name = self.name or (self.dataset or self.corpus or "none").rstrip("/").split("/")[-1]
+        check_rules(self)
+        corpus = CORPORA.get(self.corpus, {})
+        if not (self.val_split or self.input or self.val_fraction):
+            self.val_split = corpus.get("val_split")
+        self.tokenizer = self.tokenizer or corpus.get("tokenizer", "gpt2")
+        self.num_proc = self.num_proc or os.cpu_count() or 1
 
-def resolve(config: PrepareConfig) -> PrepareConfig:
-    """`config` with its auto fields but val_fraction filled in. Raises UserError: all mistakes."""
-    for name in "input", "val_input":  # the corpus may stand last, behind the files
-        *files, last = getattr(config, name) or [None]
-        if config.corpus is None and last in CORPORA:
-            config = dataclasses.replace(config, **{"corpus": last, name: tuple(files)})
-    if config.corpus is None:
-        fail(f"say what to prepare: python prepare.py {' | '.join(CORPORA)}")
-    corpus = CORPORA[config.corpus]
-    val_split = config.val_split
-    if not val_split and not config.input and not config.val_fraction:
-        val_split = corpus.get("val_split")
-    config = dataclasses.replace(
-        config, val_split=val_split,
-        name=config.name or (config.dataset or config.corpus).rstrip("/").split("/")[-1],
-        tokenizer=config.tokenizer or corpus.get("tokenizer", "gpt2"),
-        num_proc=os.cpu_count() or 1 if config.num_proc is None else config.num_proc)
-    problems: list[str] = []
-
-    def rule(holds: object, otherwise: str) -> None:
-        if not holds:
-            problems.append(otherwise)
-
-    takes_input = config.corpus not in ("hf", "pydoc")
-    from_hub = config.corpus != "pydoc" and not config.input
-    share = config.val_fraction
-    rule(config.input or config.corpus != "text", "text needs --input=FILES")
-    rule(config.dataset or config.corpus != "hf", "hf needs --dataset=ID")
-    rule(takes_input or not config.input, f"{config.corpus} takes no --input; text does")
-    rule(config.corpus == "hf" or not (config.dataset or config.subset),
-         "--dataset and --subset are hf's")
-    rule(from_hub or not config.val_split, "--val_split is for text from the Hub")
-    rule(config.val_split != config.split, f"--val_split={config.val_split} is what is trained on")
-    rule(config.input or not config.val_input, "--val_input needs --input")
-    rule(share is None or not (config.val_input or config.val_split),
-         "--val_fraction does not go with --val_input or --val_split")
-    rule(share is None or 0 < share < 1,
-         f"val_fraction={share}: expected more than 0 and less than 1")
-    rule(config.num_proc >= 1, f"num_proc={config.num_proc}: expected at least 1")
-    rule(0 <= config.seed < 2**63, f"seed={config.seed}: expected 0 to 2**63 - 1")
-    rule(Path(config.name).name == config.name != "..",
-         f"name={config.name}: expected a folder name without slashes")
-    if problems:
-        fail(*problems)
-    return config
+    def rules(self, rule: Callable[[object, str], None]) -> None:
+        share = self.val_fraction
+        rule(self.input or self.corpus != "text", "text needs --input=FILES")
+        rule(self.dataset or self.corpus != "hf", "hf needs --dataset=ID")
+        rule(self.corpus not in ("hf", "pydoc") or not self.input,
+             f"{self.corpus} takes no --input; text does")
+        rule(self.corpus == "hf" or not (self.dataset or self.subset),
+             "--dataset and --subset are hf's")
+        rule(not self.val_split or (self.corpus != "pydoc" and not self.input),
+             "--val_split is for text from the Hub")
+        rule(self.val_split != self.split, f"--val_split={self.val_split} is what is trained on")
+        rule(self.input or not self.val_input, "--val_input needs --input")
+        rule(share is None or not (self.val_input or self.val_split),
+             "--val_fraction does not go with --val_input or --val_split")
+        rule(share is None or 0 < share < 1,
+             f"val_fraction={share}: expected more than 0 and less than 1")
+        rule(self.num_proc is None or self.num_proc >= 1,
+             f"num_proc={self.num_proc}: expected at least 1")
+        rule(0 <= self.seed < 2**63, f"seed={self.seed}: expected 0 to 2**63 - 1")
+        rule(Path(self.name).name == self.name != "..",
+             f"name={self.name}: expected a folder name without slashes")
 
 
 # -----------------------------------------------------------------------------
@@ -329,9 +313,7 @@ def find_complete(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | No
     if not any((folder / f"{split}.bin").exists() for split in SPLITS):
         return None
     meta = load_meta(folder)
-    old = meta.get("settings")
-    if not isinstance(old, dict):
-        old = {}
+    old = meta.get("settings") or {}
     changes = [f"{key}: {old.get(key)!r:.60}, now {settings.get(key)!r:.60}"
                for key in settings | old if settings.get(key) != old.get(key)]
     if changes:
@@ -430,7 +412,8 @@ def count(source: Source, alphabet: set[str] | None, drawn: Rule) -> tuple[int, 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Make data_dir/name, unless it is complete; return its meta. Raises UserError, OSError."""
-    config = resolve(config)
+    if config.corpus is None:
+        fail(f"say first what to prepare: python prepare.py {' | '.join(CORPORA)}")
     folder = Path(config.data_dir, config.name)
     partial = folder / "partial"
     texts = find_files(config)
@@ -488,12 +471,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     config, _ = read_config(PrepareConfig, argv, positional="corpus", usage=__doc__)
     sys.stdout.failed = lambda error: None  # whoever reads what it prints, the data are made
-    try:
-        with explain_failures(config.data_dir, "once that is mended, the same command continues",
-                       "lower --num_proc; the same command continues"):
-            prepare(config)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command continues")
+    with explain_failures(config.data_dir, "once that is mended, the same command continues",
+                          "lower --num_proc; the same command continues"):
+        prepare(config)
 
 
 if __name__ == "__main__":

@@ -283,8 +283,6 @@ def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model (on the CPU, in eval mode) and the tokenizer it was trained with."""
     checkpoint = load_checkpoint(config)
     model = model_from(checkpoint, dropout=0.0)
-    if not all(p.isfinite().all() for p in model.parameters()):
-        fail("the checkpoint's weights are nan or infinite: its run broke; use another one")
     meta = checkpoint.get("tokenizer") or nanogpt_tokenizer(checkpoint, config.data_dir)
     tokenizer = Tokenizer.from_meta(meta)
     if tokenizer.n_vocab > model.config.vocab_size:
@@ -326,8 +324,6 @@ def nanogpt_tokenizer(checkpoint: dict, data_dir: str) -> dict:
 
 def read_prompt(start: str) -> str:
     """The prompt's text: as it stands, from FILE:path, or from standard input (-)."""
-    if start == r"\n":  # the default as --help prints it
-        return "\n"
     if start != "-" and not start.startswith("FILE:"):
         return start
     try:

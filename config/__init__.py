@@ -130,9 +130,6 @@ def read_config(cls, argv: list[str], positional: str | None = None, usage: str 
             name, equals, text = word[2:].partition("=")
             assign(name, take_value(kinds.get(name, str), [text] if equals else [], words))
         elif positional is None or (positional in given and word.endswith(".py")):
-            if not word.endswith(".py") and not os.path.isfile(word):
-                while words and not words[0].startswith("--"):
-                    word += f" {words.pop(0)}"  # as one line
             try:
                 for name, value in run_preset(word, values).items():
                     assign(name, value, preset=word)

@@ -10,13 +10,14 @@ import shutil
 import sys
 import textwrap
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
 from model import GPT, GPTConfig
-from support.code import HERE, code_in
+from support.code import code_in, copy_code
 from support.errors import UserError, fail, reason
-from support.files import rename
+from support.files import rename, write_json
 from support.tokenizer import END_OF_TEXT
 
 CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
@@ -75,9 +76,6 @@ def read_latest(out_dir: str) -> dict | None:
                 return checkpoint
             except UserError as error:
                 problems.append(str(error))
-    best = os.path.join(out_dir, "best.pt")
-    if problems and os.path.exists(best):
-        problems[-1] += f"; perhaps {best} is whole: --init_from={best}"
     if problems:
         fail(*problems)
     return None
@@ -86,8 +84,7 @@ def read_latest(out_dir: str) -> dict | None:
 def read_folder(folder: str) -> dict:
     """A checkpoint from a folder: bench.py export's model.safetensors and config.json, or a GPT-2
     that transformers saved."""
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        config = json.load(file)
+    config = json.loads(Path(folder, "config.json").read_bytes())
     if config.get("model_type") == "gpt2":
         return read_pretrained(folder, tokenizer_of(folder, config))
     from safetensors.torch import load_file
@@ -106,12 +103,10 @@ def tokenizer_of(folder: str, config: dict) -> dict | None:
         rows = config.get("vocab_size", 50257)
         return config.get("tokenizer") or ({"tokenizer": "gpt2"} if rows == 50257 else None)
     tokens = {}
-    for name in ("vocab.json", "tokenizer.json"):  # the latter counts where there are both
-        if name in names:
-            with open(os.path.join(folder, name), encoding="utf-8") as file:
-                tokens = json.load(file)
     if "tokenizer.json" in names:
-        tokens = dict(tokens["model"]["vocab"])
+        tokens = dict(json.loads(Path(folder, "tokenizer.json").read_bytes())["model"]["vocab"])
+    elif "vocab.json" in names:
+        tokens = json.loads(Path(folder, "vocab.json").read_bytes())
     tokens.pop(END_OF_TEXT, None)
     if hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest() != GPT2_TOKENS:
         fail(f"{folder} has a tokenizer of its own ({names[0]}): of transformers' only GPT-2's is "
@@ -241,9 +236,5 @@ def clear_folder(config, resumed: bool) -> None:
     for name in os.listdir(config.out_dir):
         if name.endswith(".pt.partial") or (name in CHECKPOINTS and not resumed):
             os.remove(os.path.join(config.out_dir, name))
-    with open(os.path.join(config.out_dir, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(asdict(config), file, indent=1)
-    kept = os.path.join(config.out_dir, "code_that_ran")
-    os.makedirs(kept, exist_ok=True)
-    for name in ("model.py", "train.py"):
-        shutil.copyfile(os.path.join(HERE, name), os.path.join(kept, name))
+    write_json(os.path.join(config.out_dir, "config.json"), asdict(config))
+    copy_code(os.path.join(config.out_dir, "code_that_ran"), ("model.py", "train.py"))

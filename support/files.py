@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from support.errors import fail
@@ -44,15 +43,18 @@ def rename(source: str | os.PathLike, target: str | os.PathLike) -> None:
         os.close(opened)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """All of it or nothing."""
-    new = path.with_suffix(".new")
-    # JSON, too, writes what is not UTF-8 in a file's name as \udcXX
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """All of it or nothing. What is not UTF-8, as in a file's name, is written as \\udcXX."""
+    new = f"{path}.new"
     with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     rename(new, path)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def finite(content: Any) -> Any:

@@ -39,10 +39,8 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
     if (partial / "meta.json").exists() or (missing and partial.exists()):
         fail(f"{folder} is unfinished; if prepare.py was stopped there, run it again")
     words = folder.name if folder.name in CORPORA else f"text --input=FILES --name={folder.name}"
-    if len(missing) == 1:
-        fail(f"no {missing[0]}.bin in {folder}; make both with: python prepare.py {words} "
-             f"--overwrite")
     if missing:
+        words += " --overwrite" * (len(missing) == 1)  # the other is there
         fail(f"no data in {folder}; make it with: python prepare.py {words}")
     sizes = {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS}
     if not (folder / "meta.json").exists():

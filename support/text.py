@@ -1,14 +1,13 @@
 """What a file is, and its documents: text, JSON lines, parquet and data sets as pieces of text.
 
 A piece is (text, whether its document ends with it). Files are read a block at a time, so that
-memory grows neither with a file nor with a document.
+memory grows neither with a file nor with a document (but with a list of JSON).
 """
 
 import atexit
 import contextlib
 import gzip
 import io
-import itertools
 import json
 import os
 import re
@@ -106,52 +105,24 @@ def _check_field(field: str, names: Iterable[str], where: str) -> None:
 
 
 def _json_texts(path: Path, field: str) -> Iterator[Any]:
-    """The field of each record: by pyarrow, which is fast; what that refuses by `json`."""
-    import pyarrow
-    from pyarrow.json import ParseOptions, open_json
-
-    schema, done = pyarrow.schema([(field, pyarrow.string())]), 0
-    options = ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    with contextlib.suppress(pyarrow.ArrowException, UnicodeDecodeError):
-        for batch in open_json(_open(path), parse_options=options):
-            texts = batch.column(0).to_pylist()
-            if None in texts:
-                raise pyarrow.ArrowInvalid("null, or no such field")
-            yield from texts
-            done += len(texts)
-        return
-    yield from itertools.islice(_slow_json_texts(path, field), done, None)
-
-
-def _slow_json_texts(path: Path, field: str) -> Iterator[Any]:
-    """The same of any JSON: records one a line or over several lines, or one list of them."""
-    decode, line, done = json.JSONDecoder().raw_decode, 1, 0
+    """The field of each record: a line is one, or the file is a list of them, and read whole."""
     with _open_text(path) as file:
-        rest = file.read(BLOCK)
-        is_list = rest.lstrip().startswith("[")
-        between = re.compile(r"[\s\[,\]]*" if is_list else r"\s*")
-        while True:
-            start = between.match(rest, done).end()
-            line_here = line + rest.count("\n", done, start)
-            where = f"{path}, line {line_here}"
+        is_list = file.read(4096).lstrip().startswith("[")
+        file.seek(0)
+        for number, words in enumerate([file.read()] if is_list else file, 1):
+            if not words.strip():
+                continue
             try:
-                record, end = decode(rest, start)
-            except RecursionError as error:
-                fail(f"{where} is not JSON: {error}")
+                found = json.loads(words)
             except json.JSONDecodeError as error:
-                cut = error.pos > len(rest) - 12 or error.msg.startswith("Unterminated string")
-                if cut and (more := file.read(BLOCK + len(rest))):  # read on, the record is longer
-                    rest, done = rest[done:] + more, 0
-                    continue
-                if start < len(rest) or (is_list and not rest.rstrip().endswith("]")):
-                    fail(f"{where} is not JSON: {error.msg}")
-                return
-            line, done = line_here + rest.count("\n", start, end), end
-            _check_field(field, record if isinstance(record, dict) else {}, where)
-            text = record[field]
-            if isinstance(text, str):  # perhaps with escaped halves of characters
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            yield text
+                fail(f"{path}, line {number + error.lineno - 1} is not JSON: {error.msg}")
+            for record in found if is_list else [found]:
+                _check_field(field, record if isinstance(record, dict) else {},
+                             f"{path}, {'a record' if is_list else f'line {number}'}")
+                text = record[field]
+                if isinstance(text, str):  # perhaps with escaped halves of characters
+                    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                yield text
 
 
 def _parquet_texts(path: Path, field: str) -> Iterator[Any]:

@@ -272,8 +272,7 @@ def test_runs_of_other_code_are_not_added_to(study, edited):
     edited("new")
     for options in ({}, {"seeds": 3}, {"only": "b", "seeds": 3}):
         refused(lambda options=options: study(*variants, **options), "has runs of other code",
-                code_in()["commit"], "--overwrite", "--study", "--jobs=0",
-                "python runs/s/code/bench.py compare ")
+                code_in()["commit"], "--overwrite", "--study", "--jobs=0")
         assert study.launched == []
     refused(lambda: study("c: template=polyak", only="c"), "other code")
     Path("found/s/table.md").unlink()
@@ -445,9 +444,9 @@ def test_a_study_that_trains(words, tmp_path, data_dir, run, monkeypatch, capsys
     stored["runs"] = [gd]
     path.write_text(json.dumps(stored))
     edited("new")
-    (line,) = refused(lambda: bench.main(argv), "other code")
-    command = shlex.split(re.search(r"theirs \((.*?)\), replace", line)[1])  # which it names
-    done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True)
+    refused(lambda: bench.main(argv), "other code")
+    done = subprocess.run([sys.executable, "runs/s/code/bench.py", *argv], capture_output=True,
+                          text=True)
     assert "1 runs to do, 1 there" in done.stdout and done.returncode == 0, done.stderr
     (output,) = (tmp_path / "runs/s").glob("tmm-*-seed1/output.txt")
     assert "resuming" in output.read_text()

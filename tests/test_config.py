@@ -172,8 +172,8 @@ def test_words_that_belong_to_an_option(preset):
     options = read("--width=2", preset("width = 3", "no_suffix"), preset("rate = 2"))
     assert (options.width, options.rate) == (3, 2.0)
     hint = "an option is --name=value, with quotation marks around several words"
-    assert problems("width=3", "--name", "Once", "upon", "a time,", "--fast", preset("")) == [
-        f"no preset file width=3; {hint}", f"no preset file upon a time,; {hint}"]
+    assert problems("width=3", "--name", "Once", "upon", "a", "time,", "--fast", preset("")) == [
+        f"no preset file {word}; {hint}" for word in ("width=3", "upon", "a", "time,")]
 
 
 def test_a_model_is_not_the_name_of_a_template():

@@ -8,7 +8,6 @@ import io
 import itertools
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -413,17 +412,6 @@ def test_prompts_arrive_whole(out, tmp_path, monkeypatch, source):
     assert seen == [*"Zwölf 😀\r\nzwei\n".encode(), 256, ord("a")]
 
 
-def test_the_default_prompt_as_help_prints_it(out, tmp_path, capsys):
-    """And no other: an empty one is a mistake."""
-    write_checkpoint(tmp_path / "out" / "ckpt.pt")
-    with pytest.raises(SystemExit):
-        sample.main(["--help"])
-    default = re.search("--start=(.*?)   ", capsys.readouterr().out)[1]
-    assert out(start=default) == out(start="\n") != out(start=r"a\n")
-    (tmp_path / "empty.txt").touch()
-    refused(lambda: out(start=f"FILE:{tmp_path}/empty.txt"), "the prompt is empty")
-
-
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_logits_that_are_not_finite(out, tmp_path, temperature):
     write_checkpoint(tmp_path / "out" / "ckpt.pt", CHARS)
@@ -574,7 +562,9 @@ def test_a_checkpoint_decodes_with_its_own_tokenizer_or_none(out, tmp_path):
 # Mistakes (tests/hostile has the others)
 
 
-def test_mistakes_come_together(out):
+def test_mistakes_come_together(out, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    refused(lambda: out(start=f"FILE:{tmp_path}/empty.txt"), "the prompt is empty")
     lines = refused(lambda: out("--num_samples=0", "--top_k=0", "--top_p=1.5", "--stop=",
                                 "--seed=-1"), "seed=-1",
                     "num_samples=0: must be at least 1", "top_k=0", "None keeps", "top_p=1.5",

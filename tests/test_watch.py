@@ -38,12 +38,9 @@ def lines(axes):
 
 def test_losses_of_several_runs(run, tmp_path, drawn, monkeypatch):
     runs = {"one": run(tmp_path / "one"), "two": run(tmp_path / "two", n_layer=1)}
-    flops = {name: GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=n_layer, n_head=2,
-                                 n_embd=32)).flops_per_token()
-             for name, n_layer in (("one", 2), ("two", 1))}
     monkeypatch.chdir(tmp_path)
     for x, key, label in (("steps", "iter", "step"), ("tokens", "tokens", "tokens"),
-                          ("seconds", "seconds", "wall time"), ("flops", "tokens", "FLOPs")):
+                          ("seconds", "seconds", "wall time")):
         drawn.clear()
         bench.main(["plot", *runs, f"--x={x}", f"--plot={x}.png"])
         assert (tmp_path / f"{x}.png").stat().st_size > 5_000
@@ -55,8 +52,7 @@ def test_losses_of_several_runs(run, tmp_path, drawn, monkeypatch):
             evaluated = [r for r in records if r["type"] == "eval"]
             (xs, ys), = (line for key, line in seen.items() if key.startswith(f"{name}, eval"))
             assert ys.tolist() == [r["val_loss"] for r in evaluated]
-            factor = flops[name] if x == "flops" else 1
-            assert xs == pytest.approx([r[key] * factor for r in evaluated])
+            assert xs == pytest.approx([r[key] for r in evaluated])
 
 
 def test_scalars_of_two_runs(run, tmp_path, drawn, monkeypatch, capsys):
@@ -154,8 +150,8 @@ def test_what_matplotlib_raises_is_one_line(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command, said", [
     ("plot", "plot OUT_DIR"), ("plot none", "none"), ("plot none --x=miles", "miles"),
     ("plot gd --draw=scalars", "momentum"), ("plot gd --plot=no/x.png", "no/x.png"),
-    ("plot lone --x=flops", "no losses"), ("plot lone --draw=path", "ckpt.pt"),
-    ("plot lone", "no losses"), ("plot gd --plot=x.pdf", ".png"),
+    ("plot lone", "no losses"), ("plot lone --draw=path", "ckpt.pt"),
+    ("plot gd --plot=x.pdf", ".png"),
     ("plot broken", "log.jsonl")])
 def test_what_cannot_be_drawn_is_one_line(run, tmp_path, monkeypatch, command, said):
     run(tmp_path / "gd", max_iters=1)

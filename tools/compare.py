@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from subprocess import Popen
 from typing import ClassVar, Literal
 
@@ -25,7 +24,7 @@ from model import GPT, GPTConfig
 from support.code import code_in, copy_code
 from support.device import pick_device
 from support.errors import UserError, fail
-from support.files import finite, locked, rename, sha256
+from support.files import finite, locked, sha256, write_text
 from support.log import clock
 from support.meta import load_meta
 from tools.findings import draw_study, markdown, pairs, summary
@@ -182,11 +181,9 @@ def measured(planned: dict[str, CompareConfig], head: dict, relative_speeds: Cal
                for label, config in planned.items()}
     keys = {label: digest(f"{options[first]} {options[label]}") for label in planned}
     known = head.setdefault("speeds", {})
-    new = [label for label in planned if keys[label] not in known]
+    new = {key: label for label, key in keys.items() if key not in known}
     if new:
-        once = {keys[first]: first}
-        for label in new:
-            once.setdefault(keys[label], label)
+        once = {keys[first]: first} | new
         ratios = relative_speeds({label: planned[label] for label in once.values()})
         known |= {key: round(ratios[label], 4) for key, label in once.items()}
         torch.cuda.empty_cache()  # the runs need it
@@ -319,13 +316,8 @@ class Results:
                       key=lambda r: (place.get(r["variant"], len(place)), r["seed"]))
 
     def write(self) -> None:
-        """Whole, beside the old one, then in its place."""
         lines = ",\n".join(json.dumps(finite(run)) for run in self.sorted())
-        with open(self.path + ".tmp", "w", encoding="utf-8") as file:
-            file.write(f'{json.dumps(self.head)[:-1]}, "runs": [\n{lines}\n]}}\n')
-            file.flush()
-            os.fsync(file.fileno())
-        rename(self.path + ".tmp", self.path)
+        write_text(self.path, f'{json.dumps(self.head)[:-1]}, "runs": [\n{lines}\n]}}\n')
 
 
 # -----------------------------------------------------------------------------
@@ -363,8 +355,11 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
                  for label in config.only or planned]
         missing = [cell for cell in cells if config.jobs != 0 and results.get(cell) is None]
         code = os.path.join(config.out_dir, config.study, "code")
-        if config.jobs != 0:
-            check_code(results, code, argv)
+        ours = results.head["code"]
+        if config.jobs != 0 and ours["hash"] != code_in()["hash"]:
+            fail(f"{results.path} has runs of other code ({ours['commit']}), to which those of "
+                 f"this one cannot be added; replace them (--overwrite), choose another --study, "
+                 f"or only write their table (--jobs=0)")
         changed = {cell.label for cell in missing if (cell.label, cell.seed) in results.runs}
         if changed and not config.overwrite:
             fail(f"{results.path} has runs of {sorted(changed)} with other options; add "
@@ -395,19 +390,6 @@ def check(configs: dict[str, CompareConfig], config: CompareConfig) -> None:
         fail("tasks need lm-eval: pip install lm-eval")
     if unknown := set(config.only) - set(configs):
         fail(f"only={', '.join(unknown)}: the variants are {list(configs)}")
-
-
-def check_code(results: Results, copy: str, argv: list[str]) -> None:
-    """Raise UserError if the study's runs are of other code, since they cannot be compared."""
-    code = results.head["code"]
-    if code["hash"] == code_in()["hash"]:
-        return
-    whole, go_on = os.path.exists(os.path.join(copy, "commit.txt")), ""
-    if whole and code_in(Path(copy))["hash"] == code["hash"]:
-        go_on = f"go on with theirs (python {copy}/bench.py {shlex.join(argv)}), "
-    fail(f"{results.path} has runs of other code ({code['commit']}), to which those of this one "
-         f"cannot be added; {go_on}replace them (--overwrite), choose another --study, or only "
-         f"write their table (--jobs=0)")
 
 
 def run_cells(cells: list[Cell], results: Results, shares: list[dict[str, str]], where: str,
@@ -504,7 +486,6 @@ def report(results: Results, planned: dict[str, CompareConfig], config: CompareC
         parts.append("\n".join(f"![{name[:-4]}]({name})" for name in pictures))
     except (OSError, UserError) as error:
         print(f"warning: no pictures: {error}", file=sys.stderr)
-    with open(os.path.join(results.folder, "table.md"), "w", encoding="utf-8",
-              errors="backslashreplace") as file:
-        file.write("\n\n".join(part.strip() for part in parts) + "\n")
+    text = "\n\n".join(part.strip() for part in parts) + "\n"
+    write_text(os.path.join(results.folder, "table.md"), text)
     print(f"{table}\nwrote {results.folder}")

@@ -1,7 +1,6 @@
 """Models in and out: for transformers, as safetensors; a trained GPT as a momentum model."""
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -17,6 +16,7 @@ from model import GPT, transposed
 from sample import SampleConfig, load_checkpoint, nanogpt_tokenizer
 from support.checkpoint import model_from, write_file
 from support.errors import UserError, fail
+from support.files import write_json
 from support.meta import TOKENIZER_KEYS
 from support.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -127,8 +127,7 @@ def to_safetensors(model: GPT, meta: dict, folder: str) -> str:
 
     weights = {n: w.contiguous() for n, w in model.state_dict().items() if n != "lm_head.weight"}
     save_file(weights, os.path.join(folder, "model.safetensors"), {"format": "pt"})
-    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(about(model, meta), file, indent=1)
+    write_json(os.path.join(folder, "config.json"), about(model, meta))
     return f"tokenizer {meta['tokenizer']}" if meta else "its tokenizer is not known: left out"
 
 

@@ -23,14 +23,13 @@ import torch
 
 from config import check_rules
 from model import GPT, GPTConfig
+from support.code import HERE
 from support.device import autocast, pick_device, pick_dtype, tune_allocator
 from support.errors import fail
 from support.meta import load_meta
 from support.tokenizer import END_OF_TEXT
 from tools.findings import markdown
 from tools.judge import EvalConfig, judge
-
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @dataclass
@@ -252,7 +251,7 @@ def decoding_variant(name: str, model: torch.nn.Module, run: Callable[[], None],
 # Whole programs
 
 
-def program(*argv: str, cwd: str = HERE, **environment: str) -> tuple[float, float]:
+def program(*argv: str, cwd: str | Path = HERE, **environment: str) -> tuple[float, float]:
     """Run Python to its end: (wall seconds, the largest resident MB of all its processes together
     where /proc tells). UserError if it fails; its errors are printed as they come."""
     environment = os.environ | environment

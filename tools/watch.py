@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from config import check_rules
 from model import GPT
 from sample import load_checkpoint
-from support.checkpoint import checkpoint_config, model_from
+from support.checkpoint import model_from
 from support.data import Tokens
 from support.errors import UserError, fail, printable, reason
 from support.meta import load_meta
@@ -30,7 +30,7 @@ class PlotConfig:
 
     runs: tuple[str, ...] = ()  # the out_dirs to draw together; --runs may be left out
     draw: Literal["losses", "scalars", "path"] = "losses"  # what to draw of them
-    x: Literal["steps", "tokens", "seconds", "flops"] = "steps"  # what losses are drawn over
+    x: Literal["steps", "tokens", "seconds"] = "steps"  # what losses are drawn over
     plot: str | None = None  # the PNG; auto: losses.png, scalars.png, path.png
     data: str | None = None  # path: a data folder; auto: that of each run
     data_dir: str | None = None  # path: where the data folders are; auto: where the run had them
@@ -109,11 +109,6 @@ def draw_losses(runs: Iterable[str], path: str, x: str) -> None:
         top = 0.0  # of the picture: the second evaluation, since the first is that of no training
         for i, run in enumerate(runs):
             records, color = read_log(run), f"C{i}"
-            if x == "flops":
-                with torch.device("meta"):
-                    model = GPT(checkpoint_config(load_checkpoint(checkpoint_named(run))))
-                flops = model.flops_per_token()
-                records = [r | {"flops": r.get("tokens", 0) * flops} for r in records]
             for kind, loss, style in (("train", "loss", dict(lw=0.7, alpha=0.4)),
                                       ("eval", "val_loss", dict(marker="o", ms=3.5))):
                 points = [(r[key], r[loss]) for r in records
