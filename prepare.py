@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -141,8 +141,11 @@ def source_name(config: PrepareConfig) -> str:
 def find_files(config: PrepareConfig) -> list[list[Path]]:
     """The files of the text; and those of the validation text, if there is one."""
     texts = [list_files(inputs) for inputs in (config.input, config.val_input) if inputs]
-    times = Counter(os.path.realpath(path) for files in texts for path in files)
-    if again := [path for path in times if times[path] > 1]:
+    names: dict[tuple[int, int], list[Path]] = {}  # of each file, which links may give others
+    for path in (path for files in texts for path in files):
+        status = os.stat(path)
+        names.setdefault((status.st_dev, status.st_ino), []).append(path)
+    if again := [paths[0] for paths in names.values() if len(paths) > 1]:
         print(f"warning: files given more than once: {len(again)}, first {printable(again[0])}; "
               f"trained on and validated on, they make the loss too good", file=sys.stderr)
     return texts
@@ -223,7 +226,7 @@ def split_pieces(config: PrepareConfig, pieces: Iterator[Piece], counts: list[tu
     n, characters, chosen = counts[0]
     if len(counts) == 2:
         return draw(pieces, lambda i: i >= n), "a validation text of its own"
-    if config.corpus == "openwebtext" and not config.val_fraction and n > 1:
+    if config.corpus == "openwebtext" and not config.val_fraction and n >= 20:
         return (draw(pieces, nanogpt_rule(n, config.seed)),
                 f"nanoGPT's: default_rng({config.seed}).permutation({n}), the first 0.05 %")
     if share / 2 * characters <= chosen <= 2 * share * characters and chosen < characters:

@@ -8,6 +8,7 @@ model's context the older half is forgotten and the rest read again (a sliding w
 """
 
 import codecs
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -327,8 +328,9 @@ def read_prompt(start: str) -> str:
     if start != "-" and not start.startswith("FILE:"):
         return start
     try:
-        data = sys.stdin.buffer.read() if start == "-" else Path(start[5:]).read_bytes()
-        return data.decode("utf-8-sig")
+        data = (sys.stdin.buffer.read() if start == "-" else
+                Path(start[5:]).expanduser().read_bytes())
+        return io.StringIO(data.decode("utf-8-sig"), newline=None).read()  # any line end is \n
     except (OSError, UnicodeDecodeError) as error:
         fail(f"cannot read the prompt {start}: {error}")
 

@@ -142,7 +142,7 @@ class TrainConfig(GPTConfig):
         latest = (self.lr_decay_iters or self.max_iters) - shortest
         rule(not decays or self.warmup_iters <= latest or self.warmup_iters >= self.max_iters,
              f"warmup_iters={self.warmup_iters}: reaches into {self.schedule}'s decay, which "
-             f"begins at step {latest} at the latest; warm up for fewer steps, or decay for fewer "
+             f"begins at step {latest} at the latest; warm up for fewer steps, or decay later "
              f"(lr_decay_iters, decay_fraction)")
         converted = (self.eval_iters or 0) * self.batch_size * self.block_size
         rule(self.eval_iters is None or self.eval_tokens in (TrainConfig.eval_tokens, converted),

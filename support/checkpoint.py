@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
-from support.code import code_in, copy_code
+from support.code import HERE, code_in
 from support.errors import UserError, fail, reason
 from support.files import rename, write_json
 from support.tokenizer import END_OF_TEXT
@@ -177,8 +177,14 @@ def named_weights(table: dict) -> dict[str, torch.Tensor]:
         if kind not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             fail(f"the checkpoint's weights cannot be read: {name} is of {kind}; convert it to "
                  f"floats of 16 to 64 bits")
+        if not w.isfinite().all():
+            fail(f"the checkpoint's weights are nan or infinite ({name}): its run broke; use "
+                 f"another one, of an earlier step")
+    if len(weights) < sum(not name.endswith(".attn.bias") for name in table):
+        fail("the checkpoint's weights cannot be read: one name is there twice, with and without "
+             "module. or _orig_mod.")
     tied = [weights[name] for name in (HEAD, TABLE) if name in weights]
-    if tied and not torch.allclose(tied[0], tied[-1], 0, 0, equal_nan=True):
+    if tied and not torch.allclose(tied[0], tied[-1], 0, 0):
         fail(f"the checkpoint's weights cannot be read: {HEAD} and {TABLE} differ, which are one "
              f"table here (tied)")
     return weights | {HEAD: tied[0], TABLE: tied[0]} if tied else weights
@@ -237,4 +243,10 @@ def clear_folder(config, resumed: bool) -> None:
         if name.endswith(".pt.partial") or (name in CHECKPOINTS and not resumed):
             os.remove(os.path.join(config.out_dir, name))
     write_json(os.path.join(config.out_dir, "config.json"), asdict(config))
-    copy_code(os.path.join(config.out_dir, "code_that_ran"), ("model.py", "train.py"))
+    kept = Path(config.out_dir, "code_that_ran")
+    if not resumed:
+        shutil.rmtree(kept, ignore_errors=True)
+    kept /= code_in()["hash"]
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in ("model.py", "train.py"):
+        shutil.copyfile(HERE / name, kept / name)

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +54,12 @@ def commit(folder: Path) -> str:
     return f"{head.strip() or 'unknown'}{', modified' if changed else ''}"
 
 
-def copy_code(folder: str, patterns: Sequence[str] = ("*.py", "*/*.py", "config/*/*.py")) -> None:
-    """Make this folder a copy of our programs, all or these, as they are now."""
+def copy_code(folder: str) -> None:
+    """Make this folder a copy of all our programs, as they are now."""
     if os.path.realpath(folder) == str(HERE):  # we run from it
         return
     shutil.rmtree(folder, ignore_errors=True)
-    for pattern in patterns:
+    for pattern in ("*.py", "*/*.py", "config/*/*.py"):
         for path in HERE.glob(pattern):
             target = Path(folder, path.relative_to(HERE))
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -42,8 +42,11 @@ class Log:
             text = file.read()
         times = re.findall(r'"seconds": (\d+(?:\.\d+)?)', text)
         self.began = time.time() - (float(times[-1]) if times else 0.0)  # a resumed clock goes on
-        if code_in()["hash"] not in text:  # a new log, or one that other code began
+        codes = re.findall(r'"code": {"hash": "(\w+)"', text)
+        if codes[-1:] != [code_in()["hash"]]:
             self.write({"type": "config", **asdict(config), "code": code_in()})
+            if codes:
+                show("warning: the code has changed since this run's last step", keep=True)
         if text and run.evaluated == run.step:  # which the sinks have forgotten
             with contextlib.suppress(ValueError, KeyError):
                 self.send(json.loads(text.splitlines()[-1]))

@@ -40,8 +40,10 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
         fail(f"{folder} is unfinished; if prepare.py was stopped there, run it again")
     words = folder.name if folder.name in CORPORA else f"text --input=FILES --name={folder.name}"
     if missing:
-        words += " --overwrite" * (len(missing) == 1)  # the other is there
-        fail(f"no data in {folder}; make it with: python prepare.py {words}")
+        what = "data"
+        if len(missing) == 1:  # the other is there
+            what, words = f"{missing[0]}.bin", f"{words} --overwrite"
+        fail(f"no {what} in {folder}; make it with: python prepare.py {words}")
     sizes = {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS}
     if not (folder / "meta.json").exists():
         return _nanogpt_meta(folder, sizes)

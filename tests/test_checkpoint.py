@@ -160,6 +160,8 @@ def test_a_model_is_as_precise_as_its_widest_weights(foreign):
     ({TABLE: torch.ones(257, 32).to(torch.float8_e4m3fn)}, [TABLE, "float8_e4m3fn", "16 to 64"]),
     ({TABLE: torch.ones(257, 32).to(torch.int8)}, [TABLE, "int8"]),
     ({TABLE: None}, [TABLE, "NoneType"]),
+    ({"transformer.ln_f.weight": torch.full((32,), torch.nan)}, ["nan or infinite", "ln_f"]),
+    ({"module.transformer.ln_f.weight": torch.zeros(32)}, ["twice", "module."]),
     ({TABLE: torch.ones(4, 32), HEAD: torch.ones(4, 32)}, ["do not fit its model_args", "size"])])
 def test_weights_that_do_not_fit(foreign, change, said):
     refused(lambda: model_from(foreign | {"model": foreign["model"] | change}), *said)

@@ -23,7 +23,7 @@ from conftest import (
 )
 
 import train
-from support import log
+from support import checkpoint, log
 from support.code import code_in
 from support.log import Log
 from support.resume import Progress
@@ -38,7 +38,7 @@ def test_the_log(run, tmp_path):
     stored = json.loads((tmp_path / "config.json").read_text())
     assert {"type": "config", **stored, "code": code_in()} == config
     for name in ("model.py", "train.py"):
-        kept = (tmp_path / "code_that_ran" / name).read_text()
+        kept = (tmp_path / "code_that_ran" / code_in()["hash"] / name).read_text()
         assert kept == Path(train.__file__).with_name(name).read_text()
     assert [(r["type"], r["iter"]) for r in found[1:]] == [
         ("eval", 0), ("train", 0), ("eval", 2), ("train", 2), ("eval", 4), ("train", 4),
@@ -62,12 +62,18 @@ def test_the_log_is_cut_even_if_nothing_was_written_since(tmp_path):
     assert Log(config, Progress(log_length=length), None, *here).length() == length
 
 
-def test_a_log_says_where_other_code_goes_on(run, tmp_path, monkeypatch):
-    run(tmp_path, max_iters=3)
-    monkeypatch.setattr(log, "code_in", lambda: {"hash": "new", "commit": "unknown"})
-    found = run(tmp_path, max_iters=6, init_from="resume")
-    assert [(i, r["code"]["hash"]) for i, r in enumerate(found) if r["type"] == "config"] == [
-        (0, code_in()["hash"]), (6, "new")] and steps_of(found) == [0, 1, 2, 3, 4, 5]
+def test_a_log_says_where_other_code_goes_on(run, tmp_path, monkeypatch, capsys):
+    """Also where that is the first code again; the files of both are kept."""
+    run(tmp_path, max_iters=2)
+    for code, iters in (("new", 4), (code_in()["hash"], 6)):
+        for module in (log, checkpoint):
+            monkeypatch.setattr(module, "code_in", lambda c=code: {"hash": c, "commit": "unknown"})
+        assert "the code has changed" not in capsys.readouterr().out
+        found = run(tmp_path, max_iters=iters, init_from="resume")
+        assert "warning: the code has changed" in capsys.readouterr().out
+    hashes = [r["code"]["hash"] for r in found if r["type"] == "config"]
+    assert hashes == [code, "new", code] and steps_of(found) == [0, 1, 2, 3, 4, 5]
+    assert {p.name for p in (tmp_path / "code_that_ran").iterdir()} == {code, "new"}
 
 
 def test_json_has_no_nan(run, tmp_path):

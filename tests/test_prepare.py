@@ -298,7 +298,9 @@ def test_the_tokenizer_of_a_checkpoint_or_a_folder(tmp_path, command, checkpoint
 
 def test_files_that_are_given_twice(tmp_path, stories, command, capsys):
     (tmp_path / "link").symlink_to(stories)
-    for more in [], ["--input", stories, tmp_path / "link"], ["--val_input", tmp_path / "link"]:
+    (tmp_path / "hard").hardlink_to(stories)
+    for more in ([], ["--input", stories, tmp_path / "link"], ["--val_input", tmp_path / "link"],
+                 ["--val_input", tmp_path / "hard"]):
         make(tmp_path, *command, *more, "--overwrite")
         said = f"warning: files given more than once: 1, first {stories}; "
         assert (said in capsys.readouterr().err) is bool(more)

@@ -112,6 +112,7 @@ def test_a_file_is_what_its_content_says(read, tmp_path, pack, name):
     pyarrow.parquet.write_table(pyarrow.table({"text": [b"one", b"two"]}), tmp_path / "c")
     for content in (b'{"text":"one"}\n{"text":"two"}',
                     b' [\n{"x": 1, "text": "one"},{"text":"two"}]',
+                    b'{\n "x" : 1,\n "text" : "one"\n}\n{\n "x" : 2, "text" : "two"\n}\n',
                     (tmp_path / "b").read_bytes(), (tmp_path / "c").read_bytes()):
         assert read(pack(content), name) == ["one", "two"]
 
@@ -184,7 +185,7 @@ def test_a_pipe_is_read_twice(tmp_path):
     ("a.jsonl", b'{"text": "x"}\n["y"]', "line 2 has no field text"),
     ("a.jsonl", b'{"text": "x"}\n\n{"text"', "line 3 is not JSON"),
     ("a.jsonl", b'{"text": null}', "record 1 has None for its text"),
-    ("a.json", b'{\n "text": "x"\n}', "line 2 is not JSON"),
+    ("a.json", b'{\n "text": "x"\n}\n,', "is not JSON"),
     ("a.jsonl", b'[{"text": "x"},\n', "line 2 is not JSON"), ("a.jsonl", b"NaN", "has no field"),
     ("a.zst", b"\x28\xb5\x2f\xfd", "a.zst is packed by zstd; unpack it: zstd -d "),
     ("a.parquet", b"no", "a.parquet cannot be read: ArrowInvalid")])

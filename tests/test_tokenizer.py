@@ -132,7 +132,7 @@ def test_missing_data_names_the_command(tmp_path):
             f"no data in {tmp_path / name}; make it with: python prepare.py {how}"
     assert {*CORPORA} <= {*prepare.CORPORA}
     (nanogpt_folder(tmp_path) / "val.bin").unlink()
-    with pytest.raises(UserError, match=f"no data in .* --name={tmp_path.name} --overwrite"):
+    with pytest.raises(UserError, match=f"no val.bin in .* --name={tmp_path.name} --overwrite"):
         load_meta(tmp_path)
     (tmp_path / "partial").mkdir()
     with pytest.raises(UserError, match="is unfinished; if prepare.py was stopped there, run it"):
