@@ -20,7 +20,7 @@ import torch
 
 from config import read_config
 from model import GPT, GPTConfig
-from support.checkpoint import clear_folder, holds_weights, model_from
+from support.checkpoint import clear_folder, model_from
 from support.data import Tokens, WindowOrder, evaluation_starts, prefetch, to_device
 from support.device import (
     attention_backend,
@@ -30,8 +30,9 @@ from support.device import (
     tune_machine,
 )
 from support.errors import cli, explain_failures, fail
+from support.foreign import holds_weights
 from support.fuse import fuse
-from support.log import Log, progress, report, show
+from support.log import Log, report
 from support.muon import Muon
 from support.ranks import Ranks, locked_folder, shard, stop_signals
 from support.resume import (
@@ -43,6 +44,7 @@ from support.resume import (
     save,
     without_tensors,
 )
+from support.terminal import progress, show
 
 
 @dataclass

@@ -13,8 +13,8 @@ from support.errors import fail
 
 HERE = Path(__file__).resolve().parent.parent
 # the files of support/ that compute nothing: what they do changes no figure
-ASIDE = {"__init__", "checkpoint", "code", "errors", "files", "log", "meta", "resume", "text",
-         "tokenizer"}
+ASIDE = {"__init__", "checkpoint", "code", "errors", "files", "foreign", "log", "meta", "resume",
+         "terminal", "text", "tokenizer"}
 
 
 def tree(node: Any) -> Any:

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +21,7 @@ from support.data import evaluation_starts
 from support.device import compile_seconds, peak_flops, peak_mb
 from support.errors import fail, printable, reason
 from support.files import finite
+from support.terminal import clock, show
 
 
 class Log:
@@ -199,29 +200,6 @@ def draw_losses(out_dir: str) -> None:
         axes.legend()
     axes.grid(alpha=0.3)
     FigureCanvasAgg(figure).print_png(os.path.join(out_dir, "loss.png"))
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss."""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
-def progress(items: Iterable, what: str, shown: bool = True) -> Iterable:
-    """The items, with a bar on standard error where that takes longer than five seconds."""
-    try:
-        from tqdm import tqdm
-    except ImportError:  # it comes with datasets, which training does without
-        return items
-    return tqdm(items, desc=what, unit="batch", delay=5, leave=False, disable=not shown,
-                mininterval=0.1 if sys.stderr.isatty() else 30)
-
-
-def show(line: str, keep: bool = False) -> None:
-    """On a terminal, lines that need not be kept overwrite each other."""
-    if not sys.stdout.isatty():
-        print(line, flush=True)
-    else:
-        print(f"\r\033[K{line}", end="\n" if keep else "", flush=True)
 
 
 def report(model: Any, config: Any, meta: dict, train: Any, val: Any, ranks: Any,

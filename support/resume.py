@@ -11,16 +11,16 @@ from model import GPT
 from support.checkpoint import (
     CHECKPOINTS,
     check_tokenizer,
-    holds_weights,
     read_checkpoint,
     read_latest,
     save_checkpoint,
 )
 from support.data import identity
 from support.errors import fail, out_of_memory, reason
-from support.log import show
+from support.foreign import holds_weights
 from support.meta import TOKENIZER_KEYS, load_meta
 from support.ranks import Ranks, part_of
+from support.terminal import show
 
 # options of the call or of the machine, and not of the run
 THIS_CALL = {"init_from", "overwrite", "out_dir", "eval_only"}

@@ -25,8 +25,8 @@ from support.code import code_in, copy_code
 from support.device import pick_device
 from support.errors import UserError, fail
 from support.files import finite, locked, sha256, write_text
-from support.log import clock
 from support.meta import load_meta
+from support.terminal import clock
 from tools.findings import draw_study, markdown, pairs, summary
 from tools.judge import EvalConfig, judge
 from tools.race import machine

@@ -20,8 +20,8 @@ from support.checkpoint import check_tokenizer
 from support.data import Tokens, evaluation_starts
 from support.device import pick_device, pick_dtype, tune_allocator
 from support.errors import UserError, fail, reason
-from support.log import progress
 from support.meta import load_meta
+from support.terminal import progress
 from support.text import file_pieces
 from support.tokenizer import Tokenizer
 from tools.exchange import checkpoint_named
