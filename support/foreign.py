@@ -25,6 +25,9 @@ def read_folder(folder: str) -> dict:
     config = json.loads(Path(folder, "config.json").read_bytes())
     if config.get("model_type") == "gpt2":
         return read_pretrained(folder, tokenizer_of(folder, config))
+    if "model_args" not in config:
+        fail(f"{folder} holds no model of bench.py export, and of transformers' only gpt2 is known "
+             f"here, not {config.get('model_type')}; of a run name the file: {folder}/ckpt.pt")
     from safetensors.torch import load_file
 
     return {"model_args": config["model_args"], "tokenizer": config.get("tokenizer"),

@@ -102,7 +102,8 @@ def record_pieces(texts: Iterable[Any], where: str) -> Iterator[Piece]:
 
 def _check_field(field: str, names: Iterable[str], where: str) -> None:
     if field not in names:
-        fail(f"{where} has no field {field}; --field chooses one of: {', '.join(names)}")
+        remedy = f"--field chooses one of: {', '.join(names)}" if names else "it needs fields"
+        fail(f"{where} has no field {field}; {remedy}")
 
 
 def _json_texts(path: Path, field: str) -> Iterator[Any]:

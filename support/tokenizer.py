@@ -44,7 +44,8 @@ class Tokenizer:
         if self.name == "bytes":
             return list(text.encode("utf-8", "replace"))
         if unknown := set(text) - self.ids.keys():
-            fail(f"this data's alphabet does not have {''.join(sorted(unknown))!r}")
+            fail(f"the alphabet does not have {''.join(sorted(unknown))!r}; leave that out, or use "
+                 f"a model of --tokenizer=bytes")
         return [self.ids[character] for character in text]
 
     def encode_prompt(self, text: str) -> list[int]:

@@ -115,7 +115,7 @@ def test_the_four_sizes(monkeypatch, name, shape, parameters):
     (dict(activation_function="relu"), "activation_function=relu"),
     (dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon=1e-06"),
     (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
-    (dict(model_type="llama"), "model_args"),
+    (dict(model_type="llama"), "only gpt2 is known here, not llama"),
     (dict(n_layer=3), "it has no transformer.h.2"),
     (dict(n_embd=48), "cannot load"),
     ("short", "cannot load")])

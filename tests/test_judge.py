@@ -82,6 +82,16 @@ def test_documents(tmp_path):
     assert records["bits_per_byte"] == row["bits_per_byte"]
 
 
+def test_ids_without_their_text_have_no_bits_per_byte(tmp_path):
+    """Null, from nanoGPT's tables with gaps: what they print as is no text."""
+    table = {**CHARS, "alphabet": [f"<{i}>" for i in range(len(CHARS["alphabet"]))]}
+    write_checkpoint(tmp_path / "ckpt.pt", table)
+    write_data(tmp_path / "data" / "gaps", [1, 2, 3] * 20, **table)
+    (row,) = judge(tmp_path, f"--ckpt={tmp_path}/ckpt.pt", "--data=gaps",
+                   f"--data_dir={tmp_path}/data")
+    assert row["bits_per_byte"] is None and row["nats"] > 0
+
+
 @pytest.mark.parametrize("eval_tokens", [10**6, 64])
 def test_a_folder_has_the_loss_of_train(run, data_dir, tmp_path, capsys, eval_tokens):
     """Also of a model that is not a GPT, and of a part of the split."""

@@ -82,7 +82,7 @@ def on_text(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> list[dict]:
     from those before it in its window of block_size.
 
     Bits per byte are of the bytes that the predicted tokens decode to; the end-of-text id has
-    bits, but no bytes.
+    bits, but no bytes. They are nan for nanoGPT's tables in which ids may lack their text.
     """
     T, device, start = model.config.block_size, next(model.parameters()).device, time.perf_counter()
     sizes = np.array([0 if i == tokenizer.eot else len(tokenizer.token_bytes(i))
@@ -98,9 +98,11 @@ def on_text(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> list[dict]:
         n_tokens += len(predicted)
         n_bytes += int(sizes[predicted].sum())
     nats = total / n_tokens
+    if not isinstance(tokenizer.alphabet, str):
+        n_bytes = math.nan
     return [{"variant": config.data, "tokens": n_tokens, "nats": nats,
              "perplexity": math.exp(min(nats, 700)),
-             "bits_per_byte": total / math.log(2) / max(1, n_bytes),
+             "bits_per_byte": total / math.log(2) / (n_bytes or 1),
              "tokens_per_s": n_tokens / (time.perf_counter() - start)}]
 
 
