@@ -9,7 +9,7 @@ from types import MethodType
 import torch
 
 from model import GPT, KVCache, Momentum
-from support.errors import fail
+from support.errors import fail, reason
 from support.substep import EPS, Substep, triton
 
 
@@ -79,7 +79,8 @@ def agrees(model: GPT, device: torch.device) -> bool:
                 loss.backward()
                 results.append([loss.detach(), *(p.grad for p in model.parameters())])
                 model.zero_grad(set_to_none=True)
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # other parts than model.py's
+    except Exception as error:  # of parts that are not as `hidden` knows them, or of the kernel
+        print(f"the fused path fails: {reason(error)}")
         return False
     finally:
         del model.hidden

@@ -144,8 +144,8 @@ if triton is not None:
 @torch.library.custom_op("nanoyurii::substep_gradients", mutates_args=())
 def kernel_gradients(gx: torch.Tensor, gv: torch.Tensor, gz: torch.Tensor, x_new: torch.Tensor,
                      v: torch.Tensor, g: torch.Tensor, scalars: torch.Tensor,
-                     columns: torch.Tensor, norm: bool, rms: bool,
-                     bias: bool) -> list[torch.Tensor]:
+                     columns: torch.Tensor, norm: bool, rms: bool, bias: bool,
+                     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`gradients`, in one kernel (an operator, so that torch.compile leaves it whole)."""
     C = v.size(-1)
     n_rows, block = v.numel() // C, max(16, triton.next_power_of_2(C))
@@ -160,13 +160,13 @@ def kernel_gradients(gx: torch.Tensor, gv: torch.Tensor, gz: torch.Tensor, x_new
     sums = v.new_empty((grid, 8, C), dtype=torch.float32)
     kernel[(grid,)](gx, gv, gz, x_new, v, g, scalars, columns, *outputs, sums, n_rows, norm, rms,
                     bias, C, block, vector, STAGES=3, num_warps=warps)
-    return [*outputs, sums.sum(dim=0)]
+    return *outputs, sums.sum(dim=0)
 
 
 @kernel_gradients.register_fake
 def _(gx, gv, gz, x_new, v, g, scalars, columns, norm, rms, bias):
-    return [*(torch.empty_like(t) for t in (x_new, v, g)),
-            v.new_empty((8, v.size(-1)), dtype=torch.float32)]
+    return (*(torch.empty_like(t) for t in (x_new, v, g)),
+            v.new_empty((8, v.size(-1)), dtype=torch.float32))
 
 
 # -----------------------------------------------------------------------------
@@ -177,7 +177,7 @@ class Substep(torch.autograd.Function):
     """x, v, g (..., C), scalars (4,): beta, gamma, nu, mu', columns (4, C) -> x', v', z'."""
 
     @staticmethod
-    def forward(x, v, g, scalars, columns, norm, rms, bias, z_dtype):
+    def forward(ctx, x, v, g, scalars, columns, norm, rms, bias, z_dtype):
         beta, gamma, nu, mu = scalars.split(1)  # of shape (1,): they lift bf16 to fp32
         w, b, w2, b2 = columns
 
@@ -189,13 +189,10 @@ class Substep(torch.autograd.Function):
         v_new = normed(beta * v + gamma * g, w, b)
         x_new = (x + nu * v_new).to(x.dtype)
         v_new = v_new.to(v.dtype)
+        ctx.kind = norm, rms, bias
+        ctx.save_for_backward(x_new, v, g, scalars, columns)
         y = x_new + mu * v_new
         return x_new, v_new, normed(y, w2, b2).to(z_dtype) if norm else y
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, v, g, scalars, columns, *ctx.kind, _ = inputs
-        ctx.save_for_backward(output[0], v, g, scalars, columns)
 
     @staticmethod
     def backward(ctx, *upstream):

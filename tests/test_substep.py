@@ -90,7 +90,7 @@ def kernel_against_formula(device: str, widths: tuple[int, ...]) -> None:
                 upstream, _, _ = random_inputs(C, dtypes, seed + 9, rows=(1, 7))
                 inputs = [t.to(device) for t in (*upstream, *streams)]
                 inputs += [scalars.float().to(device), columns.float().to(device)]
-                found = kernel_gradients(*inputs, norm, rms, bias)
+                found = list(kernel_gradients(*inputs, norm, rms, bias))
                 again = kernel_gradients(*inputs, norm, rms, bias)
                 expected = gradients(*inputs, norm, rms)
                 assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
