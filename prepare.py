@@ -172,7 +172,7 @@ def open_sources(config: PrepareConfig, texts: list[list[Path]]) -> list[Source]
         revision = CORPORA[config.corpus].get("revision")
         loaded = load_dataset(where, config.subset, revision=revision, split=splits)
     except Exception as error:  # the library's own, the network's, the disk's: anything
-        message = f"cannot load {where}: {reason(error)}"
+        message = f"cannot load {where}: {reason(error.__cause__ or error)}"
         if config.corpus != "hf":
             message += "; --input=FILES reads your own copy, without a network"
         fail(message)

@@ -136,7 +136,8 @@ def read_config(cls, argv: list[str], positional: str | None = None, usage: str 
             except ValueError as error:
                 problems.append(str(error))
         elif positional in given:
-            problems.append(f"unexpected argument {word}; options are --name=value")
+            example = f"--input={word}" if "input" in kinds else "--name=value"
+            problems.append(f"unexpected argument {word}; options are {example}")
         else:
             assign(positional, word)
     try:

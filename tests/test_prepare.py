@@ -429,3 +429,13 @@ def test_text_that_cannot_be_split_or_encoded(tmp_path, stories, command, monkey
     assert "too little text to split" in refused(tmp_path, *command)
     with pytest.raises(UserError):
         load_meta(tmp_path / "data/text")
+
+
+def test_what_is_said_of_a_wrong_source(tmp_path):
+    words = ["text", "a.txt"]
+    conftest.refused(lambda: prepare.main(words), "unexpected argument", "--input=a.txt")
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.parquet").write_bytes(b"PAR1" + 100 * b"x" + b"PAR1")
+    words = ["hf", f"--dataset={tmp_path}/set", "--tokenizer=bytes", f"--data_dir={tmp_path}"]
+    conftest.refused(lambda: prepare.main([*words, "--name=x"]), "cannot load", "Parquet")
