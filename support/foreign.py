@@ -8,7 +8,7 @@ from pathlib import Path
 
 from model import GPT
 from support.errors import fail
-from support.tokenizer import END_OF_TEXT
+from support.meta import END_OF_TEXT
 
 GPT2_TOKENS = "8f1c046ab87201d64780f75892556c8a0697aeb493efec91776b0cdf2e411d7b"  # their sha256
 

@@ -12,6 +12,7 @@ import numpy as np
 from support.errors import fail
 
 SPLITS = ("train", "val")
+END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_KEYS = ("tokenizer", "vocab_size", "padded_vocab_size", "alphabet")  # of meta.json
 CORPORA = ("tinystories", "openwebtext", "shakespeare", "shakespeare_char", "pydoc")  # have names
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from support.errors import UserError, fail, reason
-from support.tokenizer import END_OF_TEXT
+from support.meta import END_OF_TEXT
 
 Piece = tuple[str, bool]
 

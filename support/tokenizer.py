@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from support.errors import fail
-from support.meta import is_tokenizer, load_meta
+from support.meta import END_OF_TEXT, is_tokenizer, load_meta
 
-END_OF_TEXT = "<|endoftext|>"
 Alphabet = str | list[str]  # entry i is token i; one of several characters is never encoded
 
 

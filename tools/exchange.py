@@ -17,8 +17,8 @@ from sample import SampleConfig, load_checkpoint, nanogpt_tokenizer
 from support.checkpoint import model_from, write_file
 from support.errors import UserError, fail
 from support.files import write_json
-from support.meta import TOKENIZER_KEYS
-from support.tokenizer import END_OF_TEXT, Tokenizer
+from support.meta import END_OF_TEXT, TOKENIZER_KEYS
+from support.tokenizer import Tokenizer
 
 
 @dataclass

@@ -26,8 +26,7 @@ from model import GPT, GPTConfig
 from support.code import HERE
 from support.device import autocast, pick_device, pick_dtype, tune_allocator
 from support.errors import fail
-from support.meta import load_meta
-from support.tokenizer import END_OF_TEXT
+from support.meta import END_OF_TEXT, load_meta
 from tools.findings import markdown
 from tools.judge import EvalConfig, judge
 
