@@ -56,9 +56,9 @@ def serves(model: GPT) -> bool:
             and model.lm_head.weight.dtype == torch.float32 and not model.activation_checkpointing)
 
 
-def agrees(model: GPT, device: torch.device) -> bool:
-    """Whether loss and gradients of a batch are the plain path's, at parameters a little off their
-    start, where none hides another by being zero."""
+def disagreement(model: GPT, device: torch.device) -> str:
+    """"" where loss and gradients of a batch are the plain path's, at parameters a little off their
+    start, where none hides another by being zero; else what is wrong."""
     kept = {name: p.detach().clone() for name, p in model.named_parameters()}
     parts, results = [model, *model.transformer.h], []
     narrow, precision = [part.narrow for part in parts], torch.get_float32_matmul_precision()
@@ -80,8 +80,7 @@ def agrees(model: GPT, device: torch.device) -> bool:
                 results.append([loss.detach(), *(p.grad for p in model.parameters())])
                 model.zero_grad(set_to_none=True)
     except Exception as error:  # of parts that are not as `hidden` knows them, or of the kernel
-        print(f"the fused path fails: {reason(error)}")
-        return False
+        return f"the fused path fails: {reason(error)}"
     finally:
         del model.hidden
         model.zero_grad(set_to_none=True)
@@ -90,14 +89,16 @@ def agrees(model: GPT, device: torch.device) -> bool:
             part.narrow = was
         torch.set_float32_matmul_precision(precision)
     size = max(g.norm() for g in results[0] if g is not None)
-    return all(a is b or (a is not None and b is not None
+    same = all(a is b or (a is not None and b is not None
                           and (a - b).norm() <= 1e-4 * a.norm() + 1e-6 * size)
                for a, b in zip(*results, strict=True))
+    return "" if same else "model.py computes something else than support/substep.py"
 
 
 def fuse(model: GPT, wanted: bool | None, device: torch.device) -> str:
-    """Give the model this path if it is wanted (None: on CUDA), serves and agrees; says which it
-    takes, where it has a momentum."""
+    """Give the model this path if it is wanted (None: on CUDA), serves and agrees. Returns which it
+    takes and why, "" for a model without momentum."""
+    why = ""
     if not isinstance(model.transformer.h[0].steps[0], Momentum) and not wanted:
         return ""
     if not serves(model):
@@ -106,13 +107,13 @@ def fuse(model: GPT, wanted: bool | None, device: torch.device) -> str:
                  "splitting=lie_trotter, ffn_substeps=joint, not in float64, without "
                  "activation_checkpointing or fsdp; use --fused=auto")
     elif wanted or (wanted is None and device.type == "cuda" and triton is not None):
-        if agrees(model, device):
+        why = disagreement(model, device)
+        if not why:
             model.hidden = MethodType(hidden, model)
             return "momentum fused"
-        print("momentum is not fused: model.py computes something else than support/substep.py")
     if device.type == "cuda":
         import torch._inductor.config as inductor
 
         if hasattr(inductor.triton, "mix_order_reduction"):  # torch >= 2.11: 2.6 % faster without
             inductor.triton.mix_order_reduction = False
-    return "momentum plain"
+    return f"momentum plain: {why}" if why else "momentum plain"
