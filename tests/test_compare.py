@@ -9,17 +9,20 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, option_words, refused
 
 import bench
 from config import read_config
+from support.checkpoint import model_from, read_checkpoint
 from support.code import code_in
 from tools import compare, findings
 from train import TrainConfig
@@ -179,7 +182,7 @@ def test_every_study_has_a_plan(name, data_dir, monkeypatch, capsys, tmp_path):
     text = STUDIES[name].read_text()
     assert f"config/studies/{name}.py" in text
     counted = re.search(r"^Cost: +(\w+) runs", text, re.MULTILINE)[1]
-    assert int({"three": 3, "six": 6}.get(counted, counted)) == len(configs) * config.seeds
+    assert int({"three": 3, "six": 6}.get(counted, counted)) == len(compare.cells_of(planned))
 
 
 # -----------------------------------------------------------------------------
@@ -240,6 +243,31 @@ def test_only_some_variants(study):
     study("a: template=gd dropout=0.1", "b: template=polyak", overwrite=True, only="b")
     assert [c.template for c in study.launched] == ["polyak"] * 2
     refused(lambda: study("a: template=gd", only="c"), "only=c", "the variants are ['a']")
+
+
+def test_seeds(study):
+    """From first_seed on, a variant's own number of them; the table has those asked for."""
+    variants = "a: template=gd seeds=3", "b: template=tmm"
+    runs = study(*variants, first_seed=101, script={"b-seed102": "the loss is nan"}, seeds=1)
+    assert [(r["variant"], r["seed"]) for r in runs] == [
+        ("a", 101), ("a", 102), ("a", 103), ("b", 101)]
+    assert [c.seed for c in study.launched] == [101, 101, 102, 103]
+    assert (cells("a")["seeds"], cells("b")["seeds"]) == ("3", "1")
+    study(*variants, first_seed=102, jobs=0)
+    assert cells("a")["seeds"] == "2 of 3"
+
+
+def test_halves_of_the_text(study, monkeypatch):
+    """The even blocks report, the odd ones choose; old runs have neither."""
+    study("a: template=gd")
+    refused(lambda: study("a: template=gd", half="choosing"), "a, seed 1 has no losses by block",
+            "--half=both")
+    monkeypatch.setattr(compare, "block_losses", lambda *_: [1.5, 2.5] * 16)
+    for half, loss in (("both", "1.0000"), ("reporting", "1.5000"), ("choosing", "2.5000")):
+        assert "blocks" in study("a: template=gd", half=half, overwrite=True, study="t")[0]
+        table = Path("found/t/table.md").read_text()
+        assert f"| a | 2 | {loss} ±" in table
+        assert ("the odd ones of 32 blocks" in table) == (half == "choosing")
 
 
 def test_changed_options(study):
@@ -437,6 +465,12 @@ def test_a_study_that_trains(words, tmp_path, data_dir, run, monkeypatch, capsys
     gd, tmm = runs = stored["runs"]
     assert all(r["peak_mb"] > 50 and r["tokens_per_s"] > 0 for r in runs)
     assert [step for step, _ in gd["curve"]] == [0, 3, 6]
+    assert len(gd["blocks"]) == 18  # windows
+    assert statistics.mean(gd["blocks"]) == pytest.approx(gd["val_loss"], abs=1e-5)
+    (ckpt,) = (tmp_path / "runs/s").glob("gd-*-seed1/ckpt.pt")
+    ids = torch.from_numpy(np.fromfile(data_dir / "tiny" / "val.bin", "<u2").astype("int64"))
+    by_hand = model_from(read_checkpoint(str(ckpt))).eval()(ids[None, 48:64], ids[None, 49:65])[1]
+    assert gd["blocks"][3] == pytest.approx(by_hand.item(), abs=1e-5)
     assert set(tmm["scalars"][-1][1]) == {"mu", "beta", "gamma", "nu"}
     assert "scalars.png" in (tmp_path / "found/s/table.md").read_text()
     records = run(tmp_path / "again", seed=1, **tmm["options"] | {"data_dir": data_dir})

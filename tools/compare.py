@@ -21,8 +21,10 @@ import numpy as np
 import torch
 
 from model import GPT, GPTConfig
+from support.checkpoint import model_from, read_checkpoint
 from support.code import code_in, copy_code
-from support.device import pick_device
+from support.data import Tokens, evaluation_starts, to_device
+from support.device import autocast, pick_device, pick_dtype
 from support.errors import UserError, fail
 from support.files import finite, locked, sha256, write_text
 from support.meta import load_meta
@@ -43,7 +45,11 @@ class CompareConfig(TrainConfig):
     study: str | None = None  # its name
     # the options of each variant, as one word: "template=gd", or named: "GPT: template=gd"
     variants: tuple[str, ...] = ()
-    seeds: int = 3  # runs of each variant, with seeds 1, 2, 3
+    seeds: int = 3  # runs of each variant; in a variant's word, of that one
+    first_seed: int = 1  # they have the seeds from here on: 1, 2, 3
+    # the part of the validation text that final losses are of: the odd ones of its 32 blocks choose
+    # (learning rates, say), the even ones report
+    half: Literal["both", "choosing", "reporting"] = "both"
     match: Literal["width", "parameters", "matrices", "flops"] = "width"  # to the first variant
     solve: Literal["n_embd", "n_layer", "ffn_hidden"] = "n_embd"  # what match changes
     # what all spend as much of as the first one in its max_iters
@@ -67,6 +73,7 @@ class CompareConfig(TrainConfig):
             count, least = getattr(self, name), 0 if name == "jobs" else 1
             rule(count is None or count >= least,
                  f"{name}={count}: must be at least {least}; choose more")
+        rule(self.first_seed >= 0, f"first_seed={self.first_seed}: must not be negative")
 
     @property
     def judged_by(self) -> str:
@@ -135,7 +142,7 @@ def plan(configs: dict[str, CompareConfig], config: CompareConfig, vocab_size: i
     """The variants as they will run, but for their budgets, with the data's vocabulary."""
     common = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(TrainConfig)}
     common |= PLACE | {"block_size", "eval_tokens", "eval_iters", "max_iters"}
-    common -= {"match", "solve"}
+    common -= {"match", "solve", "seeds"}
     planned: dict[str, CompareConfig] = {}
     for label, variant in configs.items():
         differ = [k for k in sorted(common) if getattr(variant, k) != getattr(config, k)]
@@ -248,6 +255,8 @@ class Cell:
         last, evals = evals[-1], [r for r in evals if r["val_loss"] is not None]
         if last["iter"] != self.config.max_iters or last["val_loss"] is None:
             fail(f"it ended at step {last['iter']} with the loss {last['val_loss']}")
+        blocks = block_losses(self.config, self.out_dir)
+        torch.cuda.empty_cache()  # the next runs need it
         record = {"variant": self.label, "seed": self.seed, "options": options_of(self.config),
                   **model_size(self.config), "tokens": last["tokens"], "steps": last["iter"],
                   "val_loss": round(last["val_loss"], 5),
@@ -255,11 +264,53 @@ class Cell:
                   "seconds": round(last["seconds"], 1),
                   "tokens_per_s": round(statistics.median(rates)), "peak_mb": last.get("peak_mb"),
                   "curve": [[r["iter"], round(r["val_loss"], 5)] for r in evals]}
+        if blocks:
+            record["blocks"] = blocks
         if "scalars" in last:
             record["scalars"] = [
                 [r["iter"], {name: np.array(values, float).round(4).tolist()  # layers -> substeps
                              for name, values in r["scalars"].items()}] for r in evals]
         return record
+
+
+def cells_of(planned: dict[str, CompareConfig]) -> list[Cell]:
+    """All runs of a study, seed by seed, so that halfway there is a table of all variants."""
+    last = max(config.first_seed + config.seeds for config in planned.values())
+    return [Cell(label, config, seed) for seed in range(last) for label, config in planned.items()
+            if config.first_seed <= seed < config.first_seed + config.seeds]
+
+
+@torch.no_grad()
+def block_losses(config: CompareConfig, out_dir: str) -> list[float]:
+    """The losses of a run's last checkpoint on the windows of train.py's evaluation: the means of
+    32 consecutive blocks of these (of fewer, one each). Empty where there is no checkpoint."""
+    path = os.path.join(out_dir, "ckpt.pt")
+    if not os.path.exists(path):
+        return []
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    model = model_from(read_checkpoint(path)).eval().to(device)
+    folder, T = os.path.join(config.data_dir, config.dataset), config.block_size
+    tokens = Tokens(folder, "val", load_meta(folder), T)
+    starts = evaluation_starts(len(tokens), T, config.eval_tokens)
+    losses = []
+    for i in range(0, len(starts), config.batch_size):
+        x, y = to_device(tokens.read(starts[i:i + config.batch_size]), device)  # (B, T)
+        with autocast(device, dtype):
+            losses.append(model(x, y, return_logits=False, reduction="none")[1].cpu())
+    per_window = torch.cat(losses).double().mean(dim=1)
+    blocks = per_window.tensor_split(min(32, len(per_window)))
+    return [round(block.mean().item(), 5) for block in blocks]
+
+
+def final_loss(run: dict, half: str) -> float:
+    """A run's loss on this half of the validation text. UserError where its blocks are missing."""
+    if half == "both":
+        return run["val_loss"]
+    if len(run.get("blocks", [])) < 2:
+        fail(f"half={half}: {run['variant']}, seed {run['seed']} has no losses by block of the "
+             f"text; run it again (--overwrite), or take --half=both")
+    return round(statistics.mean(run["blocks"][half == "choosing"::2]), 5)
 
 
 def shares_of(config: CompareConfig) -> list[dict[str, str]]:
@@ -351,8 +402,7 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
     with locked(results.folder, f"another command is writing to {results.folder}; stop it or "
                                 f"choose another --study"):
         results.runs = Results(config, data).runs  # another command may have just ended
-        cells = [Cell(label, planned[label], seed) for seed in range(1, config.seeds + 1)
-                 for label in config.only or planned]
+        cells = [cell for cell in cells_of(planned) if cell.label in (config.only or planned)]
         missing = [cell for cell in cells if config.jobs != 0 and results.get(cell) is None]
         code = os.path.join(config.out_dir, config.study, "code")
         ours = results.head["code"]
@@ -460,8 +510,9 @@ tables, norms and scalars; FLOPs are those of training."""
 def report(results: Results, planned: dict[str, CompareConfig], config: CompareConfig,
            argv: list[str]) -> None:
     """table.md and the pictures, of the runs of this plan."""
-    runs = [r for r in results.sorted() if r["variant"] in planned
-            and r["options"] == options_of(planned[r["variant"]])]
+    cells = [cell for label in planned for cell in cells_of({label: planned[label]})]
+    runs = [run for cell in cells if (run := results.get(cell))]
+    runs = [run | {"val_loss": final_loss(run, config.half)} for run in runs]
     first = next(iter(planned))
     if not runs or runs[0]["variant"] != first:
         return print(f"no table yet: nothing of {first}, to which the others are compared")
@@ -477,6 +528,10 @@ def report(results: Results, planned: dict[str, CompareConfig], config: CompareC
     setting += "; ".join(dict.fromkeys(r["machine"] for r in runs)) + "."
     if borrowed := dict.fromkeys(r["study"] for r in runs if "study" in r):
         setting += f" Runs of the same options are from {', '.join(borrowed)}."
+    if config.half != "both":
+        which = {"choosing": "odd", "reporting": "even"}[config.half]
+        setting += (f" Final losses are of the {which} ones of 32 blocks of the validation text, "
+                    f"numbered from 0; best ones and curves of all.")
     parts = [f"# {config.study}", f"`python bench.py {shlex.join(words)}`", setting, table, NOTES]
     if others := pairs(runs):
         parts += ["The other pairs, row less column, bold where the interval leaves out zero:",

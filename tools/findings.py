@@ -81,7 +81,6 @@ def summary(runs: list[dict], planned: dict[str, Any]) -> list[dict[str, str]]:
     published = dict(text.rpartition(":")[::2] for text in config.published)
     tasks = dict.fromkeys(task for r in runs for task in scores(r, config))
     found, variants, rows = differences(runs), by_variant(runs), []
-    most = max(map(len, variants.values()))
     for label, of_variant in variants.items():
         first, losses = of_variant[0], [r["val_loss"] for r in of_variant]
 
@@ -97,8 +96,8 @@ def summary(runs: list[dict], planned: dict[str, Any]) -> list[dict[str, str]]:
         if label in found:
             row["difference to the first"] = with_interval(found[label])
             row["verdict"] = verdict(found[label])
-        if len(losses) < most:
-            row["seeds"] += f" of {most}"
+        if len(losses) < planned[label].seeds:
+            row["seeds"] += f" of {planned[label].seeds}"
             row["verdict"] = "seeds are missing" if label in found else ""
         if published:
             row["published best"] = published.get(label, "").strip()
