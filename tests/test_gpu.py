@@ -67,7 +67,7 @@ def test_compiled_decoding(name):
 
 def test_two_processes_on_one_gpu(run, job, tmp_path):
     """Over gloo; the gradients are those of one process."""
-    options = GPU | dict(dtype="float32")
+    options = GPU | dict(dtype="float32", device=f"{DEVICE}:0")
     in_ranks(2, [job(tmp_path / "two", backend="gloo", **options)])
     run(tmp_path / "one", **options)
     assert load(tmp_path / "two")["iter_num"] == 6

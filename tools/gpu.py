@@ -57,7 +57,7 @@ class GPUConfig:
     json: str = "gpu.json"  # a file to write the figures to
     device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
     tiny: bool = False  # a small model and few steps, to try this on a CPU
-    jobs: int | None = None  # compilations side by side; auto: one for two cores
+    jobs: int | None = None  # compilations side by side; auto: by cores and memory
     repeats: int = 5  # measurements of each variant
 
     def __post_init__(self) -> None:
@@ -76,8 +76,8 @@ def commands(config: GPUConfig) -> dict[str, dict[str, list[str]]]:
     for table, rows in TABLES.items():
         kind = table.partition(",")[0]
         common = [f"--device={config.device or 'auto'}", *(TINY if config.tiny else [])]
-        if kind == "speed" and not config.tiny:
-            common = [*common, *BATCH]
+        if kind == "speed":
+            common += ["--steps=3", *([] if config.tiny else BATCH)]
         found[table] = {label: [kind, preset, *common, *options.split()]
                         for label, preset, options in rows}
         _, preset, _ = rows[0]
@@ -117,12 +117,10 @@ def share_memory(variant: Variant) -> None:
 
 
 def take_turns(argvs: dict[str, list[str]], make: Callable[[list[str]], Variant],
-               config: GPUConfig, progress: Callable[[str], None], first: subprocess.Popen,
-               ) -> dict[str, dict]:
-    """Label -> its figures and its rates, turn by turn; without those that fail. The turns begin
-    when the process `first` has ended."""
+               config: GPUConfig, progress: Callable[[str], None]) -> dict[str, dict]:
+    """Label -> its figures and its rates, turn by turn; without those that fail."""
     context, connections, found = multiprocessing.get_context("spawn"), {}, {}
-    slots = context.Semaphore(config.jobs or max(1, (os.cpu_count() or 1) // 2))
+    slots = context.Semaphore(config.jobs or compilations(pick_device(config.device)))
     for label, argv in argvs.items():
         connections[label], theirs = context.Pipe()
         context.Process(target=work, args=(theirs, slots, make, argv), daemon=True).start()
@@ -140,18 +138,25 @@ def take_turns(argvs: dict[str, list[str]], make: Callable[[list[str]], Variant]
 
     for label in argvs:
         if figures := answer(label):
-            progress(f"{label} is ready")
+            progress(f"{label} is compiled")
             found[label] = figures | {"rates": []}
-    first.wait()
     for turn in range(config.repeats):
-        progress(f"turn {turn + 1} of {config.repeats}")
         for label in list(found):
             connections[label].send(True)
             if rate := answer(label):
                 found[label]["rates"].append(rate)
+                progress(f"turn {turn + 1} of {config.repeats}: {label}: {rate:,.0f} tokens/s")
     for label in found:
         connections[label].send(False)
     return found
+
+
+def compilations(device: torch.device) -> int:
+    """How many go side by side: each takes two cores, and 16 GB of a GPU."""
+    most = (os.cpu_count() or 1) // 2
+    if device.type == "cuda":
+        most = min(most, torch.cuda.get_device_properties(device).total_memory // 16_000_000_000)
+    return max(1, most)
 
 
 def table_of(found: dict[str, dict], peak: float | None) -> list[dict]:
@@ -235,19 +240,14 @@ def measure_gpu(config: GPUConfig, make: Callable[[list[str]], Variant]) -> None
         write_text(config.json, json.dumps(finite(found), indent=1) + "\n")
         print(f"\n{name}\n\n{text_table(rows)}", flush=True)
 
-    progress(f"{found['machine']}: tests of what only a GPU can show; compiling")
+    progress(f"{found['machine']}: tests of what only a GPU can show")
     together = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    tests = subprocess.Popen([sys.executable, "-m", "pytest", "-m", "gpu", *together,
-                              "tests/test_gpu.py"], cwd=HERE)
-    tables = commands(config)
-    argvs = {f"{table}: {label}": argv
-             for table, rows in tables.items() for label, argv in rows.items()}
-    measured = take_turns(argvs, make, config, progress, first=tests)
-    for table, rows in tables.items():
-        of_table = {label: measured[f"{table}: {label}"] for label in rows
-                    if f"{table}: {label}" in measured}
-        if of_table:
-            keep(table, table_of(of_table, peak_flops(device)))
+    tests = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", *together,
+                            "tests/test_gpu.py"], cwd=HERE)
+    for table, argvs in commands(config).items():
+        progress(f"compiling {table}")
+        if figures := take_turns(argvs, make, config, progress):
+            keep(table, table_of(figures, peak_flops(device)))
     with tempfile.TemporaryDirectory() as folder:
         progress("train.py and sample.py")
         figures = whole_programs(config, folder)
