@@ -844,7 +844,7 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float,
                              betas: tuple[float, float], device_type: str,
-                             scalar_lr: float | None = None,
+                             scalar_lr: float | None = None, eps: float = 1e-8,
                              roles: tuple[str, ...] = ("matrix", "embedding", "norm", "scalar"),
                              ) -> torch.optim.AdamW:
         """AdamW over the parameters of `roles`: matrices and tables decay, norms, biases and
@@ -853,7 +853,8 @@ class GPT(nn.Module):
                        lr=learning_rate if role != "scalar" or scalar_lr is None else scalar_lr,
                        weight_decay=weight_decay if role in ("matrix", "embedding") else 0.0)
                   for role, params in self.parameter_roles().items() if role in roles and params]
-        return torch.optim.AdamW(groups, betas=betas, fused=device_type in ("cuda", "cpu", "mps"))
+        return torch.optim.AdamW(groups, betas=betas, eps=eps,
+                                 fused=device_type in ("cuda", "cpu", "mps"))
 
     # --- weights from elsewhere ---
 

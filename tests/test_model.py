@@ -632,6 +632,8 @@ def test_streams_and_losses_stay_fp32_under_autocast(name):
     watched = ["transformer.ln_f"]
     if VARIANTS[name].get("template"):
         watched.append("transformer.h.1.steps.0.norm")
+    if "norm_place" in VARIANTS[name]:
+        watched += ["transformer.h.1.ln_1", "transformer.h.1.ln_2"]
     for module in watched:
         model.get_submodule(module).register_forward_hook(
             lambda _, args, out: seen.extend([args[0].dtype, out.dtype]))

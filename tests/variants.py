@@ -38,7 +38,8 @@ def variants():
                 template=template, splitting=splitting, bias=splitting == "euler")
     yield "gd-post", dict(norm_place="post", embed_scale=5.0, velocity_init="add", bias=True)
     yield "nesterov-post", dict(LLAMA, template="nesterov", norm_place="post", embed_scale=5.0)
-    yield "x0-post-euler", dict(template="x0", splitting="euler", norm_place="post")
+    yield "x0-post-euler", dict(
+        template="x0", splitting="euler", norm_place="post", embed_scale=5.0)
     yield "nesterov-llama", dict(template="nesterov", **LLAMA)
     yield "imex-1", dict(template="imex", imex_steps=1, velocity_init="zero")
     yield "imex-2", dict(template="imex")
