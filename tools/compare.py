@@ -29,7 +29,7 @@ from support.errors import UserError, fail
 from support.files import finite, locked, sha256, write_text
 from support.meta import load_meta
 from support.terminal import clock
-from tools.findings import draw_study, markdown, pairs, summary
+from tools.findings import comparisons, differences, draw_study, markdown, summary
 from tools.judge import EvalConfig, judge
 from tools.race import machine
 from tools.watch import read_log
@@ -38,7 +38,7 @@ from train import TrainConfig, model_args
 
 @dataclass
 class CompareConfig(TrainConfig):
-    """A study: variants x seeds, with a table of paired differences and their intervals."""
+    """A study: variants x seeds, with tables of their losses and of their differences."""
 
     init_from: ClassVar[str] = TrainConfig.init_from
     seed: ClassVar[int] = TrainConfig.seed
@@ -60,6 +60,9 @@ class CompareConfig(TrainConfig):
     jobs: int | None = None  # runs at once; auto: one for each GPU, or one; 0: only the table
     dry_run: bool = False  # print the plan and stop
     results: str = "docs/results"  # the folder of the STUDY folders
+    pairs: tuple[str, ...] = ()  # "variant - other": compared, too, beside all with the first one
+    margin: float | None = None  # what differs by less is equal; given before anything is seen
+    extended: str | None = None  # what was added after looking, for the page to say
     published: tuple[str, ...] = ()  # "variant: loss", to print beside ours
     x: Literal["steps", "tokens", "seconds", "flops"] = "steps"  # what losses are drawn over
     tasks: str | None = None  # judge best.pt on these, as bench.py eval does
@@ -73,7 +76,9 @@ class CompareConfig(TrainConfig):
             count, least = getattr(self, name), 0 if name == "jobs" else 1
             rule(count is None or count >= least,
                  f"{name}={count}: must be at least {least}; choose more")
-        rule(self.first_seed >= 0, f"first_seed={self.first_seed}: must not be negative")
+        for name in ("first_seed", "margin"):
+            number = getattr(self, name)
+            rule(number is None or number >= 0, f"{name}={number}: must not be negative")
 
     @property
     def judged_by(self) -> str:
@@ -81,6 +86,7 @@ class CompareConfig(TrainConfig):
         return f"{self.tasks} {self.num_fewshot} {self.limit}"
 
 
+UNITS = {"bytes": "byte", "char": "character"}
 SIZES = {"parameters": "parameters", "matrices": "matrices", "flops": "flops_per_token"}
 # what says where a run is
 PLACE = {"dataset", "data_dir", "out_dir", "init_from", "overwrite", "seed"}
@@ -303,14 +309,15 @@ def block_losses(config: CompareConfig, out_dir: str) -> list[float]:
     return [round(block.mean().item(), 5) for block in blocks]
 
 
-def final_loss(run: dict, half: str) -> float:
-    """A run's loss on this half of the validation text. UserError where its blocks are missing."""
+def of_half(run: dict, half: str) -> dict:
+    """A run with the losses of this half of the text. UserError where its blocks are missing."""
     if half == "both":
-        return run["val_loss"]
+        return run
     if len(run.get("blocks", [])) < 2:
         fail(f"half={half}: {run['variant']}, seed {run['seed']} has no losses by block of the "
              f"text; run it again (--overwrite), or take --half=both")
-    return round(statistics.mean(run["blocks"][half == "choosing"::2]), 5)
+    blocks = run["blocks"][half == "choosing"::2]
+    return run | {"blocks": blocks, "val_loss": round(statistics.mean(blocks), 5)}
 
 
 def shares_of(config: CompareConfig) -> list[dict[str, str]]:
@@ -383,6 +390,7 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
     check(configs, config)
     folder = os.path.join(config.data_dir, config.dataset)
     meta = load_meta(folder)
+    unit = f"nats per {UNITS.get(meta['tokenizer'], 'token')}"
     data = {"dataset": os.path.basename(os.path.normpath(config.dataset))}
     for split in ("train", "val"):
         data[f"{split}_sha256"] = meta[split].get("sha256") or sha256(
@@ -420,10 +428,10 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
         print(f"{len(missing)} runs to do, {len(cells) - len(missing)} there, {len(shares)} at a "
               f"time", flush=True)
         failed = run_cells(missing, results, shares, where)
-        report(results, planned, config, argv)
+        report(results, planned, config, argv, unit)
         if config.tasks:
             judge_cells(cells, results)
-            report(results, planned, config, argv)
+            report(results, planned, config, argv, unit)
     if failed:
         fail(*failed, "the same command tries these again, and what they said is in their "
                       "output.txt")
@@ -440,6 +448,12 @@ def check(configs: dict[str, CompareConfig], config: CompareConfig) -> None:
         fail("tasks need lm-eval: pip install lm-eval")
     if unknown := set(config.only) - set(configs):
         fail(f"only={', '.join(unknown)}: the variants are {list(configs)}")
+    for pair in config.pairs:
+        if pair.count(" - ") != 1 or set(pair.split(" - ")) - set(configs):
+            fail(f"pairs={pair}: takes \"VARIANT - OTHER\" of the variants {list(configs)}")
+    if any(own.seeds < 4 for own in configs.values()):
+        print("warning: of fewer than four seeds an interval can hardly show anything",
+              file=sys.stderr)
 
 
 def run_cells(cells: list[Cell], results: Results, shares: list[dict[str, str]], where: str,
@@ -500,19 +514,25 @@ def judge_cells(cells: list[Cell], results: Results) -> None:
 
 
 NOTES = """\
-Losses are those at the end of training, in nats per token (lower is better), on the same windows: \
-mean ± standard deviation over the seeds. Differences to the first row are paired by seed, ± the \
-half width of their 95 % t-interval; where that contains zero, no difference is shown. Each \
-interval is for itself: of twenty, one misses on average. Matrices are the parameters without \
-tables, norms and scalars; FLOPs are those of training."""
+Losses are those at the end of training, in {unit} (lower is better), on the same windows: mean ± \
+standard deviation over the seeds. Matrices are the parameters without tables, norms and scalars; \
+FLOPs are those of training."""
+DIFFERENCES = """\
+Differences of the final losses, ± the half width of a 95 % t-interval, each for itself; the \
+variance between seeds is pooled over the study, but for variants that vary more than twice as \
+much as the others, which have their own. p is Holm's, over all rows. Better and worse: p is at \
+most 0.05; undecided: it is not."""
+EQUAL = " Equal, whatever p: the 90 % interval lies within ± {:g}, which was given beforehand."
+TEXT = """ Text: how far the difference would vary on another text like this one (a standard \
+deviation, by bootstrap over its blocks), which no seed shows."""
 
 
 def report(results: Results, planned: dict[str, CompareConfig], config: CompareConfig,
-           argv: list[str]) -> None:
-    """table.md and the pictures, of the runs of this plan."""
+           argv: list[str], unit: str) -> None:
+    """table.md and the pictures, of the runs of this plan. unit: "nats per byte", say."""
     cells = [cell for label in planned for cell in cells_of({label: planned[label]})]
     runs = [run for cell in cells if (run := results.get(cell))]
-    runs = [run | {"val_loss": final_loss(run, config.half)} for run in runs]
+    runs = [of_half(run, config.half) for run in runs]
     first = next(iter(planned))
     if not runs or runs[0]["variant"] != first:
         return print(f"no table yet: nothing of {first}, to which the others are compared")
@@ -532,12 +552,16 @@ def report(results: Results, planned: dict[str, CompareConfig], config: CompareC
         which = {"choosing": "odd", "reporting": "even"}[config.half]
         setting += (f" Final losses are of the {which} ones of 32 blocks of the validation text, "
                     f"numbered from 0; best ones and curves of all.")
-    parts = [f"# {config.study}", f"`python bench.py {shlex.join(words)}`", setting, table, NOTES]
-    if others := pairs(runs):
-        parts += ["The other pairs, row less column, bold where the interval leaves out zero:",
-                  markdown(others)]
+    if config.extended:
+        setting += f" Extended after looking: {config.extended}."
+    parts = [f"# {config.study}", f"`python bench.py {shlex.join(words)}`", setting, table,
+             NOTES.format(unit=unit)]
+    if found := comparisons(runs, planned):
+        notes = DIFFERENCES + (EQUAL.format(config.margin) if config.margin else "")
+        notes += TEXT if any(c.text is not None for c in found) else ""
+        parts += [markdown(differences(found)), notes]
     try:
-        pictures = draw_study(runs, results.folder, config.x)
+        pictures = draw_study(runs, found, config, unit, results.folder)
         parts.append("\n".join(f"![{name[:-4]}]({name})" for name in pictures))
     except (OSError, UserError) as error:
         print(f"warning: no pictures: {error}", file=sys.stderr)
