@@ -32,7 +32,7 @@ from support.device import (
     pick_device,
     pick_dtype,
     try_compile,
-    tune_allocator,
+    tune_machine,
 )
 from support.errors import cli, explain_failures, fail
 from support.files import finite
@@ -107,6 +107,7 @@ def new_model(config: TrainConfig) -> tuple[GPT, torch.device, torch.dtype]:
     """The model of these options, on its device."""
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
+    tune_machine(device, config.deterministic)
     dtype = pick_dtype(config.dtype, device)
     model = GPT(GPTConfig(**model_args(config)))
     return model.to(device, torch.float64 if dtype == torch.float64 else None), device, dtype
@@ -154,6 +155,16 @@ def decoding(name: str, config: DecodeConfig) -> Variant:
             pass
 
     return race.decoding_variant(name, model, run, config)
+
+
+def variant_of(argv: list[str]) -> Variant:
+    """What a command line of speed or decode measures: nanoGPT, compiled, if it names it."""
+    config = read_options(argv)
+    if isinstance(config, DecodeConfig):
+        return race.nanogpt_decoding(config) if config.nanogpt else decoding("", config)
+    if config.nanogpt:
+        return race.nanogpt_training(config, config.steps, compiled=True)
+    return training("", config, config.steps)
 
 
 # -----------------------------------------------------------------------------
@@ -220,7 +231,6 @@ def peak_memory(config: MemoryConfig, nanogpt: bool) -> tuple[int, int]:
     if nanogpt:
         variant = race.nanogpt_training(config, 2, can_compile(config.compile, device))
     else:
-        tune_allocator()  # as train.py does
         variant = training("", config, 2)
     variant.run()
     return peak_mb(device) - before, variant.parameters
@@ -298,8 +308,10 @@ def main(argv: list[str]) -> None:
     with explain_failures(next(filter(None, places), "a temporary or downloaded file"),
                           mend="mend that, or name another place",
                           shrink="halve --batch_size (or, for decode, --num_samples)"):
-        if argv[0] in ("plot", "export", "convert", "gpu"):
+        if argv[0] in ("plot", "export", "convert"):
             function(config)
+        elif argv[0] == "gpu":
+            measure_gpu(config, variant_of)
         elif argv[0] == "compare":
             compare(named_variants(argv, config), config, argv, relative_speeds)
         else:

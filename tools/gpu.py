@@ -1,33 +1,52 @@
-"""All figures that a GPU can give, in one go: `make gpu`. Each comes from a command that can be run
-alone. What they need is compiled first, side by side; then they are measured one at a time."""
+"""All figures that a GPU can give, in one go: `make gpu`. Each variant is a process of its own: all
+compile side by side, then they take turns, one at a time."""
 
+import importlib.util
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from support.device import pick_device
-from support.errors import fail
-from support.files import sha256
-from tools.race import HERE, machine, program, text_table
+from config import check_rules
+from support.device import compile_seconds, peak_flops, peak_mb, pick_device
+from support.errors import fail, reason
+from support.files import finite, sha256, write_text
+from tools.race import HERE, Variant, machine, medians, program, seconds, text_table
 
-GPT2 = ["config/gpt2_124m.py", "--batch_size=16", "--gradient_accumulation_steps=4"]
-LONG = ["--batch_size=4", "--gradient_accumulation_steps=4"]
-TRAINING = [  # label, options of the variant
-    ("GPT", ""), ("YuriiFormer", "template=nesterov"),
-    ("YuriiFormer, as model.py has it", "template=nesterov fused=False"),
-    ("triple momentum", "template=tmm"), ("GPT, bf16 streams", "stream_dtype=bfloat16"),
-    ("YuriiFormer, bf16 streams", "template=nesterov stream_dtype=bfloat16")]
-STREAMS = [("fp32 streams", ""), ("bf16 streams", "stream_dtype=bfloat16")]
-DECODING = [("GPT", "compile=True"), ("YuriiFormer", "compile=True template=nesterov"),
-            ("GPT, eager", "compile=False")]
+GPT2 = "config/gpt2_124m.py"
+TABLES = {  # command and what it measures -> variants: label, preset, options
+    "speed, 124M": [
+        ("GPT", GPT2, ""),
+        ("YuriiFormer", GPT2, "--template=nesterov"),
+        ("YuriiFormer, as model.py has it", GPT2, "--template=nesterov --fused=False"),
+        ("triple momentum", GPT2, "--template=tmm"),
+        ("GPT, bf16 streams", GPT2, "--stream_dtype=bfloat16"),
+        ("YuriiFormer, bf16 streams", GPT2, "--template=nesterov --stream_dtype=bfloat16"),
+        ("GPT, deterministic", GPT2, "--deterministic=True")],
+    "speed, 113M of matrices": [
+        ("SwiGLU", "config/swiglu_113m.py", ""),
+        ("SwiGLU, bf16 streams", "config/swiglu_113m.py", "--stream_dtype=bfloat16"),
+        ("hourglass", "config/hourglass_113m.py", ""),
+        ("hourglass, bf16 streams", "config/hourglass_113m.py", "--stream_dtype=bfloat16")],
+    "decode, 124M": [
+        ("GPT", GPT2, "--compile=True"),
+        ("GPT, kernels tried out", GPT2, "--compile=True --tune=True"),
+        ("YuriiFormer", GPT2, "--compile=True --template=nesterov"),
+        ("GPT, eager", GPT2, "--compile=False")]}
+BATCH = ["--batch_size=16", "--gradient_accumulation_steps=4"]
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2",
+        "--vocab_size=64", "--head_dim=auto", "--ffn_hidden=auto"]
 
 
 @dataclass
@@ -38,51 +57,117 @@ class GPUConfig:
     json: str = "gpu.json"  # a file to write the figures to
     device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
     tiny: bool = False  # a small model and few steps, to try this on a CPU
-    jobs: int = 4  # compilations side by side
+    jobs: int | None = None  # compilations side by side; auto: one for two cores
+    repeats: int = 5  # measurements of each variant
+
+    def __post_init__(self) -> None:
+        check_rules(self)
+
+    def rules(self, rule: Callable[[bool, str], None]) -> None:
+        rule(self.repeats >= 1, f"repeats={self.repeats}: must be at least 1; choose more")
+        rule(self.jobs is None or self.jobs >= 1, f"jobs={self.jobs}: must be at least 1")
+        folder = os.path.dirname(self.json) or "."
+        rule(os.path.isdir(folder), f"json={self.json}: there is no folder {folder}; make it first")
 
 
-def words(variants: list[tuple[str, str]]) -> list[str]:
-    """As --variants takes them."""
-    return ["--variants", *(f"{label}: {options}" for label, options in variants)]
+def commands(config: GPUConfig) -> dict[str, dict[str, list[str]]]:
+    """Table -> label -> the words after bench.py that measure it alone; nanoGPT's come first."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for table, rows in TABLES.items():
+        kind = table.partition(",")[0]
+        common = [f"--device={config.device or 'auto'}", *(TINY if config.tiny else [])]
+        if kind == "speed" and not config.tiny:
+            common = [*common, *BATCH]
+        found[table] = {label: [kind, preset, *common, *options.split()]
+                        for label, preset, options in rows}
+        _, preset, _ = rows[0]
+        if config.nanogpt and preset == GPT2:
+            nanogpt = [kind, preset, *common, f"--nanogpt={config.nanogpt}"]
+            found[table] = {"nanoGPT": nanogpt} | found[table]
+    return found
 
 
-def measurements(config: GPUConfig) -> dict[str, list[str]]:
-    """Name -> a command of bench.py, without --json."""
-    common = [f"--device={config.device or 'auto'}"]
-    if config.tiny:
-        common += ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2",
-                   "--vocab_size=64", "--repeats=1", "--head_dim=auto", "--ffn_hidden=auto"]
-    beside = [f"--nanogpt={config.nanogpt}"] if config.nanogpt else []
-    short = [] if config.tiny else ["--repeats=5", "--steps=5"]
-    return {
-        "training, 124M": ["speed", *GPT2, *common, *short, *beside, *words(TRAINING)],
-        "training, deterministic": ["speed", *GPT2, *common, *short, "--deterministic",
-                                    *words([("GPT, deterministic", "")])],
-        "training, SwiGLU": ["speed", "config/swiglu_113m.py", *LONG, *common, *short,
-                             *words(STREAMS)],
-        "training, hourglass": ["speed", "config/hourglass_113m.py", *LONG, *common, *short,
-                                *words(STREAMS)],
-        "decoding, 124M": ["decode", "config/gpt2_124m.py", *common, *beside, *words(DECODING)]}
+# -----------------------------------------------------------------------------
+# Variants that take turns, each in a process of its own
 
 
-def bench(argv: list[str], path: str) -> list[dict]:
-    """The rows of a command of bench.py."""
-    program("bench.py", *argv, f"--json={path}")
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)["rows"]
+def work(connection: Connection, slots: Semaphore, make: Callable[[list[str]], Variant],
+         argv: list[str]) -> None:
+    """Compile; then run whenever asked, and send how fast it was. What fails is sent as text."""
+    try:
+        with slots:
+            variant = make(argv)
+            for _ in range(2):
+                seconds(variant.run, variant.device)
+            share_memory(variant)
+        connection.send({"parameters": variant.parameters, "flops": variant.flops,
+                         "compile_s": compile_seconds(), "peak_mb": peak_mb(variant.device)})
+        while connection.recv():
+            variant.run()  # it takes its memory again
+            connection.send(variant.tokens / seconds(variant.run, variant.device))
+            share_memory(variant)
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {reason(error)}")
 
 
-def compile_all(config: GPUConfig, commands: dict[str, list[str]], folder: str) -> None:
-    """Fill the compiler's cache: one step of each variant, several processes at once."""
-    jobs = []
-    for argv in commands.values():
-        first = argv.index("--variants")
-        steps = ["--repeats=1", *(["--steps=1"] if argv[0] == "speed" else ["--max_new_tokens=4"])]
-        options = [word for word in argv[:first] if not word.startswith(("--repeats", "--steps",
-                                                                         "--nanogpt"))]
-        jobs += [[*options, *steps, "--variants", variant] for variant in argv[first + 1:]]
-    with ThreadPoolExecutor(config.jobs) as pool:
-        list(pool.map(lambda job: bench(job[1], f"{folder}/warm-{job[0]}.json"), enumerate(jobs)))
+def share_memory(variant: Variant) -> None:
+    """Give back what only a training step needs."""
+    if variant.device.type == "cuda" and variant.flops:
+        torch.cuda.empty_cache()
+
+
+def take_turns(argvs: dict[str, list[str]], make: Callable[[list[str]], Variant],
+               config: GPUConfig, progress: Callable[[str], None], first: subprocess.Popen,
+               ) -> dict[str, dict]:
+    """Label -> its figures and its rates, turn by turn; without those that fail. The turns begin
+    when the process `first` has ended."""
+    context, connections, found = multiprocessing.get_context("spawn"), {}, {}
+    slots = context.Semaphore(config.jobs or max(1, (os.cpu_count() or 1) // 2))
+    for label, argv in argvs.items():
+        connections[label], theirs = context.Pipe()
+        context.Process(target=work, args=(theirs, slots, make, argv), daemon=True).start()
+        theirs.close()
+
+    def answer(label: str) -> dict | float | None:
+        try:
+            said = connections[label].recv()
+        except EOFError:
+            said = "its process was killed"
+        if not isinstance(said, str):
+            return said
+        progress(f"{label} fails: {said}")
+        found.pop(label, None)
+
+    for label in argvs:
+        if figures := answer(label):
+            progress(f"{label} is ready")
+            found[label] = figures | {"rates": []}
+    first.wait()
+    for turn in range(config.repeats):
+        progress(f"turn {turn + 1} of {config.repeats}")
+        for label in list(found):
+            connections[label].send(True)
+            if rate := answer(label):
+                found[label]["rates"].append(rate)
+    for label in found:
+        connections[label].send(False)
+    return found
+
+
+def table_of(found: dict[str, dict], peak: float | None) -> list[dict]:
+    """Label -> figures and rates, as rows of medians with the ratio to the first."""
+    turns = list(zip(*(figures["rates"] for figures in found.values()), strict=True))
+    rows = [{"variant": label, **figures} for label, figures in found.items()]
+    for row in medians(rows, "tokens_per_s", turns):
+        flops = row.pop("flops")
+        del row["rates"]
+        if flops and peak:
+            row["mfu"] = row["tokens_per_s"] * flops / peak
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# Whole programs
 
 
 def whole_programs(config: GPUConfig, folder: str) -> dict[str, float]:
@@ -137,32 +222,38 @@ def scaling(config: GPUConfig, folder: str) -> list[dict]:
     return rows
 
 
-def measure_gpu(config: GPUConfig) -> None:
-    device, began, tables = pick_device(config.device), time.time(), {}
+def measure_gpu(config: GPUConfig, make: Callable[[list[str]], Variant]) -> None:
+    """make: the words of a command of bench.py -> what it measures."""
+    device, began = pick_device(config.device), time.time()
+    found: dict = {"machine": machine(device), "tables": {}}
 
     def progress(what: str) -> None:
         print(f"[{time.time() - began:4.0f} s] {what}", flush=True)
 
-    progress(f"tests of what only a GPU can show, on {machine(device)}")
-    tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"],
-                           cwd=HERE)
-    commands = measurements(config)
+    def keep(name: str, rows: list[dict]) -> None:
+        found["tables"][name] = rows
+        write_text(config.json, json.dumps(finite(found), indent=1) + "\n")
+        print(f"\n{name}\n\n{text_table(rows)}", flush=True)
+
+    progress(f"{found['machine']}: tests of what only a GPU can show; compiling")
+    together = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    tests = subprocess.Popen([sys.executable, "-m", "pytest", "-m", "gpu", *together,
+                              "tests/test_gpu.py"], cwd=HERE)
+    tables = commands(config)
+    argvs = {f"{table}: {label}": argv
+             for table, rows in tables.items() for label, argv in rows.items()}
+    measured = take_turns(argvs, make, config, progress, first=tests)
+    for table, rows in tables.items():
+        of_table = {label: measured[f"{table}: {label}"] for label in rows
+                    if f"{table}: {label}" in measured}
+        if of_table:
+            keep(table, table_of(of_table, peak_flops(device)))
     with tempfile.TemporaryDirectory() as folder:
-        progress("compiling")
-        compile_all(config, commands, folder)
-        for name, argv in commands.items():
-            progress(name)
-            tables[name] = bench(argv, f"{folder}/rows.json")
         progress("train.py and sample.py")
         figures = whole_programs(config, folder)
-        tables["whole programs"] = [{"what": k, "figure": v} for k, v in figures.items()]
+        keep("whole programs", [{"what": k, "figure": v} for k, v in figures.items()])
         if rows := scaling(config, folder):
-            tables["several GPUs"] = rows
+            keep("several GPUs", rows)
     progress("done")
-    for name, rows in tables.items():
-        print(f"\n{name}\n\n{text_table(rows)}")
-    with open(config.json, "w", encoding="utf-8") as file:
-        json.dump({"machine": machine(device), "tests": tests.returncode, "tables": tables}, file,
-                  indent=1)
     if tests.returncode not in (0, 5):  # 5: there was none
         fail(f"tests failed, as they say above; the figures are in {config.json}")
