@@ -209,7 +209,7 @@ def test_what_is_written(study, capsys):
     assert "| c | a | -0.0010 ± 0.0200 | 0.907 | equal |" in table
     assert "| c | b | -0.1010 ± 0.0200 | <0.001 | **better** |" in table
     assert (a["published best"], b["published best"]) == ("", "1.234")
-    assert "in nats per byte" in table and "within ± 0.03, which was given" in table
+    assert "in nats per byte" in table and "given beforehand (± 0.03)" in table
     assert "Extended after looking: a seed." in table
     assert all(name in table for name in ("curves.png", "differences.png"))
     assert Path("found/s/differences.png").stat().st_size > 5000
@@ -263,12 +263,12 @@ def test_halves_of_the_text(study, monkeypatch):
     study("a: template=gd")
     refused(lambda: study("a: template=gd", half="choosing"), "a, seed 1 has no losses by block",
             "--half=both")
-    monkeypatch.setattr(compare, "block_losses", lambda *_: [1.5, 2.5] * 16)
+    monkeypatch.setattr(compare, "measured_at_the_end", lambda *_: {"blocks": [1.5, 2.5] * 16})
     for half, loss in (("both", "1.0000"), ("reporting", "1.5000"), ("choosing", "2.5000")):
         assert "blocks" in study("a: template=gd", half=half, overwrite=True, study="t")[0]
         table = Path("found/t/table.md").read_text()
         assert f"| a | 2 | {loss} ±" in table
-        assert ("the odd ones of 32 blocks" in table) == (half == "choosing")
+        assert ("of the blocks 1, 3, 5, ... of 32" in table) == (half == "choosing")
 
 
 def test_changed_options(study):
@@ -476,7 +476,8 @@ def test_a_study_that_trains(words, tmp_path, data_dir, run, monkeypatch, capsys
     ids = torch.from_numpy(np.fromfile(data_dir / "tiny" / "val.bin", "<u2").astype("int64"))
     by_hand = model_from(read_checkpoint(str(ckpt))).eval()(ids[None, 48:64], ids[None, 49:65])[1]
     assert gd["blocks"][3] == pytest.approx(by_hand.item(), abs=1e-5)
-    assert set(tmm["scalars"][-1][1]) == {"mu", "beta", "gamma", "nu"}
+    assert gd["substeps"] == {} and set(tmm["substeps"]) == {"memory", "cosine"}
+    assert "scalars.png" in (tmp_path / "found/s/table.md").read_text()
     records = run(tmp_path / "again", seed=1, **tmm["options"] | {"data_dir": data_dir})
     assert records[-1]["val_loss"] == pytest.approx(tmm["val_loss"], abs=6e-6)
     stored["runs"] = [gd]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.watch import AXES, picture, shown
+from tools.watch import AXES, draw_substeps, picture, shown
 
 # -----------------------------------------------------------------------------
 # The statistics
@@ -78,15 +78,6 @@ def seed_variances(losses: dict[str, list[float]]) -> dict[str, Variance]:
     return {label: own[label] if label in wild else common for label in losses}
 
 
-def standard_error(n: int, variance: Variance, n_less: int, less: Variance) -> tuple[float, int]:
-    """Of the difference of two means, with its degrees of freedom (Welch's for two variances)."""
-    parts = variance[0] / n, less[0] / n_less
-    freedom = variance[1]
-    if variance != less and sum(parts):
-        freedom = sum(parts) ** 2 / (parts[0] ** 2 / variance[1] + parts[1] ** 2 / less[1])
-    return math.sqrt(sum(parts)), int(freedom + 1e-9)
-
-
 @dataclass
 class Comparison:
     """The final loss of one variant less that of another."""
@@ -130,9 +121,8 @@ def comparisons(runs: list[dict], planned: dict[str, Any]) -> list[Comparison]:
         c = Comparison(label, less, statistics.mean(losses[label]) - statistics.mean(losses[less]))
         if blocks.keys() >= {label, less}:
             c.text = text_noise(blocks[label], blocks[less])
-        error, freedom = standard_error(len(losses[label]), variances[label],
-                                        len(losses[less]), variances[less])
-        if freedom:
+        error = math.sqrt(sum(variances[k][0] / len(losses[k]) for k in (label, less)))
+        if freedom := min(variances[k][1] for k in (label, less)):
             c.half, c.half90 = (t_quantile(share, freedom) * error for share in (0.95, 0.9))
             p_values.append(max(0.0, 1 - t_probability(abs(c.mean) / (error or 1e-12), freedom)))
         found.append(c)
@@ -226,7 +216,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 def draw_study(runs: list[dict], found: list[Comparison], config: Any, unit: str, folder: str,
                ) -> list[str]:
-    """curves.png, differences.png where there are intervals; returns their names.
+    """curves.png, differences.png where there are intervals, scalars.png where there are streams
+    beside x (of the first eight with such, means over the seeds); returns their names.
 
     unit: what losses are in, "nats per byte" say."""
     draw_curves(runs, os.path.join(folder, "curves.png"), config.x, unit)
@@ -234,6 +225,14 @@ def draw_study(runs: list[dict], found: list[Comparison], config: Any, unit: str
     if any(c.half for c in found):
         draw_differences(runs, found, os.path.join(folder, "differences.png"), config.margin, unit)
         names.append("differences.png")
+    measured = {label: [r["substeps"] for r in of_variant if "memory" in r.get("substeps", {})]
+                for label, of_variant in by_variant(runs).items()}
+    means = {label: {key: np.mean([found[key] for found in of_variant], axis=0).tolist()
+                     for key in of_variant[0]}
+             for label, of_variant in measured.items() if of_variant}
+    if means:
+        draw_substeps(dict(list(means.items())[:8]), os.path.join(folder, "scalars.png"))
+        names.append("scalars.png")
     return names
 
 
@@ -246,12 +245,13 @@ def draw_curves(runs: list[dict], path: str, x: str, unit: str) -> None:
 
     first, *others = by_variant(runs).items()
     panels = math.ceil(len(others) / 7) or 1
+    size = math.ceil(len(others) / panels)
     with picture(path, 9, 0.8 + 3.4 * panels) as figure:
         grid = figure.subplots(panels, 1, squeeze=False, sharex=True, sharey=True)[:, 0]
         figure.suptitle("means over the seeds, from the lowest to the highest", fontsize="small")
         grid[-1].set_xlabel(AXES[x][1])
         for k, axes in enumerate(grid):
-            for i, (name, of_variant) in enumerate([first, *others[k::panels]]):
+            for i, (name, of_variant) in enumerate([first, *others[k * size:(k + 1) * size]]):
                 curves = [dict(run["curve"]) for run in of_variant]  # step -> loss
                 steps = [step for step in curves[0] if all(step in curve for curve in curves)]
                 steps = steps[len(steps) // 2:]
