@@ -246,7 +246,7 @@ def test_only_some_variants(study):
     refused(lambda: study("a: template=gd", only="c"), "only=c", "the variants are ['a']")
 
 
-def test_seeds(study):
+def test_seeds(study, capsys):
     """From first_seed on, a variant's own number of them; the table has those asked for."""
     variants = "a: template=gd seeds=3", "b: template=tmm"
     runs = study(*variants, first_seed=101, script={"b-seed102": "the loss is nan"}, seeds=1)
@@ -254,8 +254,9 @@ def test_seeds(study):
         ("a", 101), ("a", 102), ("a", 103), ("b", 101)]
     assert [c.seed for c in study.launched] == [101, 101, 102, 103]
     assert (cells("a")["seeds"], cells("b")["seeds"]) == ("3", "1")
-    study(*variants, first_seed=102, jobs=0)
+    study(*variants, first_seed=102, jobs=0, pairs="a - c")
     assert cells("a")["seeds"] == "2 of 3"
+    assert "variants are ['a', 'b']: ['a - c']" in capsys.readouterr().err
 
 
 def test_halves_of_the_text(study, monkeypatch):
@@ -369,7 +370,7 @@ def test_other_data(study, data_dir, tmp_path):
     (("a: template=quick",), {}, "template=quick"),
     (("a: template='gd",), {}, "variant a: No closing quotation"),
     (("",), {}, "not an empty word"),
-    (("a: template=gd", "b: template=tmm"), {"pairs": "a - c"}, "pairs=a - c: takes"),
+    (("a: template=gd", "b: template=tmm"), {"pairs": "a"}, 'pairs=a: say "VARIANT - OTHER"'),
     (("a: template=gd",), {"margin": -0.1}, "margin=-0.1"),
     (("a: template=gd",), {"first_seed": -1}, "first_seed=-1"),
     (("a: template=gd", "b: block_size=8"), {}, "b: block_size must be the same in all"),

@@ -78,6 +78,8 @@ class CompareConfig(TrainConfig):
         for name in ("first_seed", "margin"):
             number = getattr(self, name)
             rule(number is None or number >= 0, f"{name}={number}: must not be negative")
+        for pair in self.pairs:
+            rule(pair.count(" - ") == 1, f'pairs={pair}: say "VARIANT - OTHER"')
 
     @property
     def judged_by(self) -> str:
@@ -443,9 +445,9 @@ def check(configs: dict[str, CompareConfig], config: CompareConfig) -> None:
         fail("tasks need lm-eval: pip install lm-eval")
     if unknown := set(config.only) - set(configs):
         fail(f"only={', '.join(unknown)}: the variants are {list(configs)}")
-    for pair in config.pairs:
-        if pair.count(" - ") != 1 or set(pair.split(" - ")) - set(configs):
-            fail(f"pairs={pair}: takes \"VARIANT - OTHER\" of the variants {list(configs)}")
+    if unknown := [pair for pair in config.pairs if set(pair.split(" - ")) - set(configs)]:
+        print(f"warning: these pairs are left out, as the variants are {list(configs)}: {unknown}",
+              file=sys.stderr)
     if any(own.seeds < 4 for own in configs.values()):
         print("warning: of fewer than four seeds an interval can hardly show anything",
               file=sys.stderr)
