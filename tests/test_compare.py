@@ -190,26 +190,27 @@ def test_every_study_has_a_plan(name, data_dir, monkeypatch, capsys, tmp_path):
 
 
 def test_what_is_written(study, capsys):
-    """Two variants, three seeds: the differences 0.1, 0.2, 0.3, by hand 0.2 +- 4.303 * 0.1 / √3."""
     script = {f"{label}-seed{seed}": loss for label, losses in (
-        ("a", (1.0, 1.1, 1.2)), ("b", (1.1, 1.3, 1.5)), ("c", (0.9, 1.0, 1.1)))
+        ("a", (1.0, 1.01, 1.02)), ("b", (1.1, 1.11, 1.12)), ("c", (0.999, 1.009, 1.019)))
         for seed, loss in enumerate(losses, 1)}
     study.pictures = True
     runs = study("a: template=gd", "b: template=tmm", "c: dropout=0.1", script=script, seeds=3,
-                 published="b: 1.234")
+                 published="b: 1.234", pairs="c - b", margin=0.03, extended="a seed")
     assert [(r["variant"], r["seed"]) for r in runs] == [(v, s) for v in "abc" for s in (1, 2, 3)]
     assert [r["val_loss"] for r in runs] == list(script.values())
     first = runs[3]
     assert first["options"]["template"] == "tmm" and "seed" not in first["options"]
     assert (first["tokens_per_s"], first["peak_mb"], first["steps"]) == (200, 50, 6)
     assert first["curve"] == [[0, 5.0], [6, 1.1]]
-    table, a, b, c = Path("found/s/table.md").read_text(), cells("a"), cells("b"), cells("c")
-    assert (b["final loss"], b["difference to the first"], b["verdict"]) == (
-        "1.3000 ± 0.2000", "+0.2000 ± 0.2484", "no difference shown")
-    assert (c["difference to the first"], c["verdict"]) == ("-0.1000 ± 0.0000", "lower")
+    assert "warning: of fewer than four seeds" in capsys.readouterr().err
+    table, a, b = Path("found/s/table.md").read_text(), cells("a"), cells("b")
+    assert b["final loss"] == "1.1100 ± 0.0100"
+    assert "| b | a | +0.1000 ± 0.0200 | <0.001 | **worse** |" in table  # 2.447 * 0.01 * √(2 / 3)
+    assert "| c | a | -0.0010 ± 0.0200 | 0.907 | equal |" in table
+    assert "| c | b | -0.1010 ± 0.0200 | <0.001 | **better** |" in table
     assert (a["published best"], b["published best"]) == ("", "1.234")
-    assert "| variant | less b |" in table and "| c | **-0.3000 ± 0.2484** |" in table  # c less b
-    assert table in capsys.readouterr().out or "| b |" in table
+    assert "in nats per byte" in table and "given beforehand (± 0.03)" in table
+    assert "Extended after looking: a seed." in table
     assert all(name in table for name in ("curves.png", "differences.png"))
     assert Path("found/s/differences.png").stat().st_size > 5000
     command = table.splitlines()[2]  # what another one would type
@@ -245,7 +246,7 @@ def test_only_some_variants(study):
     refused(lambda: study("a: template=gd", only="c"), "only=c", "the variants are ['a']")
 
 
-def test_seeds(study):
+def test_seeds(study, capsys):
     """From first_seed on, a variant's own number of them; the table has those asked for."""
     variants = "a: template=gd seeds=3", "b: template=tmm"
     runs = study(*variants, first_seed=101, script={"b-seed102": "the loss is nan"}, seeds=1)
@@ -253,8 +254,9 @@ def test_seeds(study):
         ("a", 101), ("a", 102), ("a", 103), ("b", 101)]
     assert [c.seed for c in study.launched] == [101, 101, 102, 103]
     assert (cells("a")["seeds"], cells("b")["seeds"]) == ("3", "1")
-    study(*variants, first_seed=102, jobs=0)
+    study(*variants, first_seed=102, jobs=0, pairs="a - c")
     assert cells("a")["seeds"] == "2 of 3"
+    assert "variants are ['a', 'b']: ['a - c']" in capsys.readouterr().err
 
 
 def test_halves_of_the_text(study, monkeypatch):
@@ -262,12 +264,12 @@ def test_halves_of_the_text(study, monkeypatch):
     study("a: template=gd")
     refused(lambda: study("a: template=gd", half="choosing"), "a, seed 1 has no losses by block",
             "--half=both")
-    monkeypatch.setattr(compare, "block_losses", lambda *_: [1.5, 2.5] * 16)
+    monkeypatch.setattr(compare, "measured_at_the_end", lambda *_: {"blocks": [1.5, 2.5] * 16})
     for half, loss in (("both", "1.0000"), ("reporting", "1.5000"), ("choosing", "2.5000")):
         assert "blocks" in study("a: template=gd", half=half, overwrite=True, study="t")[0]
         table = Path("found/t/table.md").read_text()
         assert f"| a | 2 | {loss} ±" in table
-        assert ("the odd ones of 32 blocks" in table) == (half == "choosing")
+        assert ("of the blocks 1, 3, 5, ... of 32" in table) == (half == "choosing")
 
 
 def test_changed_options(study):
@@ -368,6 +370,9 @@ def test_other_data(study, data_dir, tmp_path):
     (("a: template=quick",), {}, "template=quick"),
     (("a: template='gd",), {}, "variant a: No closing quotation"),
     (("",), {}, "not an empty word"),
+    (("a: template=gd", "b: template=tmm"), {"pairs": "a"}, 'pairs=a: say "VARIANT - OTHER"'),
+    (("a: template=gd",), {"margin": -0.1}, "margin=-0.1"),
+    (("a: template=gd",), {"first_seed": -1}, "first_seed=-1"),
     (("a: template=gd", "b: block_size=8"), {}, "b: block_size must be the same in all"),
     (("a: template=gd", "b: eval_tokens=32"), {}, "eval_tokens"),
     (("a: template=gd", "b: dataset=easy"), {}, "dataset"),
@@ -397,7 +402,8 @@ def test_seeds_that_are_missing_are_no_verdict(study):
     script = {f"{name}-seed{seed}": {"a": 1.0, "b": 0.5}[name] + seed / 10
               for name in "ab" for seed in (1, 2, 3)} | {"b-seed3": "the loss is nan"}
     refused(lambda: study("a: template=gd", "b: template=tmm", script=script, seeds=3), "nan")
-    assert (cells("b")["seeds"], cells("b")["verdict"]) == ("2 of 3", "seeds are missing")
+    assert cells("b")["seeds"] == "2 of 3"
+    assert "| seeds are missing |" in Path("found/s/table.md").read_text()
 
 
 def test_scores_of_tasks(study, monkeypatch):
@@ -471,7 +477,7 @@ def test_a_study_that_trains(words, tmp_path, data_dir, run, monkeypatch, capsys
     ids = torch.from_numpy(np.fromfile(data_dir / "tiny" / "val.bin", "<u2").astype("int64"))
     by_hand = model_from(read_checkpoint(str(ckpt))).eval()(ids[None, 48:64], ids[None, 49:65])[1]
     assert gd["blocks"][3] == pytest.approx(by_hand.item(), abs=1e-5)
-    assert set(tmm["scalars"][-1][1]) == {"mu", "beta", "gamma", "nu"}
+    assert gd["substeps"] == {} and set(tmm["substeps"]) == {"memory", "cosine"}
     assert "scalars.png" in (tmp_path / "found/s/table.md").read_text()
     records = run(tmp_path / "again", seed=1, **tmm["options"] | {"data_dir": data_dir})
     assert records[-1]["val_loss"] == pytest.approx(tmm["val_loss"], abs=6e-6)
@@ -543,7 +549,8 @@ def test_committed_results(folder, data_dir, tmp_path):
             k: v for k, v in run["options"].items() if k not in free}
     table = (folder / "table.md").read_text()
     assert findings.markdown(findings.summary(runs, planned)) in table
-    assert findings.markdown(findings.pairs(runs)) in table
+    found = findings.comparisons(runs, planned)
+    assert findings.markdown(findings.differences(found)) in table
     for name in set(re.findall(r"\]\((\w+\.png)\)", table)):
         assert (folder / name).stat().st_size < 400_000
     assert not re.search(r"(/work|/home|/tmp|/root)", table + (folder / "results.json").read_text())

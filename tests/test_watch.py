@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, write_data
 from torch.nn import functional as F
 
 import bench
@@ -45,45 +45,114 @@ def test_losses_of_several_runs(run, tmp_path, drawn, monkeypatch):
         bench.main(["plot", *runs, f"--x={x}", f"--plot={x}.png"])
         assert (tmp_path / f"{x}.png").stat().st_size > 5_000
         (axes,) = drawn[0].axes
-        assert label in axes.get_xlabel() and "nats" in axes.get_ylabel()
+        assert label in axes.get_xlabel() and axes.get_ylabel().endswith("(nats per byte)")
         seen = lines(axes)
         assert len(seen) == 4
         for name, records in runs.items():
             evaluated = [r for r in records if r["type"] == "eval"]
+            evaluated = [r for r in evaluated if r[key] >= evaluated[-1][key] / 10]
             (xs, ys), = (line for key, line in seen.items() if key.startswith(f"{name}, eval"))
             assert ys.tolist() == [r["val_loss"] for r in evaluated]
             assert xs == pytest.approx([r[key] for r in evaluated])
 
 
-def test_scalars_of_two_runs(run, tmp_path, drawn, monkeypatch, capsys):
-    runs = {name: run(tmp_path / name, template=name) for name in ("tmm", "polyak")}
-    run(tmp_path / "gpt")
+def test_units_and_many_runs(run, tmp_path, drawn, monkeypatch):
+    """Two units are said; of more than four runs training losses are left out, more than eight are
+    refused."""
+    write_data(tmp_path / "data" / "word", range(99), vocab_size=99, tokenizer="gpt2")
+    run(tmp_path / "one", max_iters=1)
+    run(tmp_path / "two", max_iters=1, dataset="word", data_dir=tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    drawn.clear()
+    bench.main(["plot", "one", "two", "one", "one", "one", "--plot=x.png"])
+    (axes,) = drawn[0].axes
+    assert axes.get_ylabel().endswith("(nats per byte or nats per token)")
+    assert [label.split(":")[0] for label in lines(axes)] == ["one, eval", "two, eval"]
+    refused(lambda: bench.main(["plot", *["one"] * 9, "--plot=y.png"]), "9 runs", "draw several")
+
+
+def small_model(**options) -> tuple[GPT, torch.Tensor]:
+    """With scalars that differ, and tokens."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16,
+                          **options)).double().eval()
+    with torch.no_grad():
+        for p in model.parameter_roles()["scalar"].values():
+            p.add_(torch.randn_like(p))
+    return model, torch.randint(64, (2, 16))
+
+
+@pytest.mark.parametrize("options", [
+    dict(template="nesterov"), dict(template="tmm", splitting="strang"), dict(template="frozen"),
+    dict(template="polyak", velocity_norm="none", ffn="hourglass", ffn_substeps="each"),
+    dict(template="x0"), dict(template="skip", splitting="strang"), dict(template="normed")])
+def test_substeps_by_hand(options):
+    """From the states before and after each, and what its oracle says at the looked-ahead x."""
+    model, idx = small_model(**options)
+    found = watch.substeps(model, idx)
+    memory, cosine = [], []
+    with torch.no_grad():
+        state = model.embed(idx, torch.arange(16)[None])
+        for block in model.transformer.h:
+            for step, (oracle, h) in zip(block.steps, block.split(*block.oracles()), strict=True):
+                learned = {name: step.scalar(name).item() for name in step.learned}
+                x, v = state[0], state[-1]
+                g = learned.get("gamma", 1) * oracle(x + learned.get("mu", 0) * v)
+                weight = learned.get("beta", learned.get("alpha", 0))
+                state = step(oracle, state, h)
+                new = state[0] - x
+                h = 1 if "alpha" in learned else h
+                memory.append(abs(weight) * v.square().sum(-1).sqrt().mean()
+                              / (h * g.square().sum(-1).sqrt().mean()))
+                cosine.append((F.normalize(new, dim=-1) * F.normalize(g, dim=-1)).sum(-1).mean())
+    assert np.ravel(found["cosine"]) == pytest.approx(torch.stack(cosine).numpy(), abs=6e-5)
+    assert np.shape(found["cosine"]) == (3, len(model.transformer.h[0].steps))
+    if options["template"] == "normed":
+        assert "memory" not in found
+    else:
+        assert np.ravel(found["memory"]) == pytest.approx(torch.stack(memory).numpy(), abs=6e-5)
+
+
+def test_what_is_measured_does_not_change_when_the_model_does_not():
+    """A quarter of gamma and four times the output matrices are the same function."""
+    model, idx = small_model(template="polyak", scalar_map="softplus")
+    before, loss = watch.substeps(model, idx), model(idx, idx)[1]
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_proj.weight.mul_(4)
+            block.mlp.c_proj.weight.mul_(4)
+            if block.attn.c_proj.bias is not None:
+                block.attn.c_proj.bias.mul_(4)
+                block.mlp.c_proj.bias.mul_(4)
+            for step in block.steps:
+                step.gamma.copy_((step.scalar("gamma") / 4).expm1().log())
+    assert model(idx, idx)[1].item() == pytest.approx(loss.item())
+    assert watch.substeps(model, idx) == before
+    assert not any(step._forward_hooks or step._forward_pre_hooks
+                   for block in model.transformer.h for step in block.steps)
+
+
+@pytest.mark.parametrize("template", ["gd", "imex", "symplectic"])
+def test_nothing_is_measured_of_those_without(template):
+    assert watch.substeps(*small_model(template=template)) == {}
+
+
+def test_substeps_of_several_runs(run, tmp_path, drawn, monkeypatch):
+    """A column for each substep; a run that has none has no points."""
+    run(tmp_path / "tmm", template="tmm", max_iters=1)
+    run(tmp_path / "each", template="polyak", ffn="hourglass", ffn_depth=2, ffn_substeps="each",
+        max_iters=1)
+    run(tmp_path / "gpt", max_iters=1)
     drawn.clear()
     monkeypatch.chdir(tmp_path)
-    bench.main(["plot", *runs, "gpt", "--draw=scalars"])
-    assert "no learned scalars in gpt" in capsys.readouterr().out
-    assert (tmp_path / "scalars.png").stat().st_size > 10_000
+    bench.main(["plot", "tmm", "each", "gpt", "--draw=scalars"])
     axes = drawn[0].axes
-    assert [a.get_ylabel() for a in axes[::2]] == ["mu", "beta", "gamma", "nu"]
-    last = {name: [r["scalars"] for r in records if "scalars" in r]
-            for name, records in runs.items()}
-    by_layer, over_time = axes[2:4]  # beta, of both
-    assert lines(by_layer)["tmm, attention"][1].tolist() == [row[0] for row in
-                                                             last["tmm"][-1]["beta"]]
-    assert lines(by_layer)["polyak, FFN"][1].tolist() == [row[1] for row in
-                                                                last["polyak"][-1]["beta"]]
-    first = over_time.lines[0].get_data()
-    assert first[0].tolist() == [0, 3, 6]
-    assert first[1] == pytest.approx([np.mean(np.array(r["beta"])[:, 0]) for r in last["tmm"]])
-    assert len(axes[0].lines) == 2  # only tmm has mu
-
-
-def test_every_substep_has_a_line_of_its_own(run, tmp_path, drawn):
-    run(tmp_path, template="tmm", ffn="hourglass", ffn_depth=5, ffn_substeps="each", max_iters=2)
-    drawn.clear()
-    bench.main(["plot", str(tmp_path), "--draw=scalars", f"--plot={tmp_path}/scalars.png"])
-    styles = [(line.get_color(), line._dash_pattern) for line in drawn[0].axes[0].lines]
-    assert len(styles) == 6 == len(set(map(str, styles)))
+    assert [a.get_title() for a in axes] == ["substep 1", "substep 2", "substep 3", "", "", ""]
+    assert ["V" in a.get_ylabel() for a in axes] == [True, False, False, False, False, False]
+    counts = [[len(line.get_xdata()) for line in a.lines] for a in axes]
+    assert counts == [[2, 2, 0], [2, 2, 0], [0, 2, 0]] * 2
+    bench.main(["plot", "tmm", "--draw=scalars", "--plot=one.png"])
+    assert [a.get_title() for a in drawn[1].axes] == ["attention", "FFN", "", ""]
 
 
 @pytest.mark.parametrize("options", [{}, dict(template="nesterov"), dict(template="imex"),

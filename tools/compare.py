@@ -17,7 +17,6 @@ from dataclasses import dataclass, fields, replace
 from subprocess import Popen
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 
 from model import GPT, GPTConfig
@@ -29,16 +28,16 @@ from support.errors import UserError, fail
 from support.files import finite, locked, sha256, write_text
 from support.meta import load_meta
 from support.terminal import clock
-from tools.findings import draw_study, markdown, pairs, summary
+from tools.findings import comparisons, differences, draw_study, markdown, summary
 from tools.judge import EvalConfig, judge
 from tools.race import machine
-from tools.watch import read_log
+from tools.watch import UNITS, read_log, substeps
 from train import TrainConfig, model_args
 
 
 @dataclass
 class CompareConfig(TrainConfig):
-    """A study: variants x seeds, with a table of paired differences and their intervals."""
+    """A study: variants x seeds, with tables of their losses and of their differences."""
 
     init_from: ClassVar[str] = TrainConfig.init_from
     seed: ClassVar[int] = TrainConfig.seed
@@ -60,6 +59,9 @@ class CompareConfig(TrainConfig):
     jobs: int | None = None  # runs at once; auto: one for each GPU, or one; 0: only the table
     dry_run: bool = False  # print the plan and stop
     results: str = "docs/results"  # the folder of the STUDY folders
+    pairs: tuple[str, ...] = ()  # "variant - other": compared, too, beside all with the first one
+    margin: float | None = None  # what differs by less is equal; given before anything is seen
+    extended: str | None = None  # what was added after looking, for the page to say
     published: tuple[str, ...] = ()  # "variant: loss", to print beside ours
     x: Literal["steps", "tokens", "seconds", "flops"] = "steps"  # what losses are drawn over
     tasks: str | None = None  # judge best.pt on these, as bench.py eval does
@@ -73,7 +75,11 @@ class CompareConfig(TrainConfig):
             count, least = getattr(self, name), 0 if name == "jobs" else 1
             rule(count is None or count >= least,
                  f"{name}={count}: must be at least {least}; choose more")
-        rule(self.first_seed >= 0, f"first_seed={self.first_seed}: must not be negative")
+        for name in ("first_seed", "margin"):
+            number = getattr(self, name)
+            rule(number is None or number >= 0, f"{name}={number}: must not be negative")
+        for pair in self.pairs:
+            rule(pair.count(" - ") == 1, f'pairs={pair}: say "VARIANT - OTHER"')
 
     @property
     def judged_by(self) -> str:
@@ -255,22 +261,15 @@ class Cell:
         last, evals = evals[-1], [r for r in evals if r["val_loss"] is not None]
         if last["iter"] != self.config.max_iters or last["val_loss"] is None:
             fail(f"it ended at step {last['iter']} with the loss {last['val_loss']}")
-        blocks = block_losses(self.config, self.out_dir)
+        measured = measured_at_the_end(self.config, self.out_dir)
         torch.cuda.empty_cache()  # the next runs need it
-        record = {"variant": self.label, "seed": self.seed, "options": options_of(self.config),
-                  **model_size(self.config), "tokens": last["tokens"], "steps": last["iter"],
-                  "val_loss": round(last["val_loss"], 5),
-                  "best_val_loss": round(min(r["val_loss"] for r in evals), 5),
-                  "seconds": round(last["seconds"], 1),
-                  "tokens_per_s": round(statistics.median(rates)), "peak_mb": last.get("peak_mb"),
-                  "curve": [[r["iter"], round(r["val_loss"], 5)] for r in evals]}
-        if blocks:
-            record["blocks"] = blocks
-        if "scalars" in last:
-            record["scalars"] = [
-                [r["iter"], {name: np.array(values, float).round(4).tolist()  # layers -> substeps
-                             for name, values in r["scalars"].items()}] for r in evals]
-        return record
+        return {"variant": self.label, "seed": self.seed, "options": options_of(self.config),
+                **model_size(self.config), "tokens": last["tokens"], "steps": last["iter"],
+                "val_loss": round(last["val_loss"], 5),
+                "best_val_loss": round(min(r["val_loss"] for r in evals), 5),
+                "seconds": round(last["seconds"], 1),
+                "tokens_per_s": round(statistics.median(rates)), "peak_mb": last.get("peak_mb"),
+                "curve": [[r["iter"], round(r["val_loss"], 5)] for r in evals]} | measured
 
 
 def cells_of(planned: dict[str, CompareConfig]) -> list[Cell]:
@@ -281,12 +280,13 @@ def cells_of(planned: dict[str, CompareConfig]) -> list[Cell]:
 
 
 @torch.no_grad()
-def block_losses(config: CompareConfig, out_dir: str) -> list[float]:
-    """The losses of a run's last checkpoint on the windows of train.py's evaluation: the means of
-    32 consecutive blocks of these (of fewer, one each). Empty where there is no checkpoint."""
+def measured_at_the_end(config: CompareConfig, out_dir: str) -> dict:
+    """Of a run's last checkpoint, on the windows of train.py's evaluation: the means of their
+    losses in 32 consecutive blocks (of fewer windows, one each), and what its substeps do. Empty
+    where there is no checkpoint."""
     path = os.path.join(out_dir, "ckpt.pt")
     if not os.path.exists(path):
-        return []
+        return {}
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model = model_from(read_checkpoint(path)).eval().to(device)
@@ -294,23 +294,26 @@ def block_losses(config: CompareConfig, out_dir: str) -> list[float]:
     tokens = Tokens(folder, "val", load_meta(folder), T)
     starts = evaluation_starts(len(tokens), T, config.eval_tokens)
     losses = []
-    for i in range(0, len(starts), config.batch_size):
-        x, y = to_device(tokens.read(starts[i:i + config.batch_size]), device)  # (B, T)
-        with autocast(device, dtype):
+    with autocast(device, dtype):
+        for i in range(0, len(starts), config.batch_size):
+            x, y = to_device(tokens.read(starts[i:i + config.batch_size]), device)  # (B, T)
             losses.append(model(x, y, return_logits=False, reduction="none")[1].cpu())
+        some = tokens.read(evaluation_starts(len(tokens), T, 16 * T))
+        found = substeps(model, to_device(some, device)[0])
     per_window = torch.cat(losses).double().mean(dim=1)
     blocks = per_window.tensor_split(min(32, len(per_window)))
-    return [round(block.mean().item(), 5) for block in blocks]
+    return {"blocks": [round(block.mean().item(), 5) for block in blocks], "substeps": found}
 
 
-def final_loss(run: dict, half: str) -> float:
-    """A run's loss on this half of the validation text. UserError where its blocks are missing."""
+def of_half(run: dict, half: str) -> dict:
+    """A run with the losses of this half of the text. UserError where its blocks are missing."""
     if half == "both":
-        return run["val_loss"]
+        return run
     if len(run.get("blocks", [])) < 2:
         fail(f"half={half}: {run['variant']}, seed {run['seed']} has no losses by block of the "
              f"text; run it again (--overwrite), or take --half=both")
-    return round(statistics.mean(run["blocks"][half == "choosing"::2]), 5)
+    blocks = run["blocks"][half == "choosing"::2]
+    return run | {"blocks": blocks, "val_loss": round(statistics.mean(blocks), 5)}
 
 
 def shares_of(config: CompareConfig) -> list[dict[str, str]]:
@@ -383,6 +386,7 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
     check(configs, config)
     folder = os.path.join(config.data_dir, config.dataset)
     meta = load_meta(folder)
+    unit = UNITS.get(meta["tokenizer"], "nats per token")
     data = {"dataset": os.path.basename(os.path.normpath(config.dataset))}
     for split in ("train", "val"):
         data[f"{split}_sha256"] = meta[split].get("sha256") or sha256(
@@ -402,8 +406,9 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
     with locked(results.folder, f"another command is writing to {results.folder}; stop it or "
                                 f"choose another --study"):
         results.runs = Results(config, data).runs  # another command may have just ended
-        cells = [cell for cell in cells_of(planned) if cell.label in (config.only or planned)]
-        missing = [cell for cell in cells if config.jobs != 0 and results.get(cell) is None]
+        cells = cells_of(planned)
+        asked = [cell for cell in cells if cell.label in (config.only or planned)]
+        missing = [cell for cell in asked if config.jobs != 0 and results.get(cell) is None]
         code = os.path.join(config.out_dir, config.study, "code")
         ours = results.head["code"]
         if config.jobs != 0 and ours["hash"] != code_in()["hash"]:
@@ -417,13 +422,13 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
         if missing:
             copy_code(code)
             results.write()
-        print(f"{len(missing)} runs to do, {len(cells) - len(missing)} there, {len(shares)} at a "
+        print(f"{len(missing)} runs to do, {len(asked) - len(missing)} there, {len(shares)} at a "
               f"time", flush=True)
         failed = run_cells(missing, results, shares, where)
-        report(results, planned, config, argv)
+        report(results, planned, cells, config, argv, unit)
         if config.tasks:
-            judge_cells(cells, results)
-            report(results, planned, config, argv)
+            judge_cells(asked, results)
+            report(results, planned, cells, config, argv, unit)
     if failed:
         fail(*failed, "the same command tries these again, and what they said is in their "
                       "output.txt")
@@ -440,6 +445,12 @@ def check(configs: dict[str, CompareConfig], config: CompareConfig) -> None:
         fail("tasks need lm-eval: pip install lm-eval")
     if unknown := set(config.only) - set(configs):
         fail(f"only={', '.join(unknown)}: the variants are {list(configs)}")
+    if unknown := [pair for pair in config.pairs if set(pair.split(" - ")) - set(configs)]:
+        print(f"warning: these pairs are left out, as the variants are {list(configs)}: {unknown}",
+              file=sys.stderr)
+    if any(own.seeds < 4 for own in configs.values()):
+        print("warning: of fewer than four seeds an interval can hardly show anything",
+              file=sys.stderr)
 
 
 def run_cells(cells: list[Cell], results: Results, shares: list[dict[str, str]], where: str,
@@ -500,19 +511,24 @@ def judge_cells(cells: list[Cell], results: Results) -> None:
 
 
 NOTES = """\
-Losses are those at the end of training, in nats per token (lower is better), on the same windows: \
-mean ± standard deviation over the seeds. Differences to the first row are paired by seed, ± the \
-half width of their 95 % t-interval; where that contains zero, no difference is shown. Each \
-interval is for itself: of twenty, one misses on average. Matrices are the parameters without \
-tables, norms and scalars; FLOPs are those of training."""
+Losses are those at the end of training, in {unit} (lower is better), on the same windows: mean ± \
+standard deviation over the seeds. Matrices are the parameters without tables, norms and scalars; \
+FLOPs are those of training."""
+DIFFERENCES = """\
+Differences of the final losses, ± the half width of a 95 % t-interval, each for itself; the \
+variance between seeds is pooled over the study, but for variants that vary more than twice as \
+much as the others, which have their own. p is Holm's, over all rows. Equal: the 90 % interval \
+lies within a margin given beforehand ({margin}), whatever p; better and worse: p is at most 0.05; \
+undecided: neither. Text, where it is known: how far the difference would vary on another text \
+like this one (a standard deviation, by bootstrap over its blocks), which no seed shows."""
 
 
-def report(results: Results, planned: dict[str, CompareConfig], config: CompareConfig,
-           argv: list[str]) -> None:
-    """table.md and the pictures, of the runs of this plan."""
-    cells = [cell for label in planned for cell in cells_of({label: planned[label]})]
-    runs = [run for cell in cells if (run := results.get(cell))]
-    runs = [run | {"val_loss": final_loss(run, config.half)} for run in runs]
+def report(results: Results, planned: dict[str, CompareConfig], cells: list[Cell],
+           config: CompareConfig, argv: list[str], unit: str) -> None:
+    """table.md and the pictures, of the runs of these cells. unit: "nats per byte", say."""
+    wanted = {(cell.label, cell.seed) for cell in cells if results.get(cell)}
+    runs = [of_half(run, config.half) for run in results.sorted()
+            if (run["variant"], run["seed"]) in wanted]
     first = next(iter(planned))
     if not runs or runs[0]["variant"] != first:
         return print(f"no table yet: nothing of {first}, to which the others are compared")
@@ -529,15 +545,18 @@ def report(results: Results, planned: dict[str, CompareConfig], config: CompareC
     if borrowed := dict.fromkeys(r["study"] for r in runs if "study" in r):
         setting += f" Runs of the same options are from {', '.join(borrowed)}."
     if config.half != "both":
-        which = {"choosing": "odd", "reporting": "even"}[config.half]
-        setting += (f" Final losses are of the {which} ones of 32 blocks of the validation text, "
-                    f"numbered from 0; best ones and curves of all.")
-    parts = [f"# {config.study}", f"`python bench.py {shlex.join(words)}`", setting, table, NOTES]
-    if others := pairs(runs):
-        parts += ["The other pairs, row less column, bold where the interval leaves out zero:",
-                  markdown(others)]
+        which = {"choosing": "1, 3, 5", "reporting": "0, 2, 4"}[config.half]
+        setting += (f" Final losses are of the blocks {which}, ... of 32 of the validation text, "
+                    f"best ones and curves of all of it.")
+    if config.extended:
+        setting += f" Extended after looking: {config.extended}."
+    parts = [f"# {config.study}", f"`python bench.py {shlex.join(words)}`", setting, table,
+             NOTES.format(unit=unit)]
+    if found := comparisons(runs, planned):
+        margin = f"± {config.margin:g}" if config.margin else "none was"
+        parts += [markdown(differences(found)), DIFFERENCES.format(margin=margin)]
     try:
-        pictures = draw_study(runs, results.folder, config.x)
+        pictures = draw_study(runs, found, config, unit, results.folder)
         parts.append("\n".join(f"![{name[:-4]}]({name})" for name in pictures))
     except (OSError, UserError) as error:
         print(f"warning: no pictures: {error}", file=sys.stderr)

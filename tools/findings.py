@@ -1,4 +1,4 @@
-"""What a study found: differences paired by seed with their intervals, the table, the pictures.
+"""What a study found: its comparisons with their intervals and verdicts, the tables, the pictures.
 
 A run is a record of results.json; the runs are in the order of the variants."""
 
@@ -6,47 +6,132 @@ import math
 import os
 import statistics
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from tools.watch import AXES, draw_scalars, picture, shown
+import numpy as np
+
+from tools.watch import AXES, draw_substeps, picture, shown
 
 # -----------------------------------------------------------------------------
 # The statistics
 
 
-# 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-Difference = tuple[float, float]  # mean, half width of its 95 % t-interval
-
-
-def t_quantile(df: int) -> float:
-    """97.5 % of Student's t: the table, then Cornish and Fisher's expansion in 1 / df."""
-    if df <= len(T975):
-        return T975[df - 1]
-    return 1.95996 + 2.3723 / df + 2.8225 / df**2 + 2.556 / df**3
+def t_probability(t: float, df: int) -> float:
+    """P(|T| < t) of Student's t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle, odd = math.atan(t / math.sqrt(df)), df % 2
+    term, total = math.cos(angle) if odd else 1.0, 0.0
+    for k in range(2 + odd, df + 1, 2):
+        total += term
+        term *= (k - 1) / k * math.cos(angle) ** 2
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
 
 
-def paired(losses: dict[int, float], reference: dict[int, float]) -> Difference | None:
-    """losses - reference over the seeds that both have; None below two of them."""
-    d = [losses[seed] - reference[seed] for seed in losses.keys() & reference.keys()]
-    if len(d) < 2:
-        return None
-    return statistics.mean(d), t_quantile(len(d) - 1) * statistics.stdev(d) / math.sqrt(len(d))
+def t_quantile(share: float, df: int) -> float:
+    """The t with P(|T| < t) = share."""
+    low, high = 0.0, 1e4
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(middle, df) < share else (low, middle)
+    return high
 
 
-def verdict(difference: Difference | None) -> str:
-    """A difference whose interval contains zero is none."""
-    if difference is None:
-        return "one seed"
-    mean, half = difference
-    if abs(mean) <= half:
-        return "no difference shown"
-    return "lower" if mean < 0 else "higher"
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's correction: what is at most 0.05 here is false at most once in twenty families."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
 
 
-def with_interval(difference: Difference | None) -> str:
-    return "" if difference is None else "{:+.4f} ± {:.4f}".format(*difference)
+def text_noise(blocks: list[float], less: list[float]) -> float:
+    """How far the difference of two variants' losses would vary on another text of this kind and
+    length: its standard deviation over bootstrap samples of the blocks (fixed draws)."""
+    difference = np.subtract(blocks, less)
+    drawn = np.random.default_rng(0).integers(len(difference), size=(10_000, len(difference)))
+    return difference[drawn].mean(axis=1).std()
+
+
+Variance = tuple[float, int]  # with its degrees of freedom
+
+
+def pooled(variances: Iterable[Variance]) -> Variance:
+    """The common variance that these are estimates of."""
+    variances = list(variances)
+    freedom = sum(df for _, df in variances)
+    return sum(value * df for value, df in variances) / (freedom or 1), freedom
+
+
+def seed_variances(losses: dict[str, list[float]]) -> dict[str, Variance]:
+    """Of each variant the variance between seeds, pooled over the study. One that varies more than
+    twice as much as the others has its own."""
+    own = {label: (statistics.variance(values), len(values) - 1)
+           for label, values in losses.items() if len(values) > 1}
+    wild = set()
+    for label, (value, _) in own.items():
+        others, freedom = pooled(own[other] for other in own if other != label)
+        if freedom and value > 4 * others:
+            wild.add(label)
+    common = pooled(own[label] for label in own if label not in wild)
+    return {label: own[label] if label in wild else common for label in losses}
+
+
+@dataclass
+class Comparison:
+    """The final loss of one variant less that of another."""
+
+    variant: str
+    less: str
+    mean: float
+    half: float | None = None  # half width of the 95 % interval
+    half90: float | None = None  # of the 90 % interval
+    text: float | None = None  # text_noise
+    p: float | None = None  # Holm's, over all comparisons of the study
+    verdict: str = "one seed"
+
+    def judge(self, margin: float | None) -> None:
+        """Equal is a claim of its own: the 90 % interval lies within a margin given beforehand."""
+        if margin and abs(self.mean) + self.half90 <= margin:
+            self.verdict = "equal"
+        elif self.p > 0.05:
+            self.verdict = "undecided"
+        else:
+            self.verdict = "**better**" if self.mean < 0 else "**worse**"
+
+
+def comparisons(runs: list[dict], planned: dict[str, Any]) -> list[Comparison]:
+    """All variants against the first, then the pairs that the study names. Nothing is paired by
+    seed.
+
+    planned: the options of each variant, as compare.py plans them."""
+    variants = by_variant(runs)
+    first, *others = variants
+    config = planned[first]
+    named = [tuple(pair.split(" - ")) for pair in config.pairs]
+    wanted = [(label, first) for label in others]
+    wanted += [pair for pair in named if variants.keys() >= set(pair)]
+    losses = {label: [r["val_loss"] for r in of_variant] for label, of_variant in variants.items()}
+    blocks = {label: np.mean([r["blocks"] for r in of_variant], axis=0)
+              for label, of_variant in variants.items() if all(r.get("blocks") for r in of_variant)}
+    variances = seed_variances(losses)
+    found, p_values = [], []
+    for label, less in wanted:
+        c = Comparison(label, less, statistics.mean(losses[label]) - statistics.mean(losses[less]))
+        if blocks.keys() >= {label, less}:
+            c.text = text_noise(blocks[label], blocks[less])
+        error = math.sqrt(sum(variances[k][0] / len(losses[k]) for k in (label, less)))
+        if freedom := min(variances[k][1] for k in (label, less)):
+            c.half, c.half90 = (t_quantile(share, freedom) * error for share in (0.95, 0.9))
+            p_values.append(max(0.0, 1 - t_probability(abs(c.mean) / (error or 1e-12), freedom)))
+        found.append(c)
+    for c, p in zip(found, holm(p_values), strict=False):  # of one seed each there are none
+        c.p = p
+        c.judge(config.margin)
+        if any(len(losses[label]) < planned[label].seeds for label in (c.variant, c.less)):
+            c.verdict = "seeds are missing"
+    return found
 
 
 def by_variant(runs: list[dict]) -> dict[str, list[dict]]:
@@ -54,19 +139,6 @@ def by_variant(runs: list[dict]) -> dict[str, list[dict]]:
     for run in runs:
         variants.setdefault(run["variant"], []).append(run)
     return variants
-
-
-def losses_by_seed(runs: list[dict]) -> dict[str, dict[int, float]]:
-    """variant -> seed -> final loss."""
-    return {label: {r["seed"]: r["val_loss"] for r in of_variant}
-            for label, of_variant in by_variant(runs).items()}
-
-
-def differences(runs: list[dict]) -> dict[str, Difference | None]:
-    """Of every variant but the first: its final loss less the first one's."""
-    losses = losses_by_seed(runs)
-    first, *others = losses
-    return {label: paired(losses[label], losses[first]) for label in others}
 
 
 # -----------------------------------------------------------------------------
@@ -80,7 +152,7 @@ def summary(runs: list[dict], planned: dict[str, Any]) -> list[dict[str, str]]:
     config = next(iter(planned.values()))
     published = dict(text.rpartition(":")[::2] for text in config.published)
     tasks = dict.fromkeys(task for r in runs for task in scores(r, config))
-    found, variants, rows = differences(runs), by_variant(runs), []
+    variants, rows = by_variant(runs), []
     for label, of_variant in variants.items():
         first, losses = of_variant[0], [r["val_loss"] for r in of_variant]
 
@@ -89,22 +161,17 @@ def summary(runs: list[dict], planned: dict[str, Any]) -> list[dict[str, str]]:
             return format(statistics.mean(known), form) if known else ""
 
         row = {"variant": label, "seeds": f"{len(losses)}", "final loss": mean(losses, ".4f"),
-               "difference to the first": "", "verdict": "",
                "best": mean([r["best_val_loss"] for r in of_variant], ".4f")}
         if len(losses) > 1:
             row["final loss"] += f" ± {statistics.stdev(losses):.4f}"
-        if label in found:
-            row["difference to the first"] = with_interval(found[label])
-            row["verdict"] = verdict(found[label])
         if len(losses) < planned[label].seeds:
             row["seeds"] += f" of {planned[label].seeds}"
-            row["verdict"] = "seeds are missing" if label in found else ""
         if published:
             row["published best"] = published.get(label, "").strip()
         for task in tasks:
             row[task] = mean([scores(r, config).get(task) for r in of_variant], ".1%").rstrip("%")
         if any(variant.match != "width" for variant in planned.values()):
-            row["matched"] = planned[label].match if label in found else ""
+            row["matched"] = planned[label].match if rows else ""
         row |= {"parameters": f"{first['parameters']:,}", "matrices": f"{first['matrices']:,}",
                 "MFLOP/token": f"{first['flops_per_token'] / 1e6:,.2f}",
                 "tokens": f"{first['tokens']:,}"}
@@ -122,20 +189,18 @@ def scores(run: dict, config: Any) -> dict[str, float | None]:
     return tasks["scores"] if tasks.get("how") == config.judged_by else {}
 
 
-def pairs(runs: list[dict]) -> list[dict[str, str]]:
-    """The other pairs: row less column; bold where the interval leaves out zero. No rows where
-    there is no interval."""
-    losses, rows = losses_by_seed(runs), []
-    _, *labels = losses
-    for i, label in enumerate(labels[1:], 1):
-        row = {"variant": label}
-        for j, other in enumerate(labels[:-1]):
-            difference = paired(losses[label], losses[other]) if j < i else None
-            row[f"less {other}"] = with_interval(difference)
-            if verdict(difference) in ("lower", "higher"):
-                row[f"less {other}"] = f"**{with_interval(difference)}**"
-        rows.append(row)
-    return rows if any("±" in cell for row in rows for cell in row.values()) else []
+def differences(found: list[Comparison]) -> list[dict[str, str]]:
+    """The comparisons as rows."""
+    rows = []
+    for c in found:
+        row = {"variant": c.variant, "less": c.less, "difference": f"{c.mean:+.4f}"}
+        if c.half is not None:
+            row["difference"] += f" ± {c.half:.4f}"
+        if any(other.text is not None for other in found):
+            row["text"] = "" if c.text is None else f"{c.text:.4f}"
+        row["p"] = "" if c.p is None else f"{c.p:.3f}".replace("0.000", "<0.001")
+        rows.append(row | {"verdict": c.verdict})
+    return rows
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -149,64 +214,80 @@ def markdown(rows: list[dict[str, str]]) -> str:
 # Pictures
 
 
-def draw_study(runs: list[dict], folder: str, x: str) -> list[str]:
-    """curves.png, differences.png where there is one, scalars.png (of the first seed) where some
-    are learned; returns their names."""
-    draw_curves(runs, os.path.join(folder, "curves.png"), x)
+def draw_study(runs: list[dict], found: list[Comparison], config: Any, unit: str, folder: str,
+               ) -> list[str]:
+    """curves.png, differences.png where there are intervals, scalars.png where there are streams
+    beside x (of the first eight with such, means over the seeds); returns their names.
+
+    unit: what losses are in, "nats per byte" say."""
+    draw_curves(runs, os.path.join(folder, "curves.png"), config.x, unit)
     names = ["curves.png"]
-    if any(differences(runs).values()):
-        draw_differences(runs, os.path.join(folder, "differences.png"))
+    if any(c.half for c in found):
+        draw_differences(runs, found, os.path.join(folder, "differences.png"), config.margin, unit)
         names.append("differences.png")
-    learned = {name: [{"step": step} | scalars for step, scalars in of_variant[0]["scalars"]]
-               for name, of_variant in by_variant(runs).items() if "scalars" in of_variant[0]}
-    if learned:
-        draw_scalars(learned, os.path.join(folder, "scalars.png"))
+    measured = {label: [r["substeps"] for r in of_variant if "memory" in r.get("substeps", {})]
+                for label, of_variant in by_variant(runs).items()}
+    means = {label: {key: np.mean([found[key] for found in of_variant], axis=0).tolist()
+                     for key in of_variant[0]}
+             for label, of_variant in measured.items() if of_variant}
+    if means:
+        draw_substeps(dict(list(means.items())[:8]), os.path.join(folder, "scalars.png"))
         names.append("scalars.png")
     return names
 
 
-def draw_curves(runs: list[dict], path: str, x: str) -> None:
-    """Validation losses: means over the seeds, with the lowest and the highest."""
+def draw_curves(runs: list[dict], path: str, x: str, unit: str) -> None:
+    """Validation losses in the second half of training, where they can be told apart: means over
+    the seeds, with the lowest and the highest. A panel has the first variant and at most seven."""
     def per_step(run: dict) -> float:
         total = run["tokens"] * run["flops_per_token"] if x == "flops" else run[x]
         return total / run["steps"]
 
-    with picture(path, 7, 4.5) as figure:
-        axes = figure.add_subplot(xlabel=AXES[x][1], ylabel="validation loss (nats per token)")
-        axes.set_title("means over the seeds, from the lowest to the highest", fontsize="small")
-        low, high = math.inf, 0.0
-        for i, (name, of_variant) in enumerate(by_variant(runs).items()):
-            curves = [dict(run["curve"]) for run in of_variant]  # step -> loss
-            steps = [step for step in curves[0] if all(step in curve for curve in curves)]
-            xs = [step * statistics.mean(map(per_step, of_variant)) for step in steps]
-            at_step = [[curve[step] for curve in curves] for step in steps]
-            mean, color = list(map(statistics.mean, at_step)), f"C{i % 10}"
-            axes.plot(xs, mean, color=color, ls=("-", "--", ":")[i // 10 % 3],
-                      label=shown(f"{name}: {mean[-1]:.4f}"))
-            axes.fill_between(xs, list(map(min, at_step)), list(map(max, at_step)), color=color,
-                              alpha=0.12, lw=0)
-            early = max(1, 2 * (len(mean) - 1) // 5)  # what is above would flatten the rest
-            low, high = min(low, *mean), max(high, *mean[early:early + 1])
-        axes.set_ylim(low - 0.05 * (high - low or 1), high)
-        axes.legend(fontsize="small")
+    first, *others = by_variant(runs).items()
+    panels = math.ceil(len(others) / 7) or 1
+    size = math.ceil(len(others) / panels)
+    with picture(path, 9, 0.8 + 3.4 * panels) as figure:
+        grid = figure.subplots(panels, 1, squeeze=False, sharex=True, sharey=True)[:, 0]
+        figure.suptitle("means over the seeds, from the lowest to the highest", fontsize="small")
+        grid[-1].set_xlabel(AXES[x][1])
+        for k, axes in enumerate(grid):
+            for i, (name, of_variant) in enumerate([first, *others[k * size:(k + 1) * size]]):
+                curves = [dict(run["curve"]) for run in of_variant]  # step -> loss
+                steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+                steps = steps[len(steps) // 2:]
+                xs = [step * statistics.mean(map(per_step, of_variant)) for step in steps]
+                at_step = [[curve[step] for curve in curves] for step in steps]
+                final = statistics.mean(run["val_loss"] for run in of_variant)
+                axes.plot(xs, list(map(statistics.mean, at_step)), color=f"C{i}", marker="o", ms=3,
+                          label=shown(f"{name}: {final:.4f}"))
+                axes.fill_between(xs, list(map(min, at_step)), list(map(max, at_step)),
+                                  color=f"C{i}", alpha=0.12, lw=0)
+            axes.set_ylabel(f"validation loss ({unit})")
+            axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def draw_differences(runs: list[dict], path: str) -> None:
-    """Each variant's difference to the first with its interval, and seed by seed; grey: none."""
-    found = {label: d for label, d in differences(runs).items() if d}
-    losses, first = losses_by_seed(runs), runs[0]["variant"]
-    with picture(path, 7, 1.4 + 0.32 * len(found)) as figure:
-        axes = figure.add_subplot(xlabel=f"final loss - that of {shown(first)}\n"
-                                         f"(nats per token, with 95 % intervals)")
-        for i, (name, (mean, half)) in enumerate(found.items()):
-            color = {"lower": "C2", "higher": "C3"}.get(verdict((mean, half)), "C7")
-            axes.errorbar(mean, i, xerr=half, fmt="o", capsize=3, color=color)
-            ticks = [losses[name][seed] - losses[first][seed]
-                     for seed in losses[name].keys() & losses[first].keys()]
+def draw_differences(runs: list[dict], found: list[Comparison], path: str, margin: float | None,
+                     unit: str) -> None:
+    """Each comparison with its interval, and the seeds of the one against the mean of the other."""
+    variants = by_variant(runs)
+    losses = {label: [r["val_loss"] for r in of_variant] for label, of_variant in variants.items()}
+    first, names = next(iter(variants)), []
+    with picture(path, 8, 1.5 + 0.3 * len(found)) as figure:
+        axes = figure.add_subplot()
+        figure.supxlabel(f"final loss less that of {shown(first)}, or of the variant named\n"
+                         f"({unit}, with 95 % intervals)", fontsize="medium")
+        for i, c in enumerate(found):
+            color = {"**better**": "C2", "**worse**": "C3", "equal": "C0"}.get(c.verdict, "C7")
+            axes.errorbar(c.mean, i, xerr=c.half, fmt="o", capsize=3, color=color)
+            ticks = np.array(losses[c.variant]) - statistics.mean(losses[c.less])
             axes.plot(ticks, [i] * len(ticks), "|", color="k", alpha=0.4, ms=7)
-        axes.set_title("dots: means; ticks: single seeds; grey: no difference shown",
-                       fontsize="small")
+            names.append(shown(c.variant if c.less == first else f"{c.variant} less {c.less}"))
+        words = "dots: means; ticks: single seeds; green: better; red: worse; grey: undecided"
+        if margin:
+            axes.axvspan(-margin, margin, color="C0", alpha=0.08, lw=0)
+            words += f"\nblue: equal, the 90 % interval is within ± {margin:g}"
+        figure.suptitle(words, fontsize="small")
         axes.set_ylim(-0.6, len(found) - 0.4)
         axes.axvline(0, color="k", lw=0.8)
-        axes.set_yticks(range(len(found)), [*map(shown, found)])
+        axes.set_yticks(range(len(found)), names)
         axes.invert_yaxis()

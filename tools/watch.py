@@ -1,9 +1,9 @@
-"""Pictures of runs: losses, learned scalars, the path of the residual stream."""
+"""Pictures of runs: losses, what the substeps have learned, the path of the residual stream."""
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,28 +12,30 @@ import torch
 from torch.nn import functional as F
 
 from config import check_rules
-from model import GPT
+from model import GPT, State, Template
 from sample import load_checkpoint
 from support.checkpoint import model_from
-from support.data import Tokens
+from support.data import Tokens, evaluation_starts, to_device
 from support.errors import UserError, fail, printable, reason
 from support.meta import load_meta
 from tools.exchange import checkpoint_named
 
+UNITS = {"bytes": "nats per byte", "char": "nats per character"}
 AXES = {"steps": ("iter", "step"), "tokens": ("tokens", "training tokens"),
         "seconds": ("seconds", "wall time (s)"), "flops": ("flops", "training FLOPs")}
 
 
 @dataclass
 class PlotConfig:
-    """Draw runs together: their losses, learned scalars, or the paths of their residual streams."""
+    """Draw runs together: their losses, what their substeps have learned, or the paths of their
+    residual streams."""
 
     runs: tuple[str, ...] = ()  # the out_dirs to draw together; --runs may be left out
     draw: Literal["losses", "scalars", "path"] = "losses"  # what to draw of them
     x: Literal["steps", "tokens", "seconds"] = "steps"  # what losses are drawn over
     plot: str | None = None  # the PNG; auto: losses.png, scalars.png, path.png
-    data: str | None = None  # path: a data folder; auto: that of each run
-    data_dir: str | None = None  # path: where the data folders are; auto: where the run had them
+    data: str | None = None  # scalars, path: a data folder; auto: that of each run
+    data_dir: str | None = None  # where the data folders are; auto: where the run had them
 
     def __post_init__(self) -> None:
         check_rules(self)
@@ -41,6 +43,8 @@ class PlotConfig:
     def rules(self, rule: Callable[[bool, str], None]) -> None:
         rule(bool(self.runs), "name the out_dirs of one run or several: python bench.py plot "
                               "OUT_DIR...")
+        rule(len(self.runs) <= 8,
+             f"{len(self.runs)} runs: a picture of more than 8 cannot be read; draw several")
         rule((self.plot or ".png").endswith(".png"),
              f"plot={self.plot}: a picture is a PNG; end the name in .png")
 
@@ -49,12 +53,11 @@ def plot(config: PlotConfig) -> None:
     """Several runs in one PNG."""
     path = config.plot or f"{config.draw}.png"
     if config.draw == "losses":
-        draw_losses(config.runs, path, config.x)
-    elif config.draw == "scalars":
-        draw_scalars(logged_scalars(config.runs), path)
+        draw_losses(config, path)
     else:
-        draw_paths({run: residual_path(*model_and_tokens(run, config)) for run in config.runs},
-                   path)
+        measure, draw = (substeps, draw_substeps) if config.draw == "scalars" else (
+            residual_path, draw_paths)
+        draw({run: measure(*model_and_tokens(run, config)) for run in config.runs}, path)
     print(f"wrote {path}")
 
 
@@ -101,78 +104,118 @@ def read_log(out_dir: str) -> list[dict]:
 # Losses
 
 
-def draw_losses(runs: Iterable[str], path: str, x: str) -> None:
-    """Training and evaluation losses over one of AXES."""
-    key, label = AXES[x]
+def unit_of(run: str, data_dir: str | None) -> str:
+    """What a run's losses are in; per token where its data folder cannot say more."""
+    trained = read_log(run)[0]
+    folder = os.path.join(data_dir or trained.get("data_dir", ""), trained.get("dataset", ""))
+    try:
+        return UNITS.get(load_meta(folder)["tokenizer"], "nats per token")
+    except UserError:
+        return "nats per token"
+
+
+def draw_losses(config: PlotConfig, path: str) -> None:
+    """Evaluation losses, and of up to four runs training losses, over one of AXES; without the
+    first tenth, whose fall would flatten the rest."""
+    key, label = AXES[config.x]
+    units = " or ".join(dict.fromkeys(unit_of(run, config.data_dir) for run in config.runs))
+    kinds = [("eval", "val_loss", dict(marker="o", ms=3.5))]
+    if len(config.runs) <= 4:
+        kinds.append(("train", "loss", dict(lw=0.7, alpha=0.4)))
     with picture(path, 7, 4.5) as figure:
-        axes = figure.add_subplot(xlabel=label, ylabel="cross-entropy (nats per token)")
-        top = 0.0  # of the picture: the second evaluation, since the first is that of no training
-        for i, run in enumerate(runs):
-            records, color = read_log(run), f"C{i}"
-            for kind, loss, style in (("train", "loss", dict(lw=0.7, alpha=0.4)),
-                                      ("eval", "val_loss", dict(marker="o", ms=3.5))):
+        axes = figure.add_subplot(xlabel=label, ylabel=f"cross-entropy ({units})")
+        for i, run in enumerate(config.runs):
+            records = read_log(run)
+            for kind, loss, style in kinds:
                 points = [(r[key], r[loss]) for r in records
                           if r.get("type") == kind and r.get(loss) and key in r]
+                points = [point for point in points if point[0] >= points[-1][0] / 10]
                 if points:
                     xs, losses = zip(*points, strict=True)
-                    axes.plot(xs, losses, color=color, **style,
+                    axes.plot(xs, losses, color=f"C{i}", **style,
                               label=shown(f"{run}, {kind}: {losses[-1]:.4f}"))
-                    if kind == "eval" and len(losses) > 1:
-                        top = max(top, losses[1])
-        axes.set_ylim(top=1.05 * top or None)
         axes.legend(fontsize="small")
 
 
 # -----------------------------------------------------------------------------
-# Learned scalars
+# What the substeps have learned
 
 
-STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 4)), (0, (1, 4)))
+@torch.no_grad()
+def substeps(model: GPT, idx: torch.Tensor) -> dict[str, list[list[float]]]:
+    """What each substep does with tokens idx (B, T), layers -> substeps, in quantities that no
+    rescaling of weights changes (gamma and an output matrix are one function):
+
+    memory: the length of beta V (alpha V_0, alpha X_0) over that of gamma g, means over tokens;
+            only of templates that have such streams
+    cosine: of the step X' - X with g, the mean over tokens
+
+    Empty for those that learn no scalars, or ask both oracles at once."""
+    memory: list[float] = []
+    cosines: list[float] = []
+
+    def ratio(one: torch.Tensor, other: torch.Tensor) -> float:
+        return (one.norm(dim=-1).mean() / other.norm(dim=-1).mean()).item()
+
+    def listen(step: Template, inputs: tuple) -> tuple | None:
+        """Before a substep: its oracle is one that remembers its answer."""
+        oracle, state, h = inputs
+
+        def asked(z: torch.Tensor) -> torch.Tensor:
+            asked.answer = oracle(z)
+            return asked.answer
+
+        return (asked, state, h) if callable(oracle) and step.learned else None
+
+    def measure(step: Template, inputs: tuple, new: State) -> None:
+        """After it."""
+        asked, (x, *streams), h = inputs
+        if not hasattr(asked, "answer"):
+            return
+        g = asked.answer.to(x.dtype)
+        cosines.append(F.cosine_similarity(new[0] - x, g, dim=-1).mean().item())
+        beta, alpha, gamma = map(step.scalar, ("beta", "alpha", "gamma"))
+        taken = g if gamma is None else gamma * g
+        if beta is not None:
+            memory.append(ratio(beta * streams[0], h * taken))
+        elif alpha is not None:
+            memory.append(ratio(alpha * streams[0], taken))  # h scales both
+
+    blocks = model.transformer.h
+    hooks = [hook for block in blocks for step in block.steps for hook in (
+        step.register_forward_pre_hook(listen), step.register_forward_hook(measure))]
+    model(idx)
+    for hook in hooks:
+        hook.remove()
+    return {name: np.reshape(values, (len(blocks), -1)).round(4).tolist()
+            for name, values in (("memory", memory), ("cosine", cosines)) if values}
 
 
-def logged_scalars(runs: Iterable[str]) -> dict[str, list[dict]]:
-    """Run -> the learned scalars that it has logged."""
-    logs = {run: [r["scalars"] | {"step": r["iter"]} for r in read_log(run) if "scalars" in r]
-            for run in runs}
-    without = ", ".join(run for run, log in logs.items() if not log)
-    if not any(logs.values()):
-        fail(f"{without}: no learned scalars in log.jsonl; a momentum template "
-             f"(--template=nesterov) logs them at every evaluation")
-    if without:
-        print(f"no learned scalars in {without}")
-    return logs
-
-
-def draw_scalars(logs: dict[str, list[dict]], path: str) -> None:
-    """Each learned scalar: by layer as the run ended, and its mean over layers, with the lowest and
-    the highest, during training. The first substep is drawn solid, the next dashed.
-
-    logs: name of a run -> records of its step and, by name, its scalars: layers -> substeps."""
-    names = list(dict.fromkeys(k for log in logs.values() for r in log for k in r if k != "step"))
-    with picture(path, 9, 2.2 * len(names) + 0.6) as figure:
-        grid = figure.subplots(len(names), 2, squeeze=False)
-        for name, (by_layer, over_time) in zip(names, grid, strict=True):
-            by_layer.set(ylabel=name, xlabel="layer")
-            over_time.set(xlabel="step")
-            for i, (run, log) in enumerate(logs.items()):
-                log = [r for r in log if name in r]
-                steps = [r["step"] for r in log]
-                values = np.array([r[name] for r in log], float)  # (evaluations, layers, substeps)
-                substeps = {1: ["layer"], 2: ["attention", "FFN"]}.get(
-                    values.shape[-1], [f"substep {k + 1}" for k in range(values.shape[-1])])
-                for k, substep in enumerate(substeps):
-                    style = dict(color=f"C{i}", ls=STYLES[k % len(STYLES)])
-                    by_layer.plot(range(1, values.shape[1] + 1), values[-1, :, k], **style, ms=3.5,
-                                  marker="os^Dv<>"[k % 7], label=shown(f"{run}, {substep}"))
-                    of_substep = values[:, :, k]
-                    over_time.plot(steps, of_substep.mean(axis=1), **style)
-                    over_time.fill_between(steps, of_substep.min(axis=1), of_substep.max(axis=1),
-                                           color=f"C{i}", alpha=0.1, lw=0)
-            for axes in (by_layer, over_time):
-                axes.xaxis.get_major_locator().set_params(integer=True)
-        lines = {line.get_label(): line for by_layer, _ in grid for line in by_layer.lines}
-        figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=2,
-                      fontsize="small", handlelength=3)
+def draw_substeps(measured: dict[str, dict[str, list[list[float]]]], path: str) -> None:
+    """What `substeps` found, by name, over the layers: a column for each substep."""
+    named = {"memory": "|beta V| / |gamma g|", "cosine": "cos(X' - X, g)"}
+    rows = [key for key in named if any(key in found for found in measured.values())]
+    if not rows:
+        fail(f"{', '.join(measured)}: nothing is learned in the substeps; a momentum template "
+             f"(--template=nesterov) has scalars")
+    columns = max(len(layers[0]) for found in measured.values() for layers in found.values())
+    titles = {1: ["layer"], 2: ["attention", "FFN"]}.get(
+        columns, [f"substep {k + 1}" for k in range(columns)])
+    with picture(path, 1.5 + 3.2 * columns, 0.8 + 2.6 * len(rows)) as figure:
+        grid = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey="row")
+        for key, panels in zip(rows, grid, strict=True):
+            panels[0].set_ylabel(named[key])
+            for k, axes in enumerate(panels):
+                for i, (name, found) in enumerate(measured.items()):
+                    values = [layer[k] for layer in found.get(key, []) if k < len(layer)]
+                    axes.plot(range(1, len(values) + 1), values, f"C{i}", marker="o", ms=3,
+                              label=shown(name))
+        for title, top, bottom in zip(titles, grid[0], grid[-1], strict=True):
+            top.set_title(title, fontsize="medium")
+            bottom.set_xlabel("layer")
+            bottom.xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(handles=grid[0][0].lines, loc="outside upper center", fontsize="small",
+                      ncols=min(4, 80 // max(map(len, measured)) or 1))
 
 
 # -----------------------------------------------------------------------------
@@ -192,7 +235,8 @@ def model_and_tokens(run: str, config: PlotConfig) -> tuple[GPT, torch.Tensor]:
         fail(f"{folder} has {meta['vocab_size']} token ids, and {run} only "
              f"{model.config.vocab_size}; name its own data: --data=NAME")
     tokens = Tokens(folder, "val", meta, T)
-    return model, tokens.read(range(0, len(tokens) - T, T)[:16])[:, :-1].long()
+    return model, to_device(tokens.read(evaluation_starts(len(tokens), T, 16 * T)),
+                            torch.device("cpu"))[0]
 
 
 @torch.no_grad()

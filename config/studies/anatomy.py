@@ -22,6 +22,8 @@ from config.studies.suite import *
 study = "anatomy"
 out_dir = "out-study-anatomy"
 half = "reporting"
+margin = 0.012
+extended = None
 # the words of each rate: "" is the preset's; until anatomy_rates.py has run, all have that
 _half = "muon_lr=0.01 learning_rate=1.5e-3"
 _double = "muon_lr=0.04 learning_rate=6e-3"
@@ -43,4 +45,12 @@ variants = (
     "nesterov, no norm: template=nesterov velocity_norm=none",
     f"frozen, matched: template=frozen seeds=10 {_matched} {_frozen}",
     f"nesterov, matched: template=nesterov seeds=10 {_matched} {_nesterov}",
+)
+pairs = (
+    "frozen - nesterov (YuriiFormer)",
+    "frozen - polyak",
+    "frozen, matched - nesterov, matched",
+    "frozen - normed",
+    "nesterov, no tables - normed",
+    "x0 - skip",
 )

@@ -19,6 +19,10 @@ variants = (
     f"frozen: template=frozen {_frozen}",
     f"nesterov (YuriiFormer): template=nesterov {_nesterov}",
 )
+pairs = (
+    "frozen - nesterov (YuriiFormer)",
+    "frozen - normed",
+)
 
 max_iters = 1960  # four epochs
 warmup_iters = 80

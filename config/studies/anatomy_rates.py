@@ -17,6 +17,7 @@ out_dir = "out-study-anatomy-rates"
 seeds = 2
 first_seed = 101
 half = "choosing"
+extended = None
 variants = (
     "gd (GPT): template=gd",
     "gd, half: template=gd muon_lr=0.01 learning_rate=1.5e-3",
@@ -37,3 +38,4 @@ variants = (
     "tmm, half: template=tmm muon_lr=0.01 learning_rate=1.5e-3",
     "tmm, double: template=tmm muon_lr=0.04 learning_rate=6e-3",
 )
+pairs = ()

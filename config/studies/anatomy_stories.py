@@ -21,6 +21,11 @@ variants = (
     f"polyak: template=polyak {_polyak}",
     f"nesterov (YuriiFormer): template=nesterov {_nesterov}",
 )
+pairs = (
+    "frozen - nesterov (YuriiFormer)",
+    "frozen - polyak",
+    "frozen - normed",
+)
 
 dataset = "tinystories_bytes"
 eval_tokens = 100_000

@@ -37,3 +37,11 @@ variants = (
     "2 layers of 256: n_layer=2 n_embd=256",
     "hourglass, 6 of 128: n_layer=6 n_embd=128",
 )
+pairs = (
+    "K = 2 - hourglass, 3 of 208, K = 4",
+    "K = 1 - hourglass, 3 of 208, K = 4",
+    "wide attention - hourglass, 3 of 208, K = 4",
+    "6 layers of 144 - hourglass, 3 of 208, K = 4",
+    "2 layers of 256 - hourglass, 3 of 208, K = 4",
+    "hourglass, 6 of 128 - hourglass, 3 of 208, K = 4",
+)

@@ -25,3 +25,11 @@ variants = (
     "YuriiFormer, Muon, short warm-up: template=nesterov warmup_iters=2",
     "YuriiFormer, AdamW: template=nesterov optimizer=adamw",
 )
+pairs = (
+    "YuriiFormer, Muon, decay 0.1 - GPT, Muon, decay 0.1",
+    "YuriiFormer, Muon, decay 0.1 - YuriiFormer, Muon",
+    "YuriiFormer, Muon, short warm-up - GPT, Muon, short warm-up",
+    "YuriiFormer, Muon, short warm-up - YuriiFormer, Muon",
+    "YuriiFormer, AdamW - GPT, AdamW",
+    "YuriiFormer, AdamW - YuriiFormer, Muon",
+)

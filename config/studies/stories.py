@@ -17,6 +17,8 @@ variants = (
     "nesterov (YuriiFormer): template=nesterov",
     "tmm: template=tmm",
 )
+pairs = ("polyak - nesterov (YuriiFormer)",)
+extended = None
 
 dataset = "tinystories_bytes"
 eval_tokens = 100_000

@@ -9,6 +9,7 @@ Cost:     55 runs of 1.0 M tokens, about two minutes each on one CPU core.
 
 study = "suite"
 seeds = 5
+extended = "three seeds of each were run first, then two more"
 variants = (
     "gd (GPT): template=gd",
     "gd, euler: template=gd splitting=euler",
@@ -21,6 +22,13 @@ variants = (
     "imex(2): template=imex imex_steps=2",
     "symplectic: template=symplectic",
     "adam: template=adam",
+)
+pairs = (
+    "nesterov (YuriiFormer) - gd, euler",
+    "nesterov, euler - gd, euler",
+    "nesterov, euler - nesterov (YuriiFormer)",
+    "nesterov, strang - nesterov (YuriiFormer)",
+    "adam - nesterov (YuriiFormer)",
 )
 x = "tokens"
 

@@ -20,3 +20,9 @@ variants = (
     "GPT, wider: template=gd match=parameters",
     "GPT, deeper: template=gd n_layer=6 match=parameters",
 )
+pairs = (
+    "neither (GPT) - tables",
+    "neither (GPT) - dynamics",
+    "GPT, wider - neither (GPT)",
+    "GPT, deeper - neither (GPT)",
+)

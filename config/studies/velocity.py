@@ -22,3 +22,7 @@ variants = (
     "tmm: template=tmm",
     "tmm, softplus: template=tmm scalar_map=softplus",
 )
+pairs = (
+    "polyak, none - nesterov, none",
+    "polyak, none - polyak (no look-ahead)",
+)
