@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from config import check_rules
-from model import GPT, KVCache, transposed
+from model import GPT, GPTConfig, KVCache, transposed
 from sample import SampleConfig, load_checkpoint, nanogpt_tokenizer
 from support.checkpoint import model_from, write_file
 from support.code import HERE
@@ -180,12 +180,12 @@ def as_gpt2(model: GPT, meta: dict):
     if any(shapes.get(name) != w.shape for name, w in ours.items()):
         return None
     gpt2 = GPT2LMHeadModel(config).to(model.lm_head.weight.dtype).eval()
-    gpt2.load_state_dict({n: ours.get(n, torch.zeros_like(w)) for n, w in gpt2.state_dict().items()})
+    theirs = gpt2.state_dict()
+    gpt2.load_state_dict({n: ours.get(n, torch.zeros_like(w)) for n, w in theirs.items()})
     largest, change = compare_logits(model, lambda idx: gpt2(idx).logits)
     if not change < 1e-4 * largest:
         return None
-    if m.vocab_used is not None and m.vocab_used < m.vocab_size:
-        gpt2.generation_config.suppress_tokens = padding(model)
+    gpt2.generation_config.suppress_tokens = padding(m) or None
     return gpt2
 
 
@@ -217,14 +217,14 @@ def with_code(model: GPT, meta: dict, folder: str, code: Path, known: Iterable[s
         "hidden_size": m.n_embd, "num_attention_heads": m.n_head, "tie_word_embeddings": True,
         "num_hidden_layers": len(cache.slots),  # as many as attention is called: for the cache
         "dtype": dtype, "torch_dtype": dtype})
-    suppressed = {"suppress_tokens": padding(model)} if padding(model) else {}
-    write_json(os.path.join(folder, "generation_config.json"), ends(meta) | suppressed)
+    suppressed = padding(m)
+    write_json(os.path.join(folder, "generation_config.json"),
+               ends(meta) | ({"suppress_tokens": suppressed} if suppressed else {}))
 
 
-def padding(model: GPT) -> list[int]:
+def padding(m: GPTConfig) -> list[int]:
     """The rows above the vocabulary: they stay, so that the logits are the same, and are never
     drawn."""
-    m = model.config
     return list(range(m.vocab_used or m.vocab_size, m.vocab_size))
 
 
