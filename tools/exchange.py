@@ -157,7 +157,7 @@ def to_hf(model: GPT, meta: dict, folder: str, code: Path = HERE / "model.py",
             fail(f"with {code} transformers does not compute this model: on random tokens the "
                  f"logits, of up to {largest:.3g}, would change by up to {change:.1e}; use "
                  f"--format=safetensors")
-        kind = "with its own code: load it with trust_remote_code=True"
+        kind = f"with its own code, {code}: load it with trust_remote_code=True"
     return f"{kind}; {save_tokenizer(meta, model.config.block_size, folder)}"
 
 
@@ -247,11 +247,12 @@ def loaded_logits(folder: str, idx: torch.Tensor) -> torch.Tensor:
     cache, (2, B, T, V): in a process that does not see our files."""
     place = os.path.dirname(folder)
     torch.save(idx, os.path.join(place, "idx.pt"))
-    paths = [path for path in sys.path if os.path.realpath(path) != str(HERE)]
+    modules = os.path.join(place, "modules")  # transformers copies the code there
+    paths = [modules, *(path for path in sys.path if os.path.realpath(path) != str(HERE))]
     result = subprocess.run(
         [sys.executable, "-c", ELSEWHERE], cwd=place, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1",
-                          "HF_MODULES_CACHE": os.path.join(place, "modules")})
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_MODULES_CACHE": modules,
+                          "HF_HUB_OFFLINE": "1"})
     if result.returncode:
         said = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
         fail(f"transformers cannot compute with this model's code: {said}; use "
