@@ -262,25 +262,26 @@ def loaded_logits(folder: str, idx: torch.Tensor) -> torch.Tensor:
 
 def save_tokenizer(meta: dict, block_size: int, folder: str) -> str:
     """The tokenizer as transformers', in tokenizer.json, where it has that form. Says which."""
-    import tokenizers
-    from transformers.convert_slow_tokenizer import TikTokenConverter
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Table
 
     name = meta.get("tokenizer", "unknown")
     ours = Tokenizer.from_meta(meta) if name in ("bytes", "char", "gpt2", "r50k_base") else None
     if ours is None or len(ours.ids) < len(ours.alphabet):
         return f"without its tokenizer ({name}), which has no such form"
+    pattern = Regex(ours.bpe._pat_str if ours.bpe else r"[\s\S]")
+    steps = [pre_tokenizers.Split(pattern, "isolated")]
     if name == "char":
-        table = tokenizers.Tokenizer(tokenizers.models.WordLevel(ours.ids))
-        table.pre_tokenizer = tokenizers.pre_tokenizers.Split(
-            tokenizers.Regex(r"[\s\S]"), "isolated")
-        table.decoder = tokenizers.decoders.Fuse()
+        table = Table(models.WordLevel(ours.ids))
+        table.decoder = decoders.Fuse()
     else:
-        pattern = ours.bpe._pat_str if ours.bpe else r"[\s\S]"
         ranks = ours.bpe._mergeable_ranks if ours.bpe else {bytes([i]): i for i in range(256)}
-        converter = TikTokenConverter(pattern=pattern, extra_special_tokens=[END_OF_TEXT])
-        converter.load_tiktoken_bpe = lambda _: ranks  # instead of reading a file
-        table = converter.converted()
-    table.save(os.path.join(folder, "tokenizer.json"))
+        table = Table(models.BPE(*vocabulary(ranks), ignore_merges=True))
+        table.decoder = decoders.ByteLevel()
+        table.add_special_tokens([END_OF_TEXT])
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    table.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    table.save(os.path.join(folder, "tokenizer.json"), pretty=False)
     special = {} if ours.eot is None else dict.fromkeys(
         ("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     write_json(os.path.join(folder, "tokenizer_config.json"), special | {
@@ -288,6 +289,21 @@ def save_tokenizer(meta: dict, block_size: int, folder: str) -> str:
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False})
     return f"with its tokenizer ({name})"
+
+
+def vocabulary(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The ids of tiktoken's tokens, written as GPT-2's files write bytes, and the merges: each way
+    in which two tokens make another."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters, merges = bytes_to_unicode(), []
+    names = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    for token in sorted(ranks, key=ranks.get):
+        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
+        halves = [(a, b) for a, b in halves if a in ranks and b in ranks]
+        for a, b in sorted(halves, key=lambda pair: ranks[pair[0]]):
+            merges.append((names[a], names[b]))
+    return {names[token]: rank for token, rank in ranks.items()}, merges
 
 
 @torch.no_grad()
