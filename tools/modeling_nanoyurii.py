@@ -80,7 +80,8 @@ class NanoYuriiForCausalLM(PreTrainedModel, GenerationMixin):
         """input_ids (B, T), labels (B, T) with -100 where nothing is predicted -> logits (B, T, V),
         or (B, 1, V) with logits_to_keep=1; and the loss."""
         for name in ("inputs_embeds", "position_ids", "output_attentions", "output_hidden_states"):
-            if options.pop(name, None) not in (None, False):
+            value = options.pop(name, None)
+            if value is not None and value is not False:
                 raise ValueError(f"{name} is not known to a nanoYurii model; leave it out")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
