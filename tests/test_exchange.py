@@ -413,7 +413,7 @@ def test_a_buffer_that_is_not_stored_is_refused(tmp_path):
     pytest.importorskip("safetensors")
     model = write(tmp_path / "a.pt")
     model.transformer.register_buffer("slopes", torch.ones(2), persistent=False)
-    refused(lambda: exchange.with_code(model, {}, str(tmp_path), tmp_path, ()),
+    refused(lambda: exchange.with_code(model, {}, {}, str(tmp_path), tmp_path, ()),
             "transformer.slopes", "persistent=True", "--format=safetensors")
 
 

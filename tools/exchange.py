@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from config import check_rules
-from model import GPT, GPTConfig, KVCache, transposed
+from model import GPT, KVCache, transposed
 from sample import SampleConfig, load_checkpoint, nanogpt_tokenizer
 from support.checkpoint import model_from, write_file
 from support.code import HERE
@@ -145,23 +145,29 @@ def to_hf(model: GPT, meta: dict, folder: str, code: Path = HERE / "model.py",
           known: Iterable[str] = ()) -> str:
     """For transformers: a plain GPT as its GPT-2, any other model with its own code (model.py,
     which has the options `known`). The folder's logits are ours, or it is refused."""
-    stored = model.lm_head.weight.dtype
-    gpt2 = as_gpt2(model.to(torch.promote_types(stored, torch.float32)), meta)
+    m, stored = model.config, model.lm_head.weight.dtype
+    eot = Tokenizer.from_meta(meta).eot if meta else None
+    ends = {"bos_token_id": eot, "eos_token_id": eot}
+    gpt2 = as_gpt2(model.to(torch.promote_types(stored, torch.float32)), meta, ends)
     if gpt2 is not None:
         gpt2.to(stored).save_pretrained(folder, max_shard_size="1TB")
         kind = "as transformers' GPT2LMHeadModel"
     else:
-        with_code(model.to(stored), meta, folder, code, known)
+        with_code(model.to(stored), meta, ends, folder, code, known)
         largest, change = compare_logits(model.double(), lambda idx: loaded_logits(folder, idx))
         if not change < 1e-4 * largest:
             fail(f"with {code} transformers does not compute this model: on random tokens the "
                  f"logits, of up to {largest:.3g}, would change by up to {change:.1e}; use "
                  f"--format=safetensors")
         kind = f"with its own code, {code}: load it with trust_remote_code=True"
-    return f"{kind}; {save_tokenizer(meta, model.config.block_size, folder)}"
+    padding = list(range(m.vocab_used or m.vocab_size, m.vocab_size))
+    if padding:  # stays, so that the logits are the same, and is never drawn
+        ends["suppress_tokens"] = padding
+    write_json(os.path.join(folder, "generation_config.json"), ends)
+    return f"{kind}; {save_tokenizer(meta, m.block_size, folder)}"
 
 
-def as_gpt2(model: GPT, meta: dict):
+def as_gpt2(model: GPT, meta: dict, ends: dict):
     """The same as a GPT-2 of transformers, with zeros for biases that it does not have; None where
     GPT-2 has other weights or other logits."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -173,7 +179,7 @@ def as_gpt2(model: GPT, meta: dict):
         vocab_size=m.vocab_size, n_positions=m.block_size, n_embd=m.n_embd, n_layer=m.n_layer,
         n_head=m.n_head, n_inner=m.ffn_hidden, resid_pdrop=m.dropout, embd_pdrop=m.dropout,
         attn_pdrop=m.dropout, activation_function="gelu" if m.activation == "gelu" else "gelu_new",
-        tokenizer=meta or None, **ends(meta))  # the tokenizer is for us alone
+        tokenizer=meta or None, **ends)  # the tokenizer is for us alone
     with torch.device("meta"):
         shapes = {name: w.shape for name, w in GPT2LMHeadModel(config).state_dict().items()}
     ours = transposed(model.state_dict())
@@ -183,19 +189,11 @@ def as_gpt2(model: GPT, meta: dict):
     theirs = gpt2.state_dict()
     gpt2.load_state_dict({n: ours.get(n, torch.zeros_like(w)) for n, w in theirs.items()})
     largest, change = compare_logits(model, lambda idx: gpt2(idx).logits)
-    if not change < 1e-4 * largest:
-        return None
-    gpt2.generation_config.suppress_tokens = padding(m) or None
-    return gpt2
+    return gpt2 if change < 1e-4 * largest else None
 
 
-def ends(meta: dict) -> dict:
-    """The id that begins and ends a text, for a configuration of transformers."""
-    eot = Tokenizer.from_meta(meta).eot if meta else None
-    return {"bos_token_id": eot, "eos_token_id": eot}
-
-
-def with_code(model: GPT, meta: dict, folder: str, code: Path, known: Iterable[str]) -> None:
+def with_code(model: GPT, meta: dict, ends: dict, folder: str, code: Path, known: Iterable[str],
+              ) -> None:
     """The weights as they are, the code that computes with them, and what transformers asks for."""
     to_safetensors(model, meta, folder)
     if lost := {n for n, _ in model.named_buffers()} - model.state_dict().keys():
@@ -209,7 +207,7 @@ def with_code(model: GPT, meta: dict, folder: str, code: Path, known: Iterable[s
         model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     args = {k: v for k, v in asdict(m).items() if k in known or k == "vocab_used"}
-    write_json(os.path.join(folder, "config.json"), about(model, meta) | ends(meta) | {
+    write_json(os.path.join(folder, "config.json"), about(model, meta) | ends | {
         "model_type": "nanoyurii", "architectures": ["NanoYuriiForCausalLM"], "model_args": args,
         "auto_map": {"AutoConfig": f"{own.stem}.NanoYuriiConfig",
                      "AutoModelForCausalLM": f"{own.stem}.NanoYuriiForCausalLM"},
@@ -217,15 +215,6 @@ def with_code(model: GPT, meta: dict, folder: str, code: Path, known: Iterable[s
         "hidden_size": m.n_embd, "num_attention_heads": m.n_head, "tie_word_embeddings": True,
         "num_hidden_layers": len(cache.slots),  # as many as attention is called: for the cache
         "dtype": dtype, "torch_dtype": dtype})
-    suppressed = padding(m)
-    write_json(os.path.join(folder, "generation_config.json"),
-               ends(meta) | ({"suppress_tokens": suppressed} if suppressed else {}))
-
-
-def padding(m: GPTConfig) -> list[int]:
-    """The rows above the vocabulary: they stay, so that the logits are the same, and are never
-    drawn."""
-    return list(range(m.vocab_used or m.vocab_size, m.vocab_size))
 
 
 ELSEWHERE = """
