@@ -35,9 +35,10 @@ def read_folder(folder: str) -> dict:
 
 
 def tokenizer_of(folder: str, config: dict) -> dict | None:
-    """That of a folder of transformers: GPT-2's where its table of tokens is GPT-2's; without a
-    file, what our export says in config.json, or GPT-2's where the model has its number of rows.
-    None: not known. UserError: it is another."""
+    """That of a folder of transformers: GPT-2's where its table of tokens is GPT-2's, bytes or
+    char where our export says so in config.json and the table has as many; without a file, what it
+    says there, or GPT-2's where the model has its number of rows. None: not known. UserError: it
+    is another."""
     names = sorted(name for name in os.listdir(folder)
                    if name.startswith(("tokenizer", "vocab", "merges", "spiece", "sentencepiece")))
     if not names:
@@ -49,6 +50,10 @@ def tokenizer_of(folder: str, config: dict) -> dict | None:
     elif "vocab.json" in names:
         tokens = json.loads(Path(folder, "vocab.json").read_bytes())
     tokens.pop(END_OF_TEXT, None)
+    said = config.get("tokenizer") or {}
+    if said.get("tokenizer") in ("bytes", "char"):  # bytes have an id more: the end of a text
+        if said["vocab_size"] - len(tokens) == (said["tokenizer"] == "bytes"):
+            return said
     if hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest() != GPT2_TOKENS:
         fail(f"{folder} has a tokenizer of its own ({names[0]}): of transformers' only GPT-2's is "
              f"known here; choose a model with that one")

@@ -3,23 +3,27 @@
 import json
 import math
 import os
+import subprocess
 import sys
-from dataclasses import asdict, make_dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHARED, assert_same, refused
-from variants import VARIANTS
+from variants import VARIANTS, assert_close
 
 import bench
 import sample
 import train
 from model import GPT, GPTConfig
+from model import __file__ as model_file
 from support.checkpoint import model_from, named_weights, read_checkpoint
+from support.code import copy_code
 from support.errors import UserError
 from support.meta import TOKENIZER_KEYS
 from support.tokenizer import Tokenizer
+from tools import exchange
 
 IDX = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
 
@@ -63,7 +67,7 @@ def test_transformers_has_our_logits(tmp_path, capsys, options):
     transformers = pytest.importorskip("transformers")
     ours = write(tmp_path / "a.pt", **options)
     export(tmp_path / "a.pt", tmp_path / "hf")
-    assert "without its tokenizer (bytes)" in capsys.readouterr().out
+    assert "GPT2LMHeadModel; with its tokenizer (bytes)" in capsys.readouterr().out
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     c = theirs.config
     assert isinstance(theirs, transformers.GPT2LMHeadModel)
@@ -201,46 +205,216 @@ def test_the_tokenizer_is_gpt2s(tmp_path, gpt2_cache):
     assert theirs.model_max_length == 16
 
 
-@pytest.mark.parametrize("options", [
-    dict(template="nesterov"), dict(splitting="euler"), dict(ffn="swiglu"), dict(norm="rmsnorm"),
-    dict(position="rope"), dict(qk_norm=True), dict(head_dim=8), dict(velocity_init="add")])
-def test_what_is_no_gpt2_is_refused(tmp_path, options):
+CHARS = {"tokenizer": "char", "alphabet": "\n abcdé🙂", "vocab_size": 8, "padded_vocab_size": 8}
+
+
+@pytest.mark.parametrize("meta", [Tokenizer("bytes").to_meta(), CHARS], ids=str)
+def test_the_tokenizer_is_ours(tmp_path, meta):
+    transformers = pytest.importorskip("transformers")
+    assert "with its tokenizer" in exchange.save_tokenizer(meta, 16, str(tmp_path))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_meta(meta)
+    for text in (TEXTS if meta["tokenizer"] == "bytes" else [" é\n\n a bad  cab🙂 ", "", "a"]):
+        ids = ours.encode_prompt(text)
+        assert theirs(text)["input_ids"] == ids, text
+        assert theirs.decode(ids) == text
+    assert len(theirs) == ours.n_vocab and theirs.eos_token_id == ours.eot
+    assert list(theirs("a")) == ["input_ids", "attention_mask"]
+    if meta is CHARS:
+        with pytest.raises(Exception, match="(?i)unk"):
+            theirs("x")
+
+
+@pytest.mark.parametrize("meta", [
+    {}, {"tokenizer": "cl100k_base"}, {**CHARS, "alphabet": ["<0>", "<0>", *"abcdef"]}], ids=str)
+def test_a_tokenizer_without_such_a_form_is_left_out(tmp_path, meta):
     pytest.importorskip("transformers")
-    write(tmp_path / "a.pt", **options)
-    (name, value), = options.items()
-    found = {"head_dim": "size mismatch", "velocity_init": "logits"}.get(name, f"{name}={value}")
-    lines = refused(lambda: export(tmp_path / "a.pt", tmp_path / "hf"), found,
-                    "--format=safetensors")
+    name = meta.get("tokenizer", "unknown")
+    assert f"without its tokenizer ({name})" in exchange.save_tokenizer(meta, 16, str(tmp_path))
+    assert not os.listdir(tmp_path)
+
+
+OWN_CODE = {
+    "nesterov": dict(template="nesterov", vocab_size=384, vocab_used=257),
+    "tmm-read": VARIANTS["tmm-read"],  # Strang: attention twice a layer
+    "hourglass-each": VARIANTS["nesterov-hourglass-each"], "llama": VARIANTS["llama"],
+    "euler": dict(splitting="euler")}  # which has GPT-2's weights
+
+
+@pytest.mark.parametrize("name", OWN_CODE)
+def test_transformers_computes_every_variant(tmp_path, monkeypatch, name):
+    """The same logits and loss; greedy text with a cache and without one, of padded rows too."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    ours = write(tmp_path / "a.pt", **OWN_CODE[name])
+    folder = export(tmp_path / "a.pt", tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    theirs, expected = theirs.eval(), logits(ours)
+    with torch.no_grad():
+        assert torch.equal(theirs(IDX).logits, expected)
+        loss = theirs(IDX, labels=IDX).loss
+    assert loss == pytest.approx(ours(IDX[:, :-1], IDX[:, 1:])[1].item(), rel=1e-5)
+    with pytest.raises(ValueError, match="position_ids"):
+        theirs(IDX, position_ids=IDX)
+
+    def generate(idx, **options):
+        return theirs.generate(idx, max_new_tokens=8, do_sample=False, output_logits=True,
+                               eos_token_id=999, return_dict_in_generate=True, **options)
+
+    text = ours.generate(IDX, 8, temperature=0)
+    for options in (dict(), dict(use_cache=False)):
+        found = generate(IDX, **options)
+        assert torch.equal(found.sequences, text)
+        assert_close(torch.stack(found.logits, 1), logits(ours, text)[:, 7:15], 1e-4)
+    rows, mask = torch.full((2, 8), 999), torch.ones(2, 8)
+    rows[0, 3:], rows[1], mask[0, :3] = IDX[0, :5], IDX[1], 0
+    found = generate(rows, attention_mask=mask, pad_token_id=999)
+    short = ours.generate(IDX[:1, :5], 8, temperature=0)
+    assert torch.equal(found.sequences[:, 8:], torch.cat((short[:, 5:], text[1:, 8:])))
+    assert_close(torch.stack(found.logits, 1)[0], logits(ours, short)[0, 4:12], 1e-4)
+    beams = [generate(IDX, num_beams=2, use_cache=cached).sequences for cached in (True, False)]
+    assert torch.equal(*beams)
+    with torch.no_grad():
+        right = theirs(rows.flip(1), attention_mask=mask.flip(1)).logits[0, :5]
+    assert_close(right, logits(ours, IDX[:1, :5].flip(1))[0], 1e-4)
+
+    theirs.save_pretrained(tmp_path / "again")  # as after training there
+    for back in (folder, tmp_path / "again"):
+        assert torch.equal(logits(model_from(read_checkpoint(str(back))).eval()), expected)
+
+
+TASK = """task: {kind}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/items.jsonl}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{context}}}}"
+target_delimiter: ""
+{more}
+metric_list: [{{metric: {metric}}}]
+"""
+
+
+@pytest.mark.parametrize("meta", [Tokenizer("bytes").to_meta(), CHARS], ids=str)
+def test_a_task_has_our_scores(tmp_path, monkeypatch, meta):
+    """With lm-eval's own backend for transformers; rows of several lengths are padded."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    pytest.importorskip("accelerate")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    model = write(tmp_path / "a.pt", None, template="tmm", vocab_size=meta["vocab_size"])
+    checkpoint = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save(checkpoint | {"tokenizer": meta}, tmp_path / "a.pt")
+    tokenizer, items = Tokenizer.from_meta(meta), []
+    for i, context in enumerate(["a", "bad", "cab ", "é\n", "dad cab", "abc"] * 3):
+        greedy = model.generate(torch.tensor([tokenizer.encode(context)]), 4, temperature=0)[0]
+        copied = tokenizer.decode(greedy[len(tokenizer.encode(context)):]).split("d")[0]
+        items.append({"context": context, "answers": ["ab", " c", "dab", copied or "b"],
+                      "gold": i % 4})
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    kinds = {"multiple_choice": ("acc", 'doc_to_target: gold\ndoc_to_choice: "{{answers}}"'),
+             "generate_until": ("exact_match", 'doc_to_target: "{{answers[3]}}"\n'
+                                'generation_kwargs: {until: ["d"], max_gen_toks: 4}')}
+    if meta is CHARS:  # that backend generates only where there is an end-of-text id
+        del kinds["generate_until"]
+    for kind, (metric, more) in kinds.items():
+        (tmp_path / f"{kind}.yaml").write_text(TASK.format(
+            kind=kind, metric=metric, more=more, folder=tmp_path))
+    bench.main(["eval", f"--ckpt={tmp_path}/a.pt", f"--tasks={','.join(kinds)}", "--device=cpu",
+                f"--include_path={tmp_path}", f"--json={tmp_path}/figures.json"])
+    ours = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    backend = huggingface.HFLM(
+        pretrained=str(export(tmp_path / "a.pt", tmp_path / "hf")), trust_remote_code=True,
+        device="cpu", batch_size=4, prefix_token_id=tokenizer.eot or 0)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    theirs = simple_evaluate(backend, tasks=list(kinds), task_manager=manager)["results"]
+    for row, (kind, (metric, _)) in zip(ours, kinds.items(), strict=True):
+        assert theirs[kind][f"{metric},none"] == pytest.approx(row[metric]), kind
+        assert row[metric] > 0
+
+
+WINDOW = [  # a fork's option: attention sees so many tokens
+    ("    attention: str =", "    window: int = 0  # seen tokens\n    attention: str ="),
+    ("config.n_head, config.dropout\n",
+     "config.n_head, config.dropout\n        self.window = config.window\n"),
+    ("        mask = None\n", "        mask = torch.ones(T, T, dtype=torch.bool).tril()\n"),
+    ("cache.extend(k, v)\n", "cache.extend(k, v)\n"
+     "        mask &= mask.sum(-1, keepdim=True) - mask.cumsum(-1) < self.window\n"),
+    ("is_causal=cache is None", "is_causal=False")]
+IN_THE_FORK = """
+import sys, bench, sample, train
+out, words = sys.argv[1], sys.argv[2:]
+train.main([*words, f"--out_dir={out}/run", "--window=3", "--velocity_init=add", "--bias=False"])
+bench.main(["export", f"--ckpt={out}/run", f"--out={out}/first"])
+bench.main(["export", f"--ckpt={out}/first", f"--out={out}/hf"])
+for source in (f"--out_dir={out}/run", f"--init_from={out}/hf"):
+    print("-----")
+    sample.main([source, "--start=ab", "--temperature=0", "--num_samples=1", "--device=cpu",
+                 "--max_new_tokens=9", "--dtype=float32"])
+"""
+ANYWHERE = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = model.generate(**tokenizer("ab", return_tensors="pt"), max_new_tokens=9, do_sample=False)
+print(tokenizer.decode(ids[0]))
+"""
+
+
+def test_a_fork_is_exported(tmp_path, words):
+    """With an option of its own, and read where none of our files are to be seen."""
+    pytest.importorskip("transformers")
+    copy_code(str(tmp_path / "fork"))
+    path = tmp_path / "fork" / "model.py"
+    code = path.read_text()
+    for old, new in WINDOW:
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    path.write_text(code)
+
+    def python(cwd, *words) -> str:
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, text=True,
+                              capture_output=True, env=os.environ | {
+                                  "PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "m")})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    printed = python(tmp_path / "fork", "-c", IN_THE_FORK, tmp_path, *words(tmp_path / "run"))
+    assert "code_that_ran" in printed and f"{tmp_path}/first/model.py" in printed
+    texts = [text.strip("\n") for text in printed.split("-----\n")[1:]]
+    texts.append(python("/", "-I", "-c", ANYWHERE, tmp_path / "hf").strip("\n"))
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) > 3
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("self.c_proj(y.", "2 * self.c_proj(y.", "logits"),
+    ("k, v, mask = cache.extend(k, v)", "_, _, mask = cache.extend(k, v)", "size of tensor"),
+    ("import math\n", "import math\nimport support.errors\n", "No module named 'support'")])
+def test_code_that_makes_another_model_is_refused(tmp_path, old, new, said):
+    """The model.py that the run's folder keeps, if it is not what we compute."""
+    pytest.importorskip("transformers")
+    write(tmp_path / "ckpt.pt", template="nesterov")
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    torch.save(checkpoint | {"code": {"hash": "a1"}}, tmp_path / "ckpt.pt")
+    kept = tmp_path / "code_that_ran" / "a1" / "model.py"
+    kept.parent.mkdir(parents=True)
+    code = Path(model_file).read_text()
+    assert old in code
+    kept.write_text(code.replace(old, new))
+    lines = refused(lambda: export(tmp_path, tmp_path / "hf"), said, "--format=safetensors")
     assert len(lines) == 1 and not (tmp_path / "hf").exists()
 
 
-def windowed(self, x, *_):
-    """A fork's attention, which sees four tokens."""
-    q, k, v = (z.unflatten(-1, (2, -1)).transpose(1, 2) for z in self.c_attn(x).chunk(3, -1))
-    seen = torch.ones(x.size(1), x.size(1), dtype=torch.bool).tril().triu(-3)
-    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    return self.c_proj(y.transpose(1, 2).flatten(2))
-
-
-@pytest.mark.parametrize("value, change, said", [
-    (4, lambda patch: None, ["no window=4", "--format=safetensors"]),
-    (0, lambda patch: patch.setattr("model.CausalSelfAttention.forward", windowed),
-     ["logits", "--format=safetensors"]),
-    (0, lambda patch: patch.setattr("model.GPTConfig.d_ffn", 40), ["other weights", "40"]),
-    (0, lambda patch: None, [])])
-def test_what_a_fork_adds_is_not_exported(tmp_path, monkeypatch, value, change, said):
-    """An option of its own, unless it has its default; other mathematics or shapes without one."""
-    pytest.importorskip("transformers")
-    fork = make_dataclass("Fork", [("window", int, 0)], bases=(GPTConfig,))
-    monkeypatch.setitem(globals(), "GPTConfig", fork)
-    monkeypatch.setattr("support.checkpoint.GPTConfig", fork)
-    change(monkeypatch)
-    write(tmp_path / "a.pt", window=value)
-    if said:
-        assert len(refused(lambda: export(tmp_path / "a.pt", tmp_path / "hf"), *said)) == 1
-    else:
-        export(tmp_path / "a.pt", tmp_path / "hf")
-    assert (tmp_path / "hf").exists() != bool(said)
+def test_a_buffer_that_is_not_stored_is_refused(tmp_path):
+    """transformers would leave it as the memory happens to be."""
+    pytest.importorskip("safetensors")
+    model = write(tmp_path / "a.pt")
+    model.transformer.register_buffer("slopes", torch.ones(2), persistent=False)
+    refused(lambda: exchange.with_code(model, {}, {}, str(tmp_path), tmp_path, ()),
+            "transformer.slopes", "persistent=True", "--format=safetensors")
 
 
 # -----------------------------------------------------------------------------
@@ -277,11 +451,12 @@ def test_a_run_and_an_exported_folder_are_read(tmp_path, run):
         assert all(torch.equal(w, weights[n]) for n, w in best["model"].items())
 
 
-def test_the_programs_read_the_folder(tmp_path, words, capsys):
+@pytest.mark.parametrize("form", ["hf", "safetensors"])
+def test_the_programs_read_the_folder(tmp_path, words, capsys, form):
     """As they read the .pt file; its name may begin with gpt2."""
-    pytest.importorskip("safetensors")
+    pytest.importorskip("transformers" if form == "hf" else "safetensors")
     write(tmp_path / "a.pt", template="nesterov", ffn="hourglass", bias=False)
-    folder = export(tmp_path / "a.pt", tmp_path / "gpt2-mine", "--format=safetensors")
+    folder = export(tmp_path / "a.pt", tmp_path / "gpt2-mine", f"--format={form}")
     printed = []
     for source in (folder, tmp_path / "a.pt"):
         capsys.readouterr()
