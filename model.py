@@ -43,6 +43,7 @@ class GPTConfig:
     bias: bool = True  # biases in linears and LayerNorms, as GPT-2 has; False is a bit better
     head_dim: int | None = None  # auto: n_embd / n_head; smaller makes hourglass attention
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # every norm (QK-norm is always RMSNorm)
+    norm_place: Literal["pre", "post"] = "pre"  # before an oracle, or after it as OLMo 2: N(g(X))
     position: Literal["learned", "rope"] = "learned"  # position table, or rotary embedding
     rope_theta: float = 10000.0  # base of RoPE's frequencies
     qk_norm: bool = False  # RMSNorm of q and k at packed width, before the head split and RoPE
@@ -59,10 +60,11 @@ class GPTConfig:
     velocity_norm: Literal["update", "read", "none"] = "update"  # what the velocity norm N_v wraps
     mu_init: float = 0.5  # look-ahead at the start (the value, not the raw parameter)
     beta_init: float = 0.5  # velocity decay at the start
-    gamma_init: float = math.log(2)  # oracle step size at the start
+    gamma_init: float = math.log(2)  # oracle step size at the start (gain and x0 start at 1)
     scalar_map: Literal["sigmoid", "softplus"] = "sigmoid"  # range of mu and beta: (0, 1), (0, inf)
     stream_dtype: Literal["float32", "bfloat16"] = "float32"  # of x and the streams beside it
     residual_init_scale: bool = True  # attention-out and FFN-out start 1/sqrt(2 L) times smaller
+    embed_scale: float = 1.0  # factor of the embeddings that x starts as; the tables stay
 
     def __post_init__(self) -> None:
         broken: list[str] = []
@@ -78,7 +80,7 @@ class GPTConfig:
             most = 10_000 if name in ("n_layer", "ffn_depth", "imex_steps") else 2**31 - 1
             rule(size is None or 1 <= size <= most,
                  f"{name}={size}: must be at least 1, at most {most}; choose another")
-        for name in ("rope_theta", "gamma_init", "mu_init", "beta_init"):
+        for name in ("rope_theta", "gamma_init", "mu_init", "beta_init", "embed_scale"):
             value = getattr(self, name)
             limit = 1 if name in ("mu_init", "beta_init") and self.scalar_map == "sigmoid" else 1e30
             rule(0 < value < limit, f"{name}={value}: must be positive, and below {limit:g}"
@@ -107,8 +109,11 @@ class GPTConfig:
         rule(not self.each or (len(template.splittings) > 1 and self.splitting != "euler"),
              f"ffn_substeps=each: template={self.template} with splitting={self.splitting} takes "
              f"the FFN as one oracle; use ffn_substeps=joint")
+        rule(self.norm_place != "post" or self.ffn != "hourglass",
+             "norm_place=post: ffn=hourglass brings its sub-MLPs' own pre-norms; use "
+             "norm_place=pre, or ffn=swiglu")
         rule(self.velocity_init != "add" or not template.streams,
-             f"velocity_init=add: template={self.template} has a velocity of its own; use "
+             f"velocity_init=add: template={self.template} has a stream of its own; use "
              f"template=gd, or velocity_init=embed")
         rule(self.velocity_norm in template.velocity_norms or not template.velocity_norms,
              f"velocity_norm={self.velocity_norm}: template={self.template} has no such form; use "
@@ -318,6 +323,7 @@ class Template(nn.Module):
     streams:        how each tensor that travels beside x starts: as "x", "embed" (a second table,
                     or zeros with velocity_init=zero), "zeros" or "ones"
     scalars:        those of the family that it learns (see __init__); `learn` adds others
+    starts:         the values of those that start otherwise than the options say
     splittings:     those that it takes; (): its oracle is (attention, FFN), and the order its own
     velocity_norms: the values of velocity_norm that it has; (): none, and self.norm does nothing
     oracle_calls:   how often forward asks an oracle that it is given
@@ -325,6 +331,7 @@ class Template(nn.Module):
 
     streams: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
+    starts: dict[str, float] = {}
     splittings: tuple[str, ...] = ("lie_trotter", "euler", "strang")
     velocity_norms: tuple[str, ...] = ("update",)
     oracle_calls = 1
@@ -336,9 +343,9 @@ class Template(nn.Module):
         self.learned: dict[str, str] = {}  # name -> its range
         starts = dict(mu=config.mu_init, beta=config.beta_init, gamma=config.gamma_init,
                       gamma_a=config.gamma_init, gamma_m=config.gamma_init, nu=1.0, eta=1.0,
-                      beta1=0.5, beta2=0.5, lam=1 / (1 + math.exp(5)))
+                      beta1=0.5, beta2=0.5, lam=1 / (1 + math.exp(5)), alpha=0.0) | self.starts
         ranges = dict(mu=config.scalar_map, beta=config.scalar_map, beta1="sigmoid",
-                      beta2="sigmoid", lam="sigmoid")
+                      beta2="sigmoid", lam="sigmoid", alpha="identity")
         for name in self.scalars:
             self.learn(name, starts[name], ranges.get(name, "softplus"))
         self.velocity_norm = config.velocity_norm if self.velocity_norms else "none"
@@ -490,9 +497,76 @@ class RMSProp(AdamW):
     scalars = ("beta2", "gamma")
 
 
+# The controls: what a velocity brings along, without the velocity
+
+
+class Gain(GradientDescent):
+    """X' = X + h gamma g(X): a learned step size alone, near ReZero (arXiv 2003.04887), which
+    starts it at 0, and LayerScale (2103.17239), which has one for each channel."""
+
+    scalars = ("gamma",)
+    starts = {"gamma": 1.0}
+
+    def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
+        (x,) = state
+        return (x + self.scalar("gamma") * h * oracle(x),)
+
+
+class Normed(Template):
+    """X' = X + h N_v(gamma h g(X)): the norm alone, which is the sandwich norm of CogView (arXiv
+    2105.13290), as N_v(gamma g) and N_v(g) are one function but for eps."""
+
+    scalars = ("gamma",)
+
+    def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
+        (x,) = state
+        step = self.norm(self.scalar("gamma") * h * oracle(x))
+        return (x + (step if h == 1 else h * step),)
+
+
+class Frozen(Template):
+    """X' = X + h N_v(beta V_0 + gamma h g(X)): polyak whose V_0 is never updated: norm and table,
+    but no momentum. (No paper has this control.)"""
+
+    streams = ("embed",)
+    scalars = ("beta", "gamma")
+
+    def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
+        x, v0 = state
+        step = self.norm(self.scalar("beta") * v0 + self.scalar("gamma") * h * oracle(x))
+        return x + (step if h == 1 else h * step), v0
+
+
+class Skip(GradientDescent):
+    """X' = X + h (g(X) + alpha V_0): the table alone, a second stream without dynamics; the nearest
+    kin of two-lane hyper-connections (arXiv 2409.19606). alpha starts at 0, any sign."""
+
+    streams = ("embed",)
+    scalars = ("alpha",)
+
+    def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
+        x, v0 = state
+        step = oracle(x) + self.scalar("alpha") * v0
+        return x + (step if h == 1 else h * step), v0
+
+
+class X0(Gain):
+    """X' = X + h (gamma g(X) + alpha X_0): the token's own embedding given again to every substep,
+    as in the speed runs on nanoGPT, where skip has a second table."""
+
+    streams = ("x",)
+    scalars = ("gamma", "alpha")
+
+    def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
+        x, x0 = state
+        gamma, alpha = self.scalar("gamma"), self.scalar("alpha")
+        return x + gamma * h * oracle(x) + alpha * h * x0, x0
+
+
 TEMPLATES: dict[str, type[Template]] = {
     "gd": GradientDescent, "polyak": HeavyBall, "nesterov": Nesterov, "tmm": Momentum,
-    "imex": Imex, "symplectic": Symplectic, "rmsprop": RMSProp, "adam": Adam, "adamw": AdamW}
+    "imex": Imex, "symplectic": Symplectic, "rmsprop": RMSProp, "adam": Adam, "adamw": AdamW,
+    "gain": Gain, "normed": Normed, "frozen": Frozen, "skip": Skip, "x0": X0}
 
 
 # -----------------------------------------------------------------------------
@@ -539,6 +613,7 @@ class Block(nn.Module):
         self.ln_2 = nn.Identity() if isinstance(ffn, HourglassFFN) else make_norm(config)
         self.mlp = ffn
         self.each = config.each
+        self.post = config.norm_place == "post"
         self.narrow = config.stream_dtype == "bfloat16"
         template = TEMPLATES[config.template]
         self.split = SPLITTINGS[config.splitting] if template.splittings else unsplit
@@ -548,6 +623,9 @@ class Block(nn.Module):
     def oracles(self, rope: torch.Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Oracle, list[Oracle]]:
         """Attention, and the FFN as one oracle or as its K sub-MLPs."""
+        if self.post:
+            return (lambda z: self.ln_1(self.attn(z, rope, cache).to(z.dtype)),
+                    [lambda z: self.ln_2(self.mlp(z).to(z.dtype))])
         ffns = list(self.mlp) if self.each else [lambda z: self.mlp(self.ln_2(z))]
         return lambda z: self.attn(self.ln_1(z), rope, cache), ffns
 
@@ -640,6 +718,8 @@ class GPT(nn.Module):
         x = look_up("wte", "wpe")
         if self.config.velocity_init == "add":
             x = x + look_up("vte", "vpe")  # the control "tables without dynamics"
+        if self.config.embed_scale != 1:
+            x = self.config.embed_scale * x
 
         def begin(stream: str) -> torch.Tensor:
             if stream == "x":
@@ -764,7 +844,7 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float,
                              betas: tuple[float, float], device_type: str,
-                             scalar_lr: float | None = None,
+                             scalar_lr: float | None = None, eps: float = 1e-8,
                              roles: tuple[str, ...] = ("matrix", "embedding", "norm", "scalar"),
                              ) -> torch.optim.AdamW:
         """AdamW over the parameters of `roles`: matrices and tables decay, norms, biases and
@@ -773,7 +853,8 @@ class GPT(nn.Module):
                        lr=learning_rate if role != "scalar" or scalar_lr is None else scalar_lr,
                        weight_decay=weight_decay if role in ("matrix", "embedding") else 0.0)
                   for role, params in self.parameter_roles().items() if role in roles and params]
-        return torch.optim.AdamW(groups, betas=betas, fused=device_type in ("cuda", "cpu", "mps"))
+        return torch.optim.AdamW(groups, betas=betas, eps=eps,
+                                 fused=device_type in ("cuda", "cpu", "mps"))
 
     # --- weights from elsewhere ---
 

@@ -73,6 +73,7 @@ class TrainConfig(GPTConfig):
     weight_decay: float = 0.1  # of matrices and tables under AdamW
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95  # AdamW's
+    adam_eps: float = 1e-8  # AdamW's, which the root of the second moment is added to
     grad_clip: float = 1.0  # global gradient norm; 0 turns clipping off
     # schedule: one multiplier for every rate
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warm-up, stable, decay
@@ -134,6 +135,7 @@ class TrainConfig(GPTConfig):
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             rule(0 <= value < 1, f"{name}={value}: must lie in [0, 1); the default is usual")
+        rule(0 < self.adam_eps < 1, f"adam_eps={self.adam_eps}: must lie in (0, 1); 1e-8 is usual")
         rule(0 < self.decay_fraction <= 1, f"decay_fraction={self.decay_fraction}: is a share of "
                                            f"lr_decay_iters; use 0 < decay_fraction <= 1")
         decays = self.decay_lr and self.schedule != "constant"
@@ -200,7 +202,7 @@ def make_optimizers(model: GPT, config: TrainConfig, device: torch.device,
     matrices = roles.pop("matrix") if c.optimizer == "muon" else {}
     optimizers: dict[str, torch.optim.Optimizer] = {"adamw": model.configure_optimizers(
         c.weight_decay, c.learning_rate, (c.beta1, c.beta2), device.type,
-        scalar_lr=5 * c.learning_rate, roles=tuple(roles))}
+        scalar_lr=5 * c.learning_rate, eps=c.adam_eps, roles=tuple(roles))}
     if matrices:
         kind = torch.optim.Muon if c.parallel == "fsdp" else Muon  # torch's takes shards
         optimizers["muon"] = kind(list(matrices.items()), lr=c.muon_lr, momentum=0.95,

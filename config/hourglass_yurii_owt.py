@@ -1,5 +1,5 @@
 """Hourglass and momentum in one model: hourglass_113m as YuriiFormer on OpenWebText, with gpt_owt's
-recipe.
+recipe. It has 239 M parameters, 126 M of them in the tables of x and V; yurii_owt has 164 M.
 Nobody has published this combination. The other reading, a momentum substep for every sub-MLP, is
 --ffn_substeps=each.
 

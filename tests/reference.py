@@ -10,8 +10,10 @@ import torch
 
 EPS = 1e-5  # of every LayerNorm and RMSNorm; the Adam family's own eps is 1e-8
 MOMENTUM = ("polyak", "nesterov", "tmm")
+CONTROLS = ("gain", "normed", "frozen", "skip", "x0")
 SCALARS = {"gd": 0, "polyak": 2, "nesterov": 3, "tmm": 4, "imex": 3, "symplectic": 3,
-           "rmsprop": 2, "adam": 3, "adamw": 4}  # per substep (imex and symplectic have one)
+           "rmsprop": 2, "adam": 3, "adamw": 4, "gain": 1, "normed": 1, "frozen": 2, "skip": 1,
+           "x0": 2}  # per substep (imex and symplectic have one)
 
 
 # ---------------------------------------------------------------------------- small functions
@@ -108,6 +110,8 @@ def oracles(c, P, layer):
     """g_a and the list of the FFN's residual pieces (K of them for the hourglass, else one)."""
 
     def g_a(Z):
+        if c.norm_place == "post":
+            return norm(c, P, layer + "ln_1", attention(c, P, layer + "attn", Z))
         return attention(c, P, layer + "attn", norm(c, P, layer + "ln_1", Z))
 
     def sub_mlp(i):
@@ -116,6 +120,8 @@ def oracles(c, P, layer):
 
     def conventional(Z):
         ffn = swiglu if c.ffn == "swiglu" else mlp
+        if c.norm_place == "post":
+            return norm(c, P, layer + "ln_2", ffn(c, P, layer + "mlp", Z))
         return ffn(c, P, layer + "mlp", norm(c, P, layer + "ln_2", Z))
 
     pieces = [sub_mlp(i) for i in range(c.ffn_depth)] if c.ffn == "hourglass" else [conventional]
@@ -139,15 +145,15 @@ def substeps(c, g_a, pieces):
     g_m = chain(pieces)
     F = [(g, 1) for g in pieces] if c.ffn == "hourglass" and c.ffn_substeps == "each" \
         else [(g_m, 1)]
-    if c.template in MOMENTUM + ("gd",) and c.splitting == "euler":
+    if c.splitting == "euler":
         return [(lambda Z: g_a(Z) + g_m(Z), 1)]
-    if c.template in MOMENTUM + ("gd",) and c.splitting == "strang":
+    if c.splitting == "strang":
         return [(g_a, 1 / 2), *F, (g_a, 1 / 2)]
     return [(g_a, 1), *F]
 
 
 def layer_step(c, P, layer, X, V, S, velocity_eps):
-    """One layer of any template: (X, V, S) -> (X', V', S'). V is also Adam's M."""
+    """One layer of any template: (X, V, S) -> (X', V', S'). V is also Adam's M, and X_0."""
     g_a, pieces = oracles(c, P, layer)
     unit = softplus if c.scalar_map == "softplus" else sigmoid  # of mu and beta
 
@@ -185,6 +191,17 @@ def layer_step(c, P, layer, X, V, S, velocity_eps):
             if c.velocity_norm == "update":
                 V = N(s, V)
             X = X + h * nu * (N(s, V) if c.velocity_norm == "read" else V)
+        elif c.template == "gain":
+            X = X + h * softplus(raw(s, "gamma")) * g(X)
+        elif c.template == "normed":
+            X = X + h * N(s, softplus(raw(s, "gamma")) * h * g(X))
+        elif c.template == "frozen":
+            beta, gamma = unit(raw(s, "beta")), softplus(raw(s, "gamma"))
+            X = X + h * N(s, beta * V + gamma * h * g(X))
+        elif c.template == "skip":
+            X = X + h * (g(X) + raw(s, "alpha") * V)
+        elif c.template == "x0":
+            X = X + h * (softplus(raw(s, "gamma")) * g(X) + raw(s, "alpha") * V)
         else:
             gamma, G = softplus(raw(s, "gamma")), g(X)
             b2 = sigmoid(raw(s, "beta2"))
@@ -202,9 +219,9 @@ def layer_step(c, P, layer, X, V, S, velocity_eps):
 
 def has_tables(c):
     """Whether there is a second embedding: V_0, Adam's M_0, or the control `add`."""
-    if c.template == "gd":
+    if c.template in ("gd", "gain", "normed"):
         return c.velocity_init == "add"
-    return c.template != "rmsprop" and c.velocity_init == "embed"
+    return c.template not in ("rmsprop", "x0") and c.velocity_init == "embed"
 
 
 def forward(c, state_dict, idx, velocity_eps=EPS):
@@ -220,8 +237,10 @@ def forward(c, state_dict, idx, velocity_eps=EPS):
     X = embed("wte", "wpe")
     V = embed("vte", "vpe") if has_tables(c) else torch.zeros_like(X)
     S = torch.ones_like(X)
-    if c.template == "gd" and c.velocity_init == "add":
+    if c.velocity_init == "add":
         X = X + V
+    X = c.embed_scale * X
+    V = X if c.template == "x0" else V
     for i in range(c.n_layer):
         X, V, S = layer_step(c, P, f"transformer.h.{i}.", X, V, S, velocity_eps)
     return norm(c, P, "transformer.ln_f", X) @ P["transformer.wte.weight"].T
@@ -251,7 +270,8 @@ def n_parameters(c):
     d_h = c.ffn_hidden or (4 * d // 5 if c.ffn == "hourglass" else 4 * d)
     steps = n_substeps(c)
     tables = (c.vocab_size + (c.block_size if c.position == "learned" else 0)) * d
-    normless = c.template in MOMENTUM + ("imex",) and c.velocity_norm == "none"
+    normless = c.template in ("gain", "skip", "x0") or (
+        c.template in MOMENTUM + ("imex",) and c.velocity_norm == "none")
     norms = d * (c.n_layer * (1 + K + (0 if normless else steps)) + 1)
     if c.bias and c.norm == "layernorm":
         norms *= 2

@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from variants import (
+    CONTROLS,
     HOURGLASS,
     IDX,
     LLAMA,
@@ -252,6 +253,50 @@ def test_tmm_is_a_yuriiformer_with_relaxed_ranges(splitting):
     assert_close(logits(yurii), logits(tmm))
 
 
+@pytest.mark.parametrize("splitting", SPLITTINGS)
+@pytest.mark.parametrize("template", ["gain", "skip", "x0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_controls_with_gamma_1_and_alpha_0_are_the_gpt(dtype, template, splitting):
+    control = build(dtype, template=template, splitting=splitting)
+    before, start = logits(control), {"gamma": raw_of_one(dtype), "alpha": torch.zeros(())}
+    control.load_state_dict(edited(
+        control, lambda name, w: start[name.split(".")[-1]].view(1) if ".steps." in name else None))
+    gpt = build(dtype, control.state_dict(), splitting=splitting)
+    assert torch.equal(logits(control), logits(gpt))
+    assert not torch.equal(logits(control), before)
+
+
+def test_frozen_begins_as_polyak():
+    """The first substeps are one; then polyak's V has moved, and frozen's is the one that came."""
+    polyak = build(template="polyak", splitting="strang")
+    frozen = build(state=polyak.state_dict(), template="frozen", splitting="strang")
+    for model in (polyak, frozen):
+        block, state = model.transformer.h[0], model.embed(IDX, torch.arange(10)[None])
+        states = [state]
+        for step, (oracle, h) in zip(block.steps, block.split(*block.oracles()), strict=True):
+            states.append(step(oracle, states[-1], h))
+        if model is polyak:
+            expected = states
+    assert torch.equal(states[1][0], expected[1][0])
+    assert not torch.equal(states[2][0], expected[2][0])
+    assert all(v is states[0][1] for _, v in states)
+
+
+def test_gamma_does_nothing_to_a_normed_answer():
+    model = build(template="normed")
+    before = logits(model)
+    model.load_state_dict(edited(model, lambda name, w: w + 0.5 if ".gamma" in name else None))
+    assert 0 < (logits(model) - before).abs().max() < 0.02 * before.abs().max()  # only eps
+
+
+@pytest.mark.parametrize("template", CONTROLS)
+def test_counts_of_controls(template):
+    """To a GPT of two substeps in two layers: scalars, norms, a second pair of tables."""
+    more = {"gain": 4, "normed": 4 + 4 * 16, "frozen": 8 + 4 * 16 + (48 + 12) * 16,
+            "skip": 4 + (48 + 12) * 16, "x0": 8}[template]
+    assert count(build(template=template)) - count(build()) == more
+
+
 def test_velocity_tables_are_inputs_only():
     model = build(template="nesterov")
     tables = {name: p for name, p in model.named_parameters() if ".v" in name}
@@ -366,7 +411,8 @@ def test_gradients_reach_every_parameter(name):
 # ----------------------------------------------------------------------------------- compilation
 
 COMPILED = ("llama", "gd-add", "gpt-qk_norm-rope", "polyak-read", "tmm-strang", "imex-2",
-            "nesterov-hourglass-each", "symplectic", "rmsprop", "adamw")
+            "nesterov-hourglass-each", "symplectic", "rmsprop", "adamw", "x0-post-euler",
+            "frozen-strang")
 
 
 @pytest.fixture
@@ -448,11 +494,15 @@ REFUSED = [  # options, and words that the message must contain: the option, its
     (dict(position="rope", n_embd=18, n_head=2), "head_dim 9 rope even"),
     (dict(template="nesterov", mu_init=1.0), "mu_init 1.0 softplus"),
     (dict(vocab_used=49), "vocab_used 49 vocab_size 48"),
+    (dict(ffn="hourglass", norm_place="post"), "norm_place post hourglass pre swiglu"),
+    (dict(template="frozen", velocity_init="add"), "velocity_init add frozen stream gd"),
+    (dict(template="frozen", velocity_norm="none"), "velocity_norm none frozen update"),
+    (dict(embed_scale=0.0), "embed_scale 0.0 positive"),
     *(({"template": "polyak", option: "other"}, f"{option} other {value}") for option, value in (
         ("template", "nesterov"), ("splitting", "strang"), ("norm", "rmsnorm"),
         ("position", "rope"), ("ffn", "swiglu"), ("activation", "gelu_tanh"),
         ("ffn_substeps", "joint"), ("velocity_init", "embed"), ("velocity_norm", "read"),
-        ("scalar_map", "softplus"), ("attention", "causal"))),
+        ("norm_place", "post"), ("scalar_map", "softplus"), ("attention", "causal"))),
 ]
 
 
@@ -493,6 +543,20 @@ def test_initial_weights(options, scale):
             assert (p == 0).all(), name
 
 
+@pytest.mark.parametrize("options", [dict(template="frozen"), dict(velocity_init="add")])
+def test_scaled_embeddings_start_at_the_loss_of_chance(options):
+    """What is multiplied is the look-up: the table, which is the head too, stays as it was, and so
+    does the velocity's start."""
+    scaled, plain = new(embed_scale=35.0, **options), new(**options)
+    assert all(map(torch.equal, scaled.parameters(), plain.parameters()))
+    idx = torch.randint(512, (2, 256), generator=torch.Generator().manual_seed(1))
+    for model in (scaled, plain):
+        assert abs(model(idx, idx.roll(1))[1].item() - math.log(512)) < 0.1
+    states = [model.embed(idx, torch.arange(256)[None]) for model in (scaled, plain)]
+    assert torch.equal(states[0][0], 35 * states[1][0])
+    assert all(map(torch.equal, states[0][1:], states[1][1:]))
+
+
 ONE = math.log(math.e - 1)  # softplus(ONE) = 1
 INITIAL_SCALARS = [  # raw values
     (dict(template="tmm"), dict(mu=0, beta=0, gamma=0, nu=ONE)),
@@ -506,6 +570,11 @@ INITIAL_SCALARS = [  # raw values
     (dict(template="rmsprop"), dict(beta2=0, gamma=0)),
     (dict(template="adam"), dict(beta1=0, beta2=0, gamma=0)),
     (dict(template="adamw"), dict(beta1=0, beta2=0, gamma=0, lam=-5)),
+    (dict(template="gain", gamma_init=3.0), dict(gamma=ONE)),
+    (dict(template="normed"), dict(gamma=0)),
+    (dict(template="frozen", beta_init=0.9), dict(beta=math.log(9), gamma=0)),
+    (dict(template="skip"), dict(alpha=0)),
+    (dict(template="x0", gamma_init=3.0), dict(gamma=ONE, alpha=0)),
     (dict(), {}),
 ]
 
@@ -556,7 +625,8 @@ def test_crop_block_size(name):
         model(IDX[:, :7])
 
 
-@pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "imex-2", "adamw"])
+@pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "imex-2", "adamw", "gd-post",
+                                  "nesterov-post", "skip-euler", "x0-post-euler"])
 def test_streams_and_losses_stay_fp32_under_autocast(name):
     model, seen = build(torch.float32, **VARIANTS[name]), []
     watched = ["transformer.ln_f"]
@@ -572,7 +642,7 @@ def test_streams_and_losses_stay_fp32_under_autocast(name):
 
 
 @pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "imex-2", "tmm-hourglass-each",
-                                  "adamw"])
+                                  "adamw", "frozen-strang", "x0-post-euler"])
 def test_streams_in_bf16(name):
     """Stored in bf16 between substeps, computed in fp32: logits to bf16's rounding, with and
     without autocast, and from a cache the same as in one pass."""

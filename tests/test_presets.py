@@ -15,7 +15,7 @@ from conftest import option_words
 from config import read_config
 from model import GPT, GPTConfig
 from prepare import PrepareConfig
-from train import TrainConfig, model_args
+from train import TrainConfig, make_optimizers, model_args
 
 PRESETS = {p.stem: p for p in (Path(__file__).parent.parent / "config").glob("[a-z]*.py")}
 every_preset = pytest.mark.parametrize("name", sorted(PRESETS))
@@ -59,7 +59,7 @@ WIDE = dict(norm="rmsnorm", position="rope", rope_theta=500_000.0, qk_norm=True,
             residual_init_scale=False)
 PAIR = dict(WIDE, optimizer="adamw", weight_decay=0.1, schedule="cosine", grad_clip=1.0,
             bias=False, dropout=0.0, min_lr=6e-5, block_size=4096)
-PAIRS = {"906m": dict(PAIR, max_iters=4292, learning_rate=2.5e-4, warmup_iters=25),
+PAIRS = {"906m": dict(PAIR, max_iters=4297, learning_rate=2.5e-4, warmup_iters=25),
          "3b": dict(PAIR, max_iters=14_305, learning_rate=1.6e-4, warmup_iters=100),
          "8b": dict(PAIR, max_iters=23_842, learning_rate=1.2e-4, warmup_iters=100)}
 RECIPES = {
@@ -84,7 +84,7 @@ RECIPES = {
     "hourglass_yurii_owt": WEB | WIDE | dict(template="nesterov"),
     **{f"{kind}_{size}": PAIRS[size] for kind in ("swiglu", "hourglass") for size in PAIRS},
 }
-TOKENS = {"906m": 18.0e9, "3b": 60.0e9, "8b": 100.0e9}
+TOKENS = {"906m": 18.02e9, "3b": 60.0e9, "8b": 100.0e9}
 
 
 @cache
@@ -128,6 +128,17 @@ def test_recipes(name):
         assert abs(tokens_per_step(c) * c.max_iters - budget) < tokens_per_step(c)
 
 
+def test_what_upstream_overwrites_are_options():
+    """Of the docstring of swiglu_906m."""
+    words = ["--weight_decay=0.033", "--adam_eps=1e-5"]
+    c = read_config(TrainConfig, [str(PRESETS["hourglass_906m"]), *words])[0]
+    for optimizer in ("adamw", "muon"):
+        c.optimizer = optimizer
+        groups = make_optimizers(model_of("hourglass_906m"), c, torch.device("meta"))["adamw"]
+        assert all(group["eps"] == 1e-5 for group in groups.param_groups)
+        assert {group["weight_decay"] for group in groups.param_groups} == {0.0, 0.033}
+
+
 @pytest.mark.parametrize("size", ["113m", "400m", "906m", "3b", "8b"])
 def test_the_hourglass_pairs_differ_in_nothing_but_shape(size):
     base, hourglass = load(f"swiglu_{size}"), load(f"hourglass_{size}")
@@ -154,6 +165,8 @@ def test_what_the_docstring_says(name):
     if name in PARAMETERS:
         assert docstring.split("\n\n")[0].endswith(".") and {"Cost", "Expected"} <= said.keys()
         assert load(name).out_dir == f"out-{name.replace('_', '-')}"
+    if count := re.search(r"It has (\S+) M parameters", docstring):
+        assert is_rounded(count[1], PARAMETERS[name] / 1e6)
     if cost := re.match(r"(\S+) ([MG]) tokens, (\S+) FLOP", said.get("Cost", "")):
         c, unit = load(name), {"M": 1e6, "G": 1e9}[cost[2]]
         tokens = tokens_per_step(c) * c.max_iters

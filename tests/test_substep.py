@@ -21,7 +21,7 @@ from support.substep import Substep, gradients, kernel_gradients
 CPU = torch.device("cpu")
 SERVED = {f"{template}{name}": dict(template=template, **options) for template in MOMENTUM
           for name, options in {
-              "": {}, "-bias": dict(bias=True, dropout=0.1), "-llama": LLAMA,
+              "": {}, "-bias": dict(bias=True, dropout=0.1), "-llama": dict(LLAMA, embed_scale=5.0),
               "-hourglass": HOURGLASS, "-wide": dict(n_embd=40, ffn="swiglu")}.items()}
 
 
@@ -143,8 +143,8 @@ def test_served_models_compute_what_model_py_does(name):
 
 
 @pytest.mark.parametrize("options", [
-    dict(template="gd"), dict(template="imex"), dict(splitting="strang"),
-    dict(velocity_norm="read"), dict(HOURGLASS, ffn_substeps="each")])
+    dict(template="gd"), dict(template="frozen"), dict(template="imex"), dict(splitting="strang"),
+    dict(norm_place="post"), dict(velocity_norm="read"), dict(HOURGLASS, ffn_substeps="each")])
 def test_other_models_take_the_plain_path(options):
     gpt = new_model(**{"template": "nesterov", **options})
     assert not serves(gpt) and "fused" not in fuse(gpt, None, CPU)

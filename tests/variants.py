@@ -8,6 +8,7 @@ from model import GPT, GPTConfig
 BASE = dict(block_size=12, vocab_size=48, n_layer=2, n_head=2, n_embd=16, bias=False)
 IDX = torch.randint(48, (2, 10), generator=torch.Generator().manual_seed(1))
 MOMENTUM = ("polyak", "nesterov", "tmm")
+CONTROLS = ("gain", "normed", "frozen", "skip", "x0")
 SPLITTINGS = ("lie_trotter", "euler", "strang")
 
 HOURGLASS = dict(ffn="hourglass", ffn_hidden=12, ffn_depth=3, n_head=2, head_dim=4, qk_norm=True,
@@ -31,6 +32,13 @@ def variants():
             template=template, splitting="strang", velocity_norm="read", bias=True)
         yield f"{template}-none", dict(
             template=template, velocity_norm="none", velocity_init="zero", bias=True)
+    for template in CONTROLS:
+        for splitting in SPLITTINGS:
+            yield f"{template}-{splitting}", dict(
+                template=template, splitting=splitting, bias=splitting == "euler")
+    yield "gd-post", dict(norm_place="post", embed_scale=5.0, velocity_init="add", bias=True)
+    yield "nesterov-post", dict(LLAMA, template="nesterov", norm_place="post", embed_scale=5.0)
+    yield "x0-post-euler", dict(template="x0", splitting="euler", norm_place="post")
     yield "nesterov-llama", dict(template="nesterov", **LLAMA)
     yield "imex-1", dict(template="imex", imex_steps=1, velocity_init="zero")
     yield "imex-2", dict(template="imex")
