@@ -81,6 +81,9 @@ def stated(lesson: dict) -> dict[str, bool]:
     runs, start = lesson["valley_runs"], torch.tensor([4.0, 1.0]).double()
     gd, nesterov = (lesson["models"][name, 1].get_num_params(non_embedding=False)
                     for name in ("gd", "nesterov"))
+    state = tuple(torch.randn(2, 1, 3, 4))
+    written, built_in = (frozen(model.GPTConfig(n_head=1, n_embd=4), 0, 0)(torch.tanh, state)[0]
+                         for frozen in (lesson["Frozen"], model.Frozen))
     return {
         "Heavy ball wins": min(steps, key=steps.get) == "polyak",
         "runs in a circle for ever":
@@ -92,6 +95,7 @@ def stated(lesson: dict) -> dict[str, bool]:
         "$\\alpha$ is our $\\gamma$, its $\\beta$ our $\\beta$, its $\\gamma$ our $\\mu$":
             torch.allclose(runs["tmm"], textbook_path(25, 1, "tmm", start, 1000), atol=1e-6),
         "here 1.41": f"{lesson['last_steps']['update']:.2f}" == "1.41",
+        "`model.py` has this control": torch.equal(written, built_in),
         "8 % more parameters": round(100 * nesterov / gd) == 108,
     }
 
@@ -116,7 +120,7 @@ def test_links_and_size(name):
     assert (DOCS / f"{name}.ipynb").stat().st_size < 600_000
 
 
-@pytest.mark.parametrize("steps", [2, pytest.param(None, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("steps", [1, pytest.param(None, marks=pytest.mark.torture)])
 def test_lesson(execute, steps):
     lesson, (_, text) = execute("lesson", steps), read("lesson")
     for words, holds in (stated(lesson) | ({} if steps else learned(lesson))).items():
@@ -124,7 +128,7 @@ def test_lesson(execute, steps):
     assert all(len(curve) == (steps or 10) for curve in lesson["curves"].values())
 
 
-@pytest.mark.parametrize("steps", [2, pytest.param(None, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("steps", [1, pytest.param(None, marks=pytest.mark.torture)])
 def test_answers(execute, steps):
     answers, (_, text) = execute("answers", steps), read("answers")
     for words in (f"{answers['parameters']:,} parameters", f"{answers['flops'] / 1e6:.0f} million",
