@@ -11,12 +11,12 @@ import math
 import re
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 
 import model
 
+plt = pytest.importorskip("matplotlib.pyplot")
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 STEPS = re.compile(r"^STEPS = \d+", re.MULTILINE)
 
