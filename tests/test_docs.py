@@ -1,10 +1,8 @@
-"""README.md and docs/ tell the truth: quoted lines, printed results, commands, defaults, messages.
+"""README.md and docs/ tell the truth: commands, defaults, messages.
 
 They refer to code by names, never by lines, and list nothing to which a fork adds.
 """
 
-import importlib
-import inspect
 import pickle
 import re
 import shlex
@@ -37,8 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README, *DOCS = ((path, path.read_text(encoding="utf-8")) for path in (
     ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
 TEXTS = [README, *DOCS]
-LESSON, TROUBLE = (dict(TEXTS)[ROOT / "docs" / name] for name in ("lesson.md",
-                                                                  "troubleshooting.md"))
+TROUBLE = dict(TEXTS)[ROOT / "docs" / "troubleshooting.md"]
 CONFIGS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig,
            "prepare.py": prepare.PrepareConfig}
 PROGRAMS = {"train": train, "sample": sample, "prepare": prepare, "bench": bench}
@@ -64,37 +61,8 @@ def test_links_and_presets_exist():
             assert (ROOT / preset).exists(), preset
 
 
-def test_quoted_lines_stand_where_it_says():
-    """`model.py`, `Block.forward`: and then the lines."""
-    quotes = re.findall(r"`(\w+)\.py`, `([\w.]+)`:\n\n```py\n(.*?)```", LESSON, re.DOTALL)
-    assert len(quotes) == len(blocks(LESSON, "py")) > 10
-    for file, name, quoted in quotes:
-        found = importlib.import_module(file)
-        for part in name.split("."):
-            found = getattr(found, part)
-        code, wanted = ([line.strip() for line in lines.splitlines()]
-                        for lines in (inspect.getsource(found), quoted))
-        starts = [i for i in range(len(code)) if code[i:i + len(wanted)] == wanted]
-        assert starts, f"{name} does not have, in this order:\n{quoted}"
-
-
 # -----------------------------------------------------------------------------
 # Examples
-
-
-def test_the_lessons_examples_print_what_they_say(monkeypatch, capsys):
-    """Those of the lesson build on each other, the answers to the exercises stand alone."""
-    monkeypatch.setattr(model, "TEMPLATES", dict(model.TEMPLATES))
-    run = re.compile(r"```python\n(.*?)```(?:\n\n(?:[^\n]+\n\n)?```text\n(.*?)```)?", re.DOTALL)
-    lesson, exercises = LESSON.split("## Exercises")
-    shared: dict = {}
-    assert all(run.search(answer) for answer in re.split(r"\n\*\*\d+\. ", exercises)[1:])
-    for part, names in ((lesson, lambda: shared), (exercises, dict)):
-        assert len(blocks(part, "python")) == len(run.findall(part))
-        for code, expected in run.findall(part):
-            exec(compile(code, "docs/lesson.md", "exec"), names())
-            assert capsys.readouterr().out == expected, code
-            assert expected or "assert" in code, f"this shows nothing:\n{code}"
 
 
 def test_what_a_fork_adds_as_the_readme_says(monkeypatch, run, tmp_path, capsys):

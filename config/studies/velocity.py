@@ -1,7 +1,7 @@
 """Study: what the velocity norm wraps, look-ahead, and the range of mu and beta.
 
 Without the norm, mu and beta beyond 1 (softplus) should give what triple momentum gives: the two
-are then the same family (docs/lesson.md).
+are then the same family (docs/lesson.ipynb).
 
 Data:     as suite.py
 Run:      python bench.py compare config/studies/velocity.py
