@@ -262,8 +262,8 @@ def test_options_exist():
 
 
 def test_the_family_exists():
-    names = re.search(r"\| `--template` \|.*?\n\n", README, re.DOTALL)[0]
-    for row in names.splitlines()[2:]:
+    table = re.search(r"\| `--template` \|.*?\n\n", README, re.DOTALL)[0]
+    for row in table.strip().splitlines()[2:]:
         assert set(re.findall(r"`(\w+)`", row.split("|")[1])) <= model.TEMPLATES.keys(), row
 
 
