@@ -271,7 +271,7 @@ def test_make_demo_written_out():
     assert commands[2:] == [line.strip().removeprefix("$(BIN)/")
                             for line in made.splitlines()[:3]]
     workflow = (ROOT / ".github/workflows/test.yml").read_text()
-    windows = re.search(r"On Windows the first line is `(.+?)`", README)[1]
+    windows = re.search(r"On Windows the first line is, in PowerShell, `(.+?)`", README)[1]
     for first in (commands[0], windows):
         assert "\n".join(" " * 10 + line for line in (first, *commands[1:])) in workflow
 
