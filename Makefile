@@ -1,10 +1,8 @@
 # make demo   prepare a text that every Python ships, train a small YuriiFormer, sample, draw
 # make test   the whole test suite
 # make torture   the tests that take minutes: runs killed at random moments, and the like
-# make gpu    what only a GPU can show: tests, and the figures of the README; it installs nothing
-#             (torch, numpy, pytest): make gpu PYTHON=python3 NANOGPT=../nanoGPT
-# make gpu    what only a GPU can show: tests, and the figures of the README. It installs nothing and
-#             needs torch, numpy and pytest: make gpu PYTHON=python3 NANOGPT=../nanoGPT
+# make gpu    what only a GPU can show: tests, and the figures of docs/speed.md. It installs nothing,
+#             and needs torch, numpy and pytest: make gpu PYTHON=python3 NANOGPT=../nanoGPT
 # make reproduce-tinystories, make reproduce-owt   the papers' tables, from download to table: days
 # All make .venv with the pinned requirements first. PYTHON=python3.12 make demo picks the Python.
 PYTHON ?= python3

@@ -1,7 +1,7 @@
 """GPT-2 small on TinyStories with the paper's recipe: the baseline of arXiv 2601.23236.
 
 Data:     python prepare.py tinystories --val_fraction=0.005    (the paper's share, by our hash)
-Cost:     4.9 G tokens, 3.9e18 FLOP; about 2.8 h on one H100 at 40 % MFU (computed).
+Cost:     4.9 G tokens, 3.9e18 FLOP; 2.9 h of one H100 (docs/speed.md).
 Expected: best validation loss 1.106 in the paper, on its own 0.5 % split of train.
 """
 

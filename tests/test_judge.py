@@ -10,7 +10,6 @@ import math
 import re
 import shutil
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -403,11 +402,11 @@ def test_a_checkpoint_on_tasks(local_tasks, capsys):
     assert all(word in printed for word in ("local_hellaswag", "acc_norm_stderr", "exact_match"))
 
 
-def test_the_task_in_the_readme(tmp_path, monkeypatch):
+def test_the_task_in_the_docs(tmp_path, monkeypatch):
     """Its YAML and the line of JSON beside it are a task."""
     pytest.importorskip("lm_eval")
-    text = textwrap.dedent(re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(),
-                                     re.DOTALL)[1])
+    page = (ROOT / "docs/evaluation.md").read_text()
+    text = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

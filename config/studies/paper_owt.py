@@ -3,7 +3,7 @@ HellaSwag and ARC-Easy on the best checkpoints. `make reproduce-owt` prepares th
 
 Data:     python prepare.py openwebtext --val_fraction=0.05
 Run:      python bench.py compare config/studies/paper_owt.py
-Cost:     three runs of 14.7 G tokens, 3.5e19 FLOP; about 25 h of one H100 at 40 % MFU (computed),
+Cost:     three runs of 14.7 G tokens, 3.5e19 FLOP; about 28 h of one H100 (docs/speed.md),
           one run on each GPU there is.
 Expected: the column "published best" (TMM's is a reproduction's). acc_norm of that reproduction,
           GPT / YuriiFormer / TMM: HellaSwag 30.2 / 31.6 / 31.8, ARC-Easy 41.7 / 43.1 / 43.4. Not

@@ -3,7 +3,7 @@ reproduce-tinystories` prepares the data and runs it.
 
 Data:     python prepare.py tinystories --val_fraction=0.005
 Run:      python bench.py compare config/studies/paper_tinystories.py
-Cost:     six runs of 4.9 G tokens, 2.6e19 FLOP; about 19 h of one H100 at 40 % MFU (computed), one
+Cost:     six runs of 4.9 G tokens, 2.6e19 FLOP; about 21 h of one H100 (docs/speed.md), one
           run on each GPU there is.
 Expected: the column "published best"; of GPT, YuriiFormer and TMM a reproduction's common
           evaluation has 1.114, 1.085, 1.081. Not measured here.
