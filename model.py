@@ -480,7 +480,7 @@ class AdamW(Template):
     def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
         x, *m, s = state
         beta1, beta2, gamma, lam = map(self.scalar, ("beta1", "beta2", "gamma", "lam"))
-        g = oracle(x).to(x.dtype)
+        g = oracle(x).to(beta2.dtype)
         s = beta2 * s + (1 - beta2) * g.square()
         m = [beta1 * m_ + (1 - beta1) * g for m_ in m]
         update = self.norm((m[0] if m else g) / (s.sqrt() + 1e-8))
@@ -581,7 +581,11 @@ def lie_trotter(attention: Oracle, ffns: list[Oracle]) -> list[tuple[Oracle, flo
 def euler(attention: Oracle, ffns: list[Oracle]) -> list[tuple[Oracle, float]]:
     """One substep of the sum: the parallel block."""
     (ffn,) = ffns
-    return [(lambda z: attention(z).to(z.dtype) + ffn(z), 1.0)]
+
+    def both(z: torch.Tensor) -> torch.Tensor:
+        return attention(z).to(torch.promote_types(z.dtype, torch.float32)) + ffn(z)
+
+    return [(both, 1.0)]
 
 
 def strang(attention: Oracle, ffns: list[Oracle]) -> list[tuple[Oracle, float]]:
@@ -622,22 +626,25 @@ class Block(nn.Module):
 
     def oracles(self, rope: torch.Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Oracle, list[Oracle]]:
-        """Attention, and the FFN as one oracle or as its K sub-MLPs."""
+        """Attention, and the FFN as one oracle or as its K sub-MLPs. They read bf16 as fp32."""
+        def wide(z: torch.Tensor) -> torch.Tensor:
+            return z.to(self.ln_1.weight.dtype)
+
         if self.post:
-            return (lambda z: self.ln_1(self.attn(z, rope, cache).to(z.dtype)),
-                    [lambda z: self.ln_2(self.mlp(z).to(z.dtype))])
-        ffns = list(self.mlp) if self.each else [lambda z: self.mlp(self.ln_2(z))]
-        return lambda z: self.attn(self.ln_1(z), rope, cache), ffns
+            return (lambda z: self.ln_1(wide(self.attn(wide(z), rope, cache))),
+                    [lambda z: self.ln_2(wide(self.mlp(wide(z))))])
+        ffns = [lambda z: self.mlp(self.ln_2(wide(z)))]
+        if self.each:
+            ffns = [lambda z, ffn=ffn: ffn(wide(z)) for ffn in self.mlp]
+        return lambda z: self.attn(self.ln_1(wide(z)), rope, cache), ffns
 
     def forward(self, state: State, rope: torch.Tensor | None = None,
                 cache: KVCache | None = None) -> State:
         """state: x (B, T, C) and the template's streams of the same shape."""
         substeps = self.split(*self.oracles(rope, cache))
         for step, (oracle, h) in zip(self.steps, substeps, strict=True):
-            if self.narrow:
-                state = tuple(stream.to(self.ln_1.weight.dtype) for stream in state)
             state = step(oracle, state, h)
-            if self.narrow:  # computed in fp32, stored in bf16
+            if self.narrow:  # a substep computes in fp32, to which learned scalars lift a stream
                 state = tuple(stream.bfloat16() for stream in state)
         return state
 

@@ -19,6 +19,8 @@ import reference
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from variants import (
     CONTROLS,
     HOURGLASS,
@@ -666,6 +668,26 @@ def test_streams_in_bf16(name):
     torch.testing.assert_close(step[:, 0], logits[:, 3], atol=2e-2, rtol=2e-2)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(IDX, IDX)[1].sub(loss).abs() < 0.1
+
+
+@pytest.mark.parametrize("template", ["gd", "nesterov", "tmm"])
+def test_bf16_streams_stay_in_compiled_graphs(template):
+    """torch < 2.12 takes fp32 -> bf16 -> fp32 out of a graph, and streams would be stored in fp32.
+    Only what the embeddings, or the last substep, have rounded is converted at once."""
+    model = build(template=template, stream_dtype="bfloat16", bias=False).float()
+    graphs, conversion = [], torch.ops.aten._to_copy.default
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    model.compile(backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), dynamic=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(IDX, IDX, return_logits=False)[1].backward()
+    copies = [node for node in graphs[0].graph.nodes if node.target is conversion]
+    assert len([node for node in copies if node.meta["val"].dtype == torch.bfloat16]) > 4
+    assert len([node for node in copies if node.args[0].target is conversion]) <= 1
 
 
 def test_dropout_acts_in_training_only():

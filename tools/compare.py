@@ -58,7 +58,7 @@ class CompareConfig(TrainConfig):
     only: tuple[str, ...] = ()  # run only these variants
     jobs: int | None = None  # runs at once; auto: one for each GPU, or one; 0: only the table
     dry_run: bool = False  # print the plan and stop
-    results: str = "docs/results"  # the folder of the STUDY folders
+    results: str | None = None  # the folder of the STUDY folders; auto: out_dir
     pairs: tuple[str, ...] = ()  # "variant - other": compared, too, beside all with the first one
     margin: float | None = None  # what differs by less is equal; given before anything is seen
     extended: str | None = None  # what was added after looking, for the page to say
@@ -339,7 +339,7 @@ class Results:
     """What a study has found so far: results/<study>/results.json, a run a line."""
 
     def __init__(self, config: CompareConfig, data: dict):
-        self.folder = os.path.join(config.results, config.study)
+        self.folder = os.path.join(config.results or config.out_dir, config.study)
         self.path = os.path.join(self.folder, "results.json")
         # what the runs share
         self.head: dict = {"study": config.study, "data": data, "code": code_in()}
