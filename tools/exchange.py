@@ -246,7 +246,7 @@ def loaded_logits(folder: str, idx: torch.Tensor) -> torch.Tensor:
         said = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
         fail(f"transformers cannot compute with this model's code: {said}; use "
              f"--format=safetensors")
-    return torch.load(os.path.join(place, "logits.pt"))
+    return torch.load(os.path.join(place, "logits.pt"), weights_only=True)
 
 
 def save_tokenizer(meta: dict, block_size: int, folder: str) -> str:
