@@ -1,7 +1,7 @@
 """nanoGPT's train_gpt2.py: GPT-2 (124M) on OpenWebText with AdamW.
 
 Data:     python prepare.py openwebtext    (nanoGPT's own split)
-Cost:     294.9 G tokens, 2.4e20 FLOP; 172 h of one H100 (docs/speed.md);
+Cost:     294.9 G tokens, 2.4e20 FLOP; 171 h of one H100 (docs/speed.md);
           nanoGPT took about 4 days on 8 A100 40GB.
 Expected: validation loss about 2.85, nanoGPT's figure.
 """

@@ -1,7 +1,7 @@
 """GPT-2 small on OpenWebText with the paper's recipe: the baseline of arXiv 2601.23236.
 
 Data:     python prepare.py openwebtext --val_fraction=0.05    (the paper's share, by our hash)
-Cost:     14.7 G tokens, 1.2e19 FLOP; 8.9 h of one H100 (docs/speed.md).
+Cost:     14.7 G tokens, 1.2e19 FLOP; 8.8 h of one H100 (docs/speed.md).
 Expected: best validation loss 2.990 in the paper, 2.980 in a reproduction.
 """
 

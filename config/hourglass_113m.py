@@ -1,7 +1,7 @@
 """The 113M hourglass (arXiv 2602.06471): swiglu_113m with as many matrix parameters in a wider
 residual stream, fewer layers, narrow attention and 4 sub-MLPs a layer.
 
-Cost:     2.4 G tokens, 2.6e18 FLOP; 2.1 h of one H100 (docs/speed.md).
+Cost:     2.4 G tokens, 2.6e18 FLOP; 2.0 h of one H100 (docs/speed.md).
 Expected: on a par with swiglu_113m, the paper says without a loss table; not measured here.
 """
 

@@ -1,7 +1,7 @@
 """The 400M hourglass (arXiv 2602.06471): swiglu_400m with as many matrix parameters in a wider
 residual stream, fewer layers, narrow attention and 4 sub-MLPs a layer.
 
-Cost:     8.1 G tokens, 2.4e19 FLOP; 19.8 h of one H100 (docs/speed.md).
+Cost:     8.1 G tokens, 2.4e19 FLOP; 18.4 h of one H100 (docs/speed.md).
 Expected: on a par with swiglu_400m, the paper says without a loss table; not measured here.
 """
 

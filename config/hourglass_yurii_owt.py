@@ -3,7 +3,7 @@ recipe. It has 239 M parameters, 126 M of them in the tables of x and V; yurii_o
 Nobody has published this combination. The other reading, a momentum substep for every sub-MLP, is
 --ffn_substeps=each.
 
-Cost:     14.7 G tokens, 1.6e19 FLOP; 14.4 h of one H100 (docs/speed.md).
+Cost:     14.7 G tokens, 1.6e19 FLOP; 13.7 h of one H100 (docs/speed.md).
 Expected: not measured.
 """
 

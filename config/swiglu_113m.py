@@ -4,7 +4,7 @@ The width and depth are matched as in the paper; steps and rates are our choice.
 Data:
     python prepare.py hf --dataset=HuggingFaceFW/fineweb-edu --subset=sample-10BT \
         --name=fineweb_edu_gpt2
-Cost:     2.4 G tokens, 2.3e18 FLOP; 1.9 h of one H100 (docs/speed.md).
+Cost:     2.4 G tokens, 2.3e18 FLOP; 1.8 h of one H100 (docs/speed.md).
 Expected: not measured; the paper gives no loss table.
 """
 

@@ -2,7 +2,7 @@
 40-step warm-up and a WSD schedule. In a reproduction the first two took a plain GPT on TinyStories
 from 1.053 to 1.044, more than the architecture's own gain.
 
-Cost:     14.7 G tokens, 1.2e19 FLOP; 9.6 h of one H100 (docs/speed.md).
+Cost:     14.7 G tokens, 1.2e19 FLOP; 9.7 h of one H100 (docs/speed.md).
 Expected: not measured.
 """
 
