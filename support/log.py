@@ -187,7 +187,7 @@ def draw_losses(out_dir: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="cross-entropy (nats per token)")
+    axes = figure.add_subplot(xlabel="step", ylabel="cross-entropy (nats)")
     with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
     for kind, name, style in (("train", "loss", "-"), ("eval", "val_loss", "o-")):
@@ -196,7 +196,8 @@ def draw_losses(out_dir: str) -> None:
             axes.plot(*zip(*points, strict=True), style, lw=1, ms=3.5,
                       label=f"{kind}: {points[-1][1]:.4f}")
     if axes.lines:  # else no loss is finite yet
-        axes.set_ylim(top=axes.lines[0].get_ydata()[0])
+        losses = axes.lines[0].get_ydata()
+        axes.set_ylim(top=losses[len(losses) // 10])  # what is above would flatten the rest
         axes.legend()
     axes.grid(alpha=0.3)
     FigureCanvasAgg(figure).print_png(os.path.join(out_dir, "loss.png"))

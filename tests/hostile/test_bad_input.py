@@ -397,9 +397,10 @@ def test_a_checkpoint_that_cannot_be_sampled(place, refused, spoil, expected):
      "eval_tokens eval_iters save_interval log_interval", "0 -1 1.5 1e-30"),
     ("train", "seed warmup_iters", "-1 0.5"),
     ("train", "learning_rate muon_lr weight_decay muon_weight_decay grad_clip min_lr dropout beta1 "
-     "beta2 decay_fraction rope_theta gamma_init mu_init beta_init", "-1 -1e-30 true"),
+     "beta2 decay_fraction rope_theta gamma_init mu_init beta_init embed_scale adam_eps",
+     "-1 -1e-30 true"),
     ("train", "dropout beta1 beta2 mu_init beta_init", "1"),
-    ("train", "decay_fraction rope_theta gamma_init mu_init beta_init", "0 1e30"),
+    ("train", "decay_fraction rope_theta gamma_init mu_init beta_init embed_scale", "0 1e30"),
     ("sample", "num_samples max_new_tokens top_k", "0 -1"), ("sample", "temperature", "-1e-9"),
     ("sample", "top_p", "0 -0.1 1.1"), ("sample", "seed", "0.5"),
     ("prepare", "num_proc", "0 -1 1.5"), ("prepare", "val_fraction", "0 -0.1 1e-400 1.1")])
