@@ -567,6 +567,7 @@ def test_committed_results(folder, data_dir, tmp_path):
         assert {k: v for k, v in options.items() if k not in free} == {
             k: v for k, v in run["options"].items() if k not in free}
     table = (folder / "table.md").read_text()
+    runs = [compare.of_half(run, config.half) for run in runs]
     assert findings.markdown(findings.summary(runs, planned)) in table
     found = findings.comparisons(runs, planned)
     assert findings.markdown(findings.differences(found)) in table
