@@ -234,6 +234,25 @@ def test_it_goes_on_where_it_stopped(study, capsys):
     assert study.launched == [] and "0 runs to do, 6 there" in capsys.readouterr().out
 
 
+def test_how_long_a_run_will_take(study, monkeypatch, capsys):
+    """In proportion to its FLOP: as the runs that are there, or of a known card's peak."""
+    def said(**options) -> list[str]:
+        capsys.readouterr()
+        study("a: n_layer=2", "b: n_layer=6", **{"dry_run": True, "dtype": "bfloat16"} | options)
+        return [line.split(" | ")[6] for line in capsys.readouterr().out.splitlines()
+                if line.startswith(("| a", "| b"))]
+
+    study("a: n_layer=2", dtype="bfloat16")  # two seconds each, says their log
+    a, b = said()
+    assert a == "0:00:02" < b
+    monkeypatch.setattr(compare, "machine", lambda _: "another, torch 2")
+    assert said() == ["unknown"] * 2
+    monkeypatch.setattr(compare, "peak_flops", lambda _: 1e8)
+    a, b = said()
+    assert "0:00:40" < a < b
+    assert said(dtype="float32") == ["unknown"] * 2
+
+
 def test_only_some_variants(study):
     study("a: template=gd", "b: template=tmm", only="b")
     assert not Path("found/s/table.md").exists()  # b is compared to a
@@ -548,6 +567,7 @@ def test_committed_results(folder, data_dir, tmp_path):
         assert {k: v for k, v in options.items() if k not in free} == {
             k: v for k, v in run["options"].items() if k not in free}
     table = (folder / "table.md").read_text()
+    runs = [compare.of_half(run, config.half) for run in runs]
     assert findings.markdown(findings.summary(runs, planned)) in table
     found = findings.comparisons(runs, planned)
     assert findings.markdown(findings.differences(found)) in table

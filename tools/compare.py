@@ -23,7 +23,7 @@ from model import GPT, GPTConfig
 from support.checkpoint import model_from, read_checkpoint
 from support.code import code_in, copy_code
 from support.data import Tokens, evaluation_starts, to_device
-from support.device import autocast, pick_device, pick_dtype
+from support.device import autocast, peak_flops, pick_device, pick_dtype
 from support.errors import UserError, fail
 from support.files import finite, locked, sha256, write_text
 from support.meta import load_meta
@@ -203,14 +203,28 @@ def measured(planned: dict[str, CompareConfig], head: dict, relative_speeds: Cal
     return {label: known[key] for label, key in keys.items()}
 
 
-def plan_table(planned: dict[str, CompareConfig]) -> str:
+def pace(runs: Iterable[dict], where: str, config: CompareConfig) -> tuple[float, float | None]:
+    """Seconds of a run that are not steps, and FLOP/s in the others: from what runs took on this
+    machine, or 40 and 0.3 of a known card's peak, as on an H100. None: unknown."""
+    rates = [run["tokens"] * run["flops_per_token"] / max(run["seconds"], 0.1) for run in runs
+             if run["machine"].startswith(where.split(", torch")[0])]
+    if rates:
+        return 0, statistics.median(rates)
+    device = pick_device(config.device)
+    peak = peak_flops(device) if pick_dtype(config.dtype, device).itemsize == 2 else None
+    return 40, peak and 0.3 * peak
+
+
+def plan_table(planned: dict[str, CompareConfig], start: float, rate: float | None) -> str:
     rows = []
     for label, config in planned.items():
         size, tokens = model_size(config), config.max_iters * tokens_per_step(config)
+        flop = tokens * size["flops_per_token"]
         solved = f"{config.solve}={getattr(config, config.solve)}"
         rows.append({"variant": label, **{name: f"{n:,}" for name, n in size.items()},
                      "tokens": f"{tokens:,}",
-                     "total FLOP": f"{tokens * size['flops_per_token']:.2e}",
+                     "total FLOP": f"{flop:.2e}",
+                     "a run, about": clock(start + flop / rate) if rate else "unknown",
                      "found": f"{solved}, max_iters={config.max_iters}"})
     return markdown(rows)
 
@@ -399,7 +413,7 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
     results = Results(config, data)
     planned = budgeted(planned, results.head, relative_speeds)
     results.order = list(planned)
-    print(plan_table(planned), flush=True)
+    print(plan_table(planned, *pace(results.runs.values(), where, config)), flush=True)
     if config.dry_run:
         return
     os.makedirs(results.folder, exist_ok=True)
