@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import check_rules
 from support.device import compile_seconds, peak_flops, peak_mb, pick_device
 from support.errors import fail, reason
 from support.files import finite, sha256, write_text
+from tools import ToolConfig
 from tools.race import HERE, Variant, machine, medians, program, seconds, text_table
 
 GPT2 = "config/gpt2_124m.py"
@@ -50,7 +50,7 @@ TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_
 
 
 @dataclass
-class GPUConfig:
+class GPUConfig(ToolConfig):
     """Everything that a GPU can show, in one run: its tests, then training, decoding, sampling."""
 
     nanogpt: str | None = None  # folder of nanoGPT's code: its model is one more variant
@@ -59,15 +59,6 @@ class GPUConfig:
     tiny: bool = False  # a small model and few steps, to try this on a CPU
     jobs: int | None = None  # compilations side by side; auto: by cores and memory
     repeats: int = 5  # measurements of each variant
-
-    def __post_init__(self) -> None:
-        check_rules(self)
-
-    def rules(self, rule: Callable[[bool, str], None]) -> None:
-        rule(self.repeats >= 1, f"repeats={self.repeats}: must be at least 1; choose more")
-        rule(self.jobs is None or self.jobs >= 1, f"jobs={self.jobs}: must be at least 1")
-        folder = os.path.dirname(self.json) or "."
-        rule(os.path.isdir(folder), f"json={self.json}: there is no folder {folder}; make it first")
 
 
 def commands(config: GPUConfig) -> dict[str, dict[str, list[str]]]:
