@@ -37,7 +37,7 @@ from support.device import (
 from support.errors import cli, explain_failures, fail
 from support.files import finite
 from support.fuse import fuse
-from tools import race
+from tools import check_counts, race
 from tools.compare import CompareConfig, compare
 from tools.exchange import ConvertConfig, ExportConfig, convert, export
 from tools.gpu import GPUConfig, measure_gpu
@@ -62,9 +62,7 @@ class MeasureConfig(TrainConfig):
 
     def rules(self, rule: Callable[[bool, str], None]) -> None:
         super().rules(rule)
-        for name in ("repeats", "steps", "num_samples", "max_new_tokens"):
-            count = getattr(self, name, 1)  # each command has some of them
-            rule(count >= 1, f"{name}={count}: must be at least 1; choose more")
+        check_counts(self, rule, "repeats", "steps", "num_samples", "max_new_tokens")
 
 
 @dataclass
@@ -286,8 +284,6 @@ def named_variants(argv: list[str], config: MeasureConfig | CompareConfig) -> di
 
 def measure(argv: list[str], config: Any, function: Callable[..., list[dict]]) -> None:
     """Print the figures of a command, and write them down."""
-    if config.json and not os.path.isdir(folder := os.path.dirname(config.json) or "."):
-        fail(f"json={config.json}: there is no folder {folder}; make it first")
     machine = race.machine(pick_device(config.device))
     print(machine)
     if isinstance(config, MeasureConfig):
@@ -304,6 +300,9 @@ def measure(argv: list[str], config: Any, function: Callable[..., list[dict]]) -
 def main(argv: list[str]) -> None:
     config = read_options(argv)
     _, function = COMMANDS[argv[0]]
+    json_file = getattr(config, "json", None) or "."
+    if not os.path.isdir(folder := os.path.dirname(json_file) or "."):
+        fail(f"json={json_file}: there is no folder {folder}; make it first")
     places = [getattr(config, name, None) for name in ("out", "plot", "results")]
     with explain_failures(next(filter(None, places), "a temporary or downloaded file"),
                           mend="mend that, or name another place",

@@ -10,10 +10,12 @@ import torch
 from conftest import refused
 
 import bench
+from config import read_config
 from model import GPT, GPTConfig
-from tools import race
+from tools import gpu, race
 from tools.gpu import GPUConfig, commands
 from tools.race import HERE
+from train import TrainConfig
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--vocab_size=64",
         "--batch_size=2", "--gradient_accumulation_steps=2", "--device=cpu", "--dtype=float32",
@@ -168,3 +170,19 @@ def test_what_make_gpu_measures_can_be_measured(tiny):
     for rows in commands(GPUConfig(nanogpt="../nanoGPT", tiny=tiny)).values():
         for argv in rows.values():
             assert bench.read_options(argv).device is None
+
+
+def test_several_gpus(monkeypatch, tmp_path):
+    """Each run has train.py's options, and the micro-batches of one GPU."""
+    def program(*argv):
+        config, _ = read_config(TrainConfig, argv[argv.index("train.py") + 1:])
+        count = config.gradient_accumulation_steps // 4
+        assert f"--nproc_per_node={count}" in argv and config.n_embd == 768
+        os.mkdir(config.out_dir)
+        record = json.dumps({"type": "train", "tokens_per_s": 100.0 if count == 1 else 150.0})
+        (tmp_path / f"out-{count}" / "log.jsonl").write_text(f"{record}\n" * 3)
+
+    monkeypatch.setattr(gpu, "program", program)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    one, two = gpu.scaling(str(tmp_path))
+    assert (two["variant"], two["tokens_per_s"], two["ratio"]) == ("2 GPUs", 150.0, 0.75)

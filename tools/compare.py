@@ -22,12 +22,13 @@ import torch
 from model import GPT, GPTConfig
 from support.checkpoint import model_from, read_checkpoint
 from support.code import code_in, copy_code
-from support.data import Tokens, evaluation_starts, to_device
+from support.data import to_device
 from support.device import autocast, peak_flops, pick_device, pick_dtype
 from support.errors import UserError, fail
 from support.files import finite, locked, sha256, write_text
 from support.meta import load_meta
 from support.terminal import clock
+from tools import check_counts, validation_rows
 from tools.findings import comparisons, differences, draw_study, markdown, summary
 from tools.judge import EvalConfig, judge
 from tools.race import machine
@@ -71,11 +72,8 @@ class CompareConfig(TrainConfig):
 
     def rules(self, rule: Callable[[bool, str], None]) -> None:
         super().rules(rule)
-        for name in ("seeds", "repeats", "steps", "jobs", "limit"):
-            count, least = getattr(self, name), 0 if name == "jobs" else 1
-            rule(count is None or count >= least,
-                 f"{name}={count}: must be at least {least}; choose more")
-        for name in ("first_seed", "margin"):
+        check_counts(self, rule, "seeds", "repeats", "steps", "limit")
+        for name in ("first_seed", "margin", "jobs"):
             number = getattr(self, name)
             rule(number is None or number >= 0, f"{name}={number}: must not be negative")
         for pair in self.pairs:
@@ -146,9 +144,9 @@ def matched(label: str, config: CompareConfig, first: CompareConfig) -> CompareC
 def plan(configs: dict[str, CompareConfig], config: CompareConfig, vocab_size: int,
          ) -> dict[str, CompareConfig]:
     """The variants as they will run, but for their budgets, with the data's vocabulary."""
-    common = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(TrainConfig)}
-    common |= PLACE | {"block_size", "eval_tokens", "eval_iters", "max_iters"}
-    common -= {"match", "solve", "seeds"}
+    own = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(TrainConfig)}
+    common = own - {"match", "solve", "seeds"} | PLACE | {
+        "block_size", "eval_tokens", "eval_iters", "max_iters"}
     planned: dict[str, CompareConfig] = {}
     for label, variant in configs.items():
         differ = [k for k in sorted(common) if getattr(variant, k) != getattr(config, k)]
@@ -194,8 +192,7 @@ def measured(planned: dict[str, CompareConfig], head: dict, relative_speeds: Cal
                for label, config in planned.items()}
     keys = {label: digest(f"{options[first]} {options[label]}") for label in planned}
     known = head.setdefault("speeds", {})
-    new = {key: label for label, key in keys.items() if key not in known}
-    if new:
+    if new := {key: label for label, key in keys.items() if key not in known}:
         once = {keys[first]: first} | new
         ratios = relative_speeds({label: planned[label] for label in once.values()})
         known |= {key: round(ratios[label], 4) for key, label in once.items()}
@@ -296,24 +293,17 @@ def cells_of(planned: dict[str, CompareConfig]) -> list[Cell]:
 @torch.no_grad()
 def measured_at_the_end(config: CompareConfig, out_dir: str) -> dict:
     """Of a run's last checkpoint, on the windows of train.py's evaluation: the means of their
-    losses in 32 consecutive blocks (of fewer windows, one each), and what its substeps do. Empty
-    where there is no checkpoint."""
-    path = os.path.join(out_dir, "ckpt.pt")
-    if not os.path.exists(path):
-        return {}
+    losses in 32 consecutive blocks (of fewer windows, one each), and what its substeps do."""
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    model = model_from(read_checkpoint(path)).eval().to(device)
+    model = model_from(read_checkpoint(os.path.join(out_dir, "ckpt.pt"))).eval().to(device)
     folder, T = os.path.join(config.data_dir, config.dataset), config.block_size
-    tokens = Tokens(folder, "val", load_meta(folder), T)
-    starts = evaluation_starts(len(tokens), T, config.eval_tokens)
     losses = []
-    with autocast(device, dtype):
-        for i in range(0, len(starts), config.batch_size):
-            x, y = to_device(tokens.read(starts[i:i + config.batch_size]), device)  # (B, T)
+    with autocast(device, pick_dtype(config.dtype, device)):
+        for rows in validation_rows(folder, T, config.eval_tokens).split(config.batch_size):
+            x, y = to_device(rows, device)  # (B, T)
             losses.append(model(x, y, return_logits=False, reduction="none")[1].cpu())
-        some = tokens.read(evaluation_starts(len(tokens), T, 16 * T))
-        found = substeps(model, to_device(some, device)[0])
+        some, _ = to_device(validation_rows(folder, T, 16 * T), device)
+        found = substeps(model, some)
     per_window = torch.cat(losses).double().mean(dim=1)
     blocks = per_window.tensor_split(min(32, len(per_window)))
     return {"blocks": [round(block.mean().item(), 5) for block in blocks], "substeps": found}
@@ -436,8 +426,7 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
         if missing:
             copy_code(code)
             results.write()
-        print(f"{len(missing)} runs to do, {len(asked) - len(missing)} there, {len(shares)} at a "
-              f"time", flush=True)
+        print(f"{len(missing)} runs to do, {len(asked) - len(missing)} there", flush=True)
         failed = run_cells(missing, results, shares, where)
         report(results, planned, cells, config, argv, unit)
         if config.tasks:

@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 
-from config import check_rules
 from model import GPT, KVCache, transposed
 from sample import SampleConfig, load_checkpoint, nanogpt_tokenizer
 from support.checkpoint import model_from, write_file
@@ -23,10 +22,11 @@ from support.errors import UserError, fail
 from support.files import write_json
 from support.meta import END_OF_TEXT, TOKENIZER_KEYS
 from support.tokenizer import Tokenizer
+from tools import ToolConfig
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(ToolConfig):
     """Write a model for transformers, or as safetensors."""
 
     ckpt: str | None = None  # a run's or exported folder, a .pt file, gpt2*
@@ -34,9 +34,6 @@ class ExportConfig:
     format: Literal["hf", "safetensors"] = "hf"  # for transformers, or for us
     overwrite: bool = False  # replace a folder that was exported before
     data_dir: str = "data"  # where a nanoGPT checkpoint's meta.pkl is
-
-    def __post_init__(self) -> None:
-        check_rules(self)
 
     def rules(self, rule: Callable[[bool, str], None]) -> None:
         rule(self.ckpt is not None,

@@ -146,9 +146,7 @@ def by_variant(runs: list[dict]) -> dict[str, list[dict]]:
 
 
 def summary(runs: list[dict], planned: dict[str, Any]) -> list[dict[str, str]]:
-    """One row for each variant: what its runs share, and their figures together.
-
-    planned: the options of each variant, as compare.py plans them."""
+    """One row for each variant: what its runs share, and their figures together."""
     config = next(iter(planned.values()))
     published = dict(text.rpartition(":")[::2] for text in config.published)
     tasks = dict.fromkeys(task for r in runs for task in scores(r, config))

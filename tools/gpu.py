@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import check_rules
 from support.device import compile_seconds, peak_flops, peak_mb, pick_device
 from support.errors import fail, reason
 from support.files import finite, sha256, write_text
+from tools import ToolConfig
 from tools.race import HERE, Variant, machine, medians, program, seconds, text_table
+from tools.watch import read_log
 
 GPT2 = "config/gpt2_124m.py"
 TABLES = {  # command and what it measures -> variants: label, preset, options
@@ -45,12 +46,12 @@ TABLES = {  # command and what it measures -> variants: label, preset, options
         ("YuriiFormer", GPT2, "--compile=True --template=nesterov"),
         ("GPT, eager", GPT2, "--compile=False")]}
 BATCH = ["--batch_size=16", "--gradient_accumulation_steps=4"]
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2",
-        "--vocab_size=64", "--head_dim=auto", "--ffn_hidden=auto"]
+SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2"]
+TINY = [*SMALL, "--vocab_size=64", "--head_dim=auto", "--ffn_hidden=auto"]
 
 
 @dataclass
-class GPUConfig:
+class GPUConfig(ToolConfig):
     """Everything that a GPU can show, in one run: its tests, then training, decoding, sampling."""
 
     nanogpt: str | None = None  # folder of nanoGPT's code: its model is one more variant
@@ -59,15 +60,6 @@ class GPUConfig:
     tiny: bool = False  # a small model and few steps, to try this on a CPU
     jobs: int | None = None  # compilations side by side; auto: by cores and memory
     repeats: int = 5  # measurements of each variant
-
-    def __post_init__(self) -> None:
-        check_rules(self)
-
-    def rules(self, rule: Callable[[bool, str], None]) -> None:
-        rule(self.repeats >= 1, f"repeats={self.repeats}: must be at least 1; choose more")
-        rule(self.jobs is None or self.jobs >= 1, f"jobs={self.jobs}: must be at least 1")
-        folder = os.path.dirname(self.json) or "."
-        rule(os.path.isdir(folder), f"json={self.json}: there is no folder {folder}; make it first")
 
 
 def commands(config: GPUConfig) -> dict[str, dict[str, list[str]]]:
@@ -99,21 +91,17 @@ def work(connection: Connection, slots: Semaphore, make: Callable[[list[str]], V
             variant = make(argv)
             for _ in range(2):
                 seconds(variant.run, variant.device)
-            share_memory(variant)
+            if variant.flops:  # what only a training step needs is given back, for the others
+                torch.cuda.empty_cache()
         connection.send({"parameters": variant.parameters, "flops": variant.flops,
                          "compile_s": compile_seconds(), "peak_mb": peak_mb(variant.device)})
         while connection.recv():
             variant.run()  # it takes its memory again
             connection.send(variant.tokens / seconds(variant.run, variant.device))
-            share_memory(variant)
+            if variant.flops:
+                torch.cuda.empty_cache()
     except Exception as error:
         connection.send(f"{type(error).__name__}: {reason(error)}")
-
-
-def share_memory(variant: Variant) -> None:
-    """Give back what only a training step needs."""
-    if variant.device.type == "cuda" and variant.flops:
-        torch.cuda.empty_cache()
 
 
 def take_turns(argvs: dict[str, list[str]], make: Callable[[list[str]], Variant],
@@ -180,15 +168,14 @@ def whole_programs(config: GPUConfig, folder: str) -> dict[str, float]:
     train.py with its evaluations and saves, beside the rate of its steps alone."""
     data = write_data(folder)
     steps = 6 if config.tiny else 300
-    size = (["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2",
-             "--gradient_accumulation_steps=1", "--eval_tokens=2000"] if config.tiny else
-            ["--batch_size=16", "--gradient_accumulation_steps=4", "--eval_tokens=500000"])
+    size = [*BATCH, "--eval_tokens=500000"]
+    if config.tiny:
+        size = [*SMALL, "--gradient_accumulation_steps=1", "--eval_tokens=2000"]
     device = f"--device={config.device or 'auto'}"
     took, _ = program("train.py", "config/yurii_owt.py", *size, f"--max_iters={steps}",
                       f"--eval_interval={steps // 3}", f"--log_interval={steps // 6}",
                       f"--data_dir={data}", "--dataset=random", f"--out_dir={folder}/out", device)
-    records = [json.loads(line) for line in Path(folder, "out", "log.jsonl").open()]
-    trained = [r for r in records if r["type"] == "train"]
+    trained = [r for r in read_log(f"{folder}/out") if r["type"] == "train"]
     alone = float(np.median([r["tokens_per_s"] for r in trained[1:]]))
     span = trained[-1]["seconds"] - trained[0]["seconds"]
     whole = (trained[-1]["tokens"] - trained[0]["tokens"]) / span
@@ -210,17 +197,16 @@ def write_data(folder: str) -> str:
     return str(path.parent)
 
 
-def scaling(config: GPUConfig, folder: str) -> list[dict]:
+def scaling(folder: str) -> list[dict]:
     """Tokens per second of 1, 2, 4, ... GPUs, each with the same micro-batches."""
     rows, n = [], 1
-    while n <= torch.cuda.device_count() and torch.cuda.device_count() > 1:
+    while n <= torch.cuda.device_count():
         out = f"{folder}/out-{n}"
         program("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py",
-                *GPT2, f"--gradient_accumulation_steps={4 * n}", "--max_iters=40",
+                GPT2, f"--gradient_accumulation_steps={4 * n}", "--max_iters=40",
                 f"--out_dir={out}", f"--data_dir={folder}/data", "--dataset=random",
                 "--eval_tokens=100000")
-        records = [json.loads(line) for line in Path(out, "log.jsonl").open()]
-        rates = [r["tokens_per_s"] for r in records if r["type"] == "train"]
+        rates = [r["tokens_per_s"] for r in read_log(out) if r["type"] == "train"]
         rows.append({"variant": f"{n} GPUs", "tokens_per_s": float(np.median(rates[2:]))})
         rows[-1]["ratio"] = rows[-1]["tokens_per_s"] / rows[0]["tokens_per_s"] / n
         n *= 2
@@ -252,8 +238,8 @@ def measure_gpu(config: GPUConfig, make: Callable[[list[str]], Variant]) -> None
         progress("train.py and sample.py")
         figures = whole_programs(config, folder)
         keep("whole programs", [{"what": k, "figure": v} for k, v in figures.items()])
-        if rows := scaling(config, folder):
-            keep("several GPUs", rows)
+        if torch.cuda.device_count() > 1:
+            keep("several GPUs", scaling(folder))
     progress("done")
     if tests.returncode not in (0, 5):  # 5: there was none
         fail(f"tests failed, as they say above; the figures are in {config.json}")

@@ -13,22 +13,22 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from config import check_rules, nearest
+from config import nearest
 from model import GPT
 from sample import check_finite, load_model, read_tokens, store_matrices, stream
 from support.checkpoint import check_tokenizer
-from support.data import Tokens, evaluation_starts
 from support.device import pick_device, pick_dtype, tune_allocator
 from support.errors import UserError, fail, reason
 from support.meta import load_meta
 from support.terminal import progress
 from support.text import file_pieces
 from support.tokenizer import Tokenizer
+from tools import ToolConfig, validation_rows
 from tools.exchange import checkpoint_named
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(ToolConfig):
     """Judge a checkpoint on tasks of lm-evaluation-harness, or by the perplexity of a text."""
 
     ckpt: str | None = None  # a run's or exported folder, a .pt file, gpt2*
@@ -45,16 +45,11 @@ class EvalConfig:
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None  # auto: fp32 on a CPU
     json: str | None = None  # a file to write the figures to
 
-    def __post_init__(self) -> None:
-        check_rules(self)
-
     def rules(self, rule: Callable[[bool, str], None]) -> None:
+        super().rules(rule)
         rule(bool(self.ckpt) and bool(self.tasks) != bool(self.data),
              "say what to judge and on what: --ckpt=FOLDER or FILE.pt, and either "
              "--tasks=hellaswag,arc_easy or --data=NAME or TEXTFILE")
-        for name in ("limit", "eval_tokens", "batch_size"):
-            count = getattr(self, name)
-            rule(count is None or count >= 1, f"{name}={count}: must be at least 1; choose more")
         rule(self.seed >= 0, f"seed={self.seed}: must not be negative")
 
 
@@ -125,8 +120,7 @@ def windows(tokenizer: Tokenizer, config: EvalConfig, T: int) -> torch.Tensor:
         fail(f"data={data}: there is neither such a text file nor the folder {folder}")
     meta = load_meta(folder)
     check_tokenizer(folder, meta, {"tokenizer": tokenizer.to_meta()})
-    tokens = Tokens(folder, "val", meta, T)
-    rows = tokens.read(evaluation_starts(len(tokens), T, config.eval_tokens))
+    rows = validation_rows(folder, T, config.eval_tokens)
     return torch.from_numpy(rows.numpy().view(meta["dtype"]).astype(np.int64))
 
 

@@ -21,30 +21,24 @@ from typing import Any
 
 import torch
 
-from config import check_rules
 from model import GPT, GPTConfig
 from support.code import HERE
 from support.device import autocast, pick_device, pick_dtype, tune_allocator
 from support.errors import fail
 from support.meta import END_OF_TEXT, load_meta
+from tools import ToolConfig
 from tools.findings import markdown
 from tools.judge import EvalConfig, judge
 
 
 @dataclass
-class RaceConfig:
+class RaceConfig(ToolConfig):
     """What loss and prepare share."""
 
     nanogpt: str | None = None  # folder of nanoGPT's code, to run beside ours
     repeats: int = 5  # measurements of each
     device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
     json: str | None = None  # a file to write the figures to
-
-    def __post_init__(self) -> None:
-        check_rules(self)
-
-    def rules(self, rule: Callable[[bool, str], None]) -> None:
-        rule(self.repeats >= 1, f"repeats={self.repeats}: must be at least 1; choose more")
 
 
 @dataclass

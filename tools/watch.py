@@ -5,19 +5,20 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from config import check_rules
-from model import GPT, State, Template
+from model import GPT, Oracle, State, Template
 from sample import load_checkpoint
 from support.checkpoint import model_from
-from support.data import Tokens, evaluation_starts, to_device
+from support.data import to_device
 from support.errors import UserError, fail, printable, reason
 from support.meta import load_meta
+from tools import ToolConfig, validation_rows
 from tools.exchange import checkpoint_named
 
 UNITS = {"bytes": "nats per byte", "char": "nats per character"}
@@ -26,7 +27,7 @@ AXES = {"steps": ("iter", "step"), "tokens": ("tokens", "training tokens"),
 
 
 @dataclass
-class PlotConfig:
+class PlotConfig(ToolConfig):
     """Draw runs together: their losses, what their substeps have learned, or the paths of their
     residual streams."""
 
@@ -36,9 +37,6 @@ class PlotConfig:
     plot: str | None = None  # the PNG; auto: losses.png, scalars.png, path.png
     data: str | None = None  # scalars, path: a data folder; auto: that of each run
     data_dir: str | None = None  # where the data folders are; auto: where the run had them
-
-    def __post_init__(self) -> None:
-        check_rules(self)
 
     def rules(self, rule: Callable[[bool, str], None]) -> None:
         rule(bool(self.runs), "name the out_dirs of one run or several: python bench.py plot "
@@ -157,22 +155,17 @@ def substeps(model: GPT, idx: torch.Tensor) -> dict[str, list[list[float]]]:
     def ratio(one: torch.Tensor, other: torch.Tensor) -> float:
         return (one.norm(dim=-1).mean() / other.norm(dim=-1).mean()).item()
 
-    def listen(step: Template, inputs: tuple) -> tuple | None:
-        """Before a substep: its oracle is one that remembers its answer."""
-        oracle, state, h = inputs
+    def measured(step: Template, oracle: Oracle, state: State, h: float) -> State:
+        """A substep, whose oracle is overheard."""
+        answers = []
 
-        def asked(z: torch.Tensor) -> torch.Tensor:
-            asked.answer = oracle(z)
-            return asked.answer
+        def overheard(z: torch.Tensor) -> torch.Tensor:
+            answers.append(oracle(z))
+            return answers[-1]
 
-        return (asked, state, h) if callable(oracle) and step.learned else None
-
-    def measure(step: Template, inputs: tuple, new: State) -> None:
-        """After it."""
-        asked, (x, *streams), h = inputs
-        if not hasattr(asked, "answer"):
-            return
-        g = asked.answer.to(x.dtype)
+        new = type(step).forward(step, overheard, state, h)
+        x, *streams = state
+        g = answers[-1].to(x.dtype)
         cosines.append(F.cosine_similarity(new[0] - x, g, dim=-1).mean().item())
         beta, alpha, gamma = map(step.scalar, ("beta", "alpha", "gamma"))
         taken = g if gamma is None else gamma * g
@@ -180,13 +173,15 @@ def substeps(model: GPT, idx: torch.Tensor) -> dict[str, list[list[float]]]:
             memory.append(ratio(beta * streams[0], h * taken))
         elif alpha is not None:
             memory.append(ratio(alpha * streams[0], taken))  # h scales both
+        return new
 
     blocks = model.transformer.h
-    hooks = [hook for block in blocks for step in block.steps for hook in (
-        step.register_forward_pre_hook(listen), step.register_forward_hook(measure))]
+    steps = [step for block in blocks for step in block.steps if step.learned and step.splittings]
+    for step in steps:
+        step.forward = partial(measured, step)
     model(idx)
-    for hook in hooks:
-        hook.remove()
+    for step in steps:
+        del step.forward
     return {name: np.reshape(values, (len(blocks), -1)).round(4).tolist()
             for name, values in (("memory", memory), ("cosine", cosines)) if values}
 
@@ -234,9 +229,7 @@ def model_and_tokens(run: str, config: PlotConfig) -> tuple[GPT, torch.Tensor]:
     if meta["vocab_size"] > model.config.vocab_size:
         fail(f"{folder} has {meta['vocab_size']} token ids, and {run} only "
              f"{model.config.vocab_size}; name its own data: --data=NAME")
-    tokens = Tokens(folder, "val", meta, T)
-    return model, to_device(tokens.read(evaluation_starts(len(tokens), T, 16 * T)),
-                            torch.device("cpu"))[0]
+    return model, to_device(validation_rows(folder, T, 16 * T), torch.device("cpu"))[0]
 
 
 @torch.no_grad()
