@@ -4,7 +4,7 @@
     printf "Once upon a" | python sample.py --out_dir=out-yurii-tinystories --start=- --top_p=0.9
 
 The samples are drawn together, as one batch; the first is printed while it is made. Past the
-model's context the older half is forgotten and the rest read again (a sliding window).
+model's context the older half is forgotten and the rest read again.
 """
 
 import codecs
@@ -195,7 +195,7 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
     whose probability reaches p. A row's draws follow from the seed and its number (0, 1, ...;
     `numbers` where a batch has others), so that they are the same in every batch. Rows beyond
     vocab_used are never drawn; -1 is, where logits are not finite. When a row's context is full its
-    older half is dropped and the rest read again (a sliding window of T/2 to T). compile: the step
+    older half is dropped and the rest read again, so that it has T/2 to T tokens. compile: the step
     from one token to the next, with CUDA graphs where there is CUDA; tune: try its kernels out,
     which takes as long again. cache: one to use anew, for which nothing need be compiled again.
     """

@@ -713,7 +713,7 @@ class Scheduled(Template):
     def forward(self, oracle, state, h=1.0):
         x, v = state
         v = self.beta * v + h * oracle(x)
-        return x + v, v
+        return x + h * v, v
 
 
 class Average(Template):
