@@ -423,6 +423,7 @@ def test_the_task_in_the_docs(tmp_path, monkeypatch):
 # Mistakes
 
 
+@needs_data
 def test_logits_that_are_not_finite(tmp_path, local_tasks):
     write_checkpoint(tmp_path / "ckpt.pt")
     checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
