@@ -104,12 +104,15 @@ def learned(lesson: dict) -> dict[str, bool]:
     """The same, of what training at full length shows."""
     share, turn = ({name: sum(values) / len(values) for name, values in found.items()}
                    for found in (lesson["shares"], lesson["turns"]))
+    one, two = (lesson["curves"]["gd", seed] for seed in (1, 2))
+    apart = [one[step] - two[step] for step in one]
     return {
         "about half in `nesterov`, and little in `frozen`":
             0.4 < share["nesterov"] < 0.7 and share["frozen"] < 0.25,
         "some 30 degrees": 20 < turn["nesterov"] < 40,
         "nearly at a right angle": all(80 < turn[name] < 105 for name in ("gd", "frozen")),
-        "it, too, ends elsewhere": lesson["final"]["gd", 1] != lesson["final"]["gd", 2],
+        "on the way they part and cross":
+            max(map(abs, apart)) > 0.02 and min(apart) < 0 < max(apart),
     }
 
 
