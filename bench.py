@@ -287,7 +287,10 @@ def measure(argv: list[str], config: Any, function: Callable[..., list[dict]]) -
     machine = race.machine(pick_device(config.device))
     print(machine)
     if isinstance(config, MeasureConfig):
-        rows = function(config, named_variants(argv, config))
+        configs = named_variants(argv, config)
+        if len({c.deterministic for c in configs.values()}) > 1:
+            fail("deterministic: is a setting of the whole process; give it to all variants")
+        rows = function(config, configs)
     else:
         rows = function(config)
     print(race.text_table(rows))

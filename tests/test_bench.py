@@ -100,6 +100,7 @@ def test_random_batches_are_like_the_trainers():
     (["decode", *TINY, "--nanogpt=nowhere"], ["nowhere/model.py", "No such file"]),
     (["speed", *TINY, "--variants", "n_layr=1"], ["n_layr", "n_layer"]),
     (["speed", "--repeats=0"], ["repeats=0", "at least 1"]),
+    (["speed", *TINY, "--variants", "n_layer=1", "deterministic=True"], ["deterministic", "all"]),
     (["speed", "--max_new_tokens=3"], ["unknown option max_new_tokens"]),
     (["plot", "out", "--n_layer=3"], ["unknown option n_layer"]),
     (["eval", "--ckpt=gd", "--data=x", "--json=none/x.json"], ["there is no folder none"])])
