@@ -426,25 +426,6 @@ def test_seeds_that_are_missing_are_no_verdict(study):
     assert "| seeds are missing |" in Path("found/s/table.md").read_text()
 
 
-def test_scores_of_tasks(study, monkeypatch):
-    """A finished study is judged when tasks are named, and again when they change; a variant's
-    missing score is an empty cell."""
-    pytest.importorskip("lm_eval")
-    found = {None: 0.5, 3: 0.25, 4: 0.0}
-    monkeypatch.setattr(compare, "judge", lambda config: [
-        {"variant": "x", "shots": 0, "items": 9, "acc": 0.9, "acc_norm": found[config.limit]},
-        {"variant": "y", "shots": 0, "f1": 0.1}, {"variant": "z", "shots": 0}])
-    variants = "a: template=gd", "b: template=tmm"
-    study(*variants)
-    study(*variants, tasks="x", only="a")
-    assert study.launched == []
-    assert [cells("a")[task] for task in "xyz"] == ["50.0", "10.0", ""]
-    assert [cells("b")[task] for task in "xyz"] == ["", "", ""]
-    for limit, score in (3, "25.0"), (4, "0.0"):
-        study(*variants, tasks="x", limit=limit)
-        assert all([cells(label)[task] for task in "xyz"] == [score, "10.0", ""] for label in "ab")
-
-
 def test_shares_of_the_machine(monkeypatch):
     """Cards are dealt out, unless the device names one; cores are divided."""
     monkeypatch.setattr(compare, "pick_device", lambda name: torch.device(name or "cuda"))

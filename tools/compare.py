@@ -3,7 +3,6 @@ on the same windows. What they found is in findings.py."""
 
 import bisect
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -30,7 +29,6 @@ from support.meta import load_meta
 from support.terminal import clock
 from tools import check_counts, validation_rows
 from tools.findings import comparisons, differences, draw_study, markdown, summary
-from tools.judge import EvalConfig, judge
 from tools.race import machine
 from tools.watch import UNITS, read_log, substeps
 from train import TrainConfig, model_args
@@ -65,24 +63,15 @@ class CompareConfig(TrainConfig):
     extended: str | None = None  # what was added after looking, for the page to say
     published: tuple[str, ...] = ()  # "variant: loss", to print beside ours
     x: Literal["steps", "tokens", "seconds", "flops"] = "steps"  # what losses are drawn over
-    tasks: str | None = None  # judge best.pt on these, as bench.py eval does
-    num_fewshot: str | None = None  # examples in the prompt, one number or one for each task
-    include_path: str | None = None  # a folder with task files (YAML) of your own
-    limit: int | None = None  # only the first items of each task
 
     def rules(self, rule: Callable[[bool, str], None]) -> None:
         super().rules(rule)
-        check_counts(self, rule, "seeds", "repeats", "steps", "limit")
+        check_counts(self, rule, "seeds", "repeats", "steps")
         for name in ("first_seed", "margin", "jobs"):
             number = getattr(self, name)
             rule(number is None or number >= 0, f"{name}={number}: must not be negative")
         for pair in self.pairs:
             rule(pair.count(" - ") == 1, f'pairs={pair}: say "VARIANT - OTHER"')
-
-    @property
-    def judged_by(self) -> str:
-        """What the scores of its tasks depend on."""
-        return f"{self.tasks} {self.num_fewshot} {self.limit}"
 
 
 SIZES = {"parameters": "parameters", "matrices": "matrices", "flops": "flops_per_token"}
@@ -429,9 +418,6 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
         print(f"{len(missing)} runs to do, {len(asked) - len(missing)} there", flush=True)
         failed = run_cells(missing, results, shares, where)
         report(results, planned, cells, config, argv, unit)
-        if config.tasks:
-            judge_cells(asked, results)
-            report(results, planned, cells, config, argv, unit)
     if failed:
         fail(*failed, "the same command tries these again, and what they said is in their "
                       "output.txt")
@@ -444,8 +430,6 @@ def check(configs: dict[str, CompareConfig], config: CompareConfig) -> None:
              f"name a preset (config/studies/suite.py), or --study=NAME")
     if not "".join(config.variants):
         fail('say what to compare: --variants "GPT: template=gd" "YuriiFormer: template=nesterov"')
-    if config.tasks and importlib.util.find_spec("lm_eval") is None:  # not after days of training
-        fail("tasks need lm-eval: pip install lm-eval")
     if unknown := set(config.only) - set(configs):
         fail(f"only={', '.join(unknown)}: the variants are {list(configs)}")
     if unknown := [pair for pair in config.pairs if set(pair.split(" - ")) - set(configs)]:
@@ -493,24 +477,6 @@ def run_cells(cells: list[Cell], results: Results, shares: list[dict[str, str]],
             process.wait()
         raise
     return failed
-
-
-def judge_cells(cells: list[Cell], results: Results) -> None:
-    """Add the scores that the runs lack: of each task the normalised accuracy of best.pt, the
-    accuracy, or its own metric."""
-    about = {"variant", "shots", "items", "items_per_s"}
-    for cell in cells:
-        run, config = results.get(cell), cell.config
-        if run is None or run.get("tasks", {}).get("how") == config.judged_by:
-            continue
-        rows = judge(EvalConfig(
-            os.path.join(cell.out_dir, "best.pt"), config.tasks, config.num_fewshot,
-            config.include_path, config.limit, device=config.device))
-        scores = {row["variant"]: next((row[metric] for metric in ("acc_norm", "acc", *row)
-                                        if metric in row and metric not in about), None)
-                  for row in rows}
-        run["tasks"] = {"how": config.judged_by, "scores": scores}
-        results.write()
 
 
 NOTES = """\

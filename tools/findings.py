@@ -149,7 +149,6 @@ def summary(runs: list[dict], planned: dict[str, Any]) -> list[dict[str, str]]:
     """One row for each variant: what its runs share, and their figures together."""
     config = next(iter(planned.values()))
     published = dict(text.rpartition(":")[::2] for text in config.published)
-    tasks = dict.fromkeys(task for r in runs for task in scores(r, config))
     variants, rows = by_variant(runs), []
     for label, of_variant in variants.items():
         first, losses = of_variant[0], [r["val_loss"] for r in of_variant]
@@ -166,8 +165,6 @@ def summary(runs: list[dict], planned: dict[str, Any]) -> list[dict[str, str]]:
             row["seeds"] += f" of {planned[label].seeds}"
         if published:
             row["published best"] = published.get(label, "").strip()
-        for task in tasks:
-            row[task] = mean([scores(r, config).get(task) for r in of_variant], ".1%").rstrip("%")
         if any(variant.match != "width" for variant in planned.values()):
             row["matched"] = planned[label].match if rows else ""
         row |= {"parameters": f"{first['parameters']:,}", "matrices": f"{first['matrices']:,}",
@@ -179,12 +176,6 @@ def summary(runs: list[dict], planned: dict[str, Any]) -> list[dict[str, str]]:
         row["peak MB"] = mean([r["peak_mb"] for r in of_variant], ",.0f")
         rows.append(row)
     return rows
-
-
-def scores(run: dict, config: Any) -> dict[str, float | None]:
-    """By task; none if the run was judged on others, or not at all."""
-    tasks = run.get("tasks", {})
-    return tasks["scores"] if tasks.get("how") == config.judged_by else {}
 
 
 def differences(found: list[Comparison]) -> list[dict[str, str]]:

@@ -1,5 +1,6 @@
-"""Study: the paper's OpenWebText table (arXiv 2601.23236; TMM: 2605.24425), small models, with
-HellaSwag and ARC-Easy on the best checkpoints. `make reproduce-owt` prepares the data and runs it.
+"""Study: the paper's OpenWebText table (arXiv 2601.23236; TMM: 2605.24425), small models. `make
+reproduce-owt` prepares the data and runs it; `python bench.py eval --ckpt=FOLDER
+--tasks=hellaswag,arc_easy --num_fewshot=10,25` then judges a run.
 
 Data:     python prepare.py openwebtext --val_fraction=0.05
 Run:      python bench.py compare config/studies/paper_owt.py
@@ -22,5 +23,3 @@ variants = (
     "tmm: template=tmm",
 )
 published = ("gd (GPT): 2.990", "nesterov (YuriiFormer): 2.920", "tmm: 2.908")
-tasks = "hellaswag,arc_easy"
-num_fewshot = "10,25"
