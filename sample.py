@@ -258,7 +258,7 @@ class SampleConfig:
     temperature: float = 0.8  # 0 is greedy; below 1 less, above 1 more random
     top_k: int | None = 200  # only the k likeliest tokens; None: all
     top_p: float | None = None  # only the likeliest tokens that together reach this probability
-    stop: str | None = None  # end a sample before this text, e.g. "<|endoftext|>"
+    stop: str | None = None  # end a sample before this text: "<|endoftext|>", bash's $'\n'
     seed: int = 1337  # of the draws
     data_dir: str = "data"  # where a nanoGPT checkpoint's meta.pkl is
     device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
@@ -398,7 +398,7 @@ def main(argv: list[str]) -> None:
     dtype = pick_dtype(config.dtype, device)
     with explain_failures("standard output", mend="print to another place",
                    shrink="halve --num_samples or --max_new_tokens, or use --device=cpu"):
-        model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        (model.double() if dtype == torch.float64 else model.float()).to(device)
         store_matrices(model, dtype)
         for piece in draw_samples(model, tokenizer, config, prompt):
             print(piece, end="", flush=True)

@@ -304,7 +304,7 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     # what a preset says does not count for a run that goes on
     words = {name for name, preset in given.items() if not (resumed and preset)}
     model = make_model(c, words, meta, checkpoint)
-    model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    model.double() if dtype == torch.float64 else model.float()  # a complex buffer stays one
     ranks.share(model)
     c.adopt(model.config)
     train_tokens, val_tokens = (Tokens(os.path.join(c.data_dir, c.dataset), split, meta,
@@ -409,7 +409,7 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
             run.step += 1
 
     if master:
-        log.close()
+        log.file.close()
         end = f"done: {run.step} steps, best val loss {run.best_val_loss:.4f}"
         if stopping:
             end = f"stopped by a signal at step {run.step}; "

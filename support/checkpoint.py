@@ -110,9 +110,12 @@ def model_from(checkpoint: dict, **changes) -> GPT:
         model = GPT(config)
         if "model" not in checkpoint:
             return model
-        weights = named_weights(checkpoint["model"])
+        table, buffers = checkpoint["model"], dict(model.named_buffers())  # a fork's: of any type
+        weights = named_weights({name: w for name, w in table.items() if name not in buffers})
         kinds = {w.dtype for w in weights.values()} or {torch.float32}
-        model.to(max(kinds, key=lambda kind: torch.finfo(kind).max)).load_state_dict(weights)
+        for p in model.parameters():
+            p.data = p.data.to(max(kinds, key=lambda kind: torch.finfo(kind).max))
+        model.load_state_dict(weights | {name: table[name] for name in buffers if name in table})
     except (AttributeError, KeyError, MemoryError, RuntimeError, TypeError) as error:
         what = textwrap.shorten(str(error), 300)  # torch lists all that is missing or misshapen
         fail(f"the checkpoint's weights do not fit its model_args: {what}")

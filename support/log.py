@@ -111,10 +111,6 @@ class Log:
         os.fsync(self.file.fileno())
         return self.file.tell()
 
-    def close(self) -> None:
-        """The run has ended."""
-        self.file.close()
-
 
 @torch.no_grad()
 def learned_scalars(model: Any) -> dict[str, list[list[float]]]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import assert_same, load, nanogpt_checkpoint, refused, scripted, steps_of
 
+import sample
 import train
+from model import ATTENTIONS, CausalSelfAttention
 from support.checkpoint import HEAD, TABLE, model_from
 
 
@@ -50,6 +52,25 @@ def test_latest_previous_and_best(run, tmp_path):
         init_from="resume", **options)
     assert steps(tmp_path) == {"ckpt": 8, "ckpt_prev": 6, "best": 8}
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("name, buffer", [
+    ("mask", torch.ones(2, 2).bool()), ("mask", torch.full((2, 2), -math.inf).triu(1)),
+    ("bias", torch.ones(2, 2)), ("rope", torch.polar(torch.ones(2), torch.ones(2))),
+    ("count", torch.tensor(3))])
+def test_a_forks_buffers(run, tmp_path, monkeypatch, name, buffer):
+    """Of any type and value: saved as they are, read back as they were saved."""
+    class Forked(CausalSelfAttention):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer(name, buffer.clone())
+
+    monkeypatch.setitem(ATTENTIONS, "forked", Forked)
+    run(tmp_path, attention="forked", max_iters=1)
+    model = model_from(load(tmp_path))
+    assert_same(model.get_buffer(f"transformer.h.0.attn.{name}"), buffer)
+    run(tmp_path, init_from="resume", max_iters=2)
+    sample.main([f"--out_dir={tmp_path}", "--device=cpu", "--start=a", "--max_new_tokens=2"])
 
 
 def test_a_save_at_a_stop_is_not_the_best(run, tmp_path):
