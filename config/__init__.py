@@ -169,11 +169,10 @@ def run_preset(path: str, values: dict[str, Any]) -> dict[str, Any]:
         def __missing__(self, name: str) -> Any:
             return values[name]
 
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) or not path.endswith(".py"):  # JSON would do nothing as Python
         folder, name = os.path.split(path)
         hint = nearest(name, glob.glob("[!_]*.py", root_dir=folder or "config"), folder or "config")
-        if not hint and not name.endswith(".py"):
-            hint = "; an option is --name=value, with quotation marks around several words"
+        hint = hint or "; an option is --name=value, with quotation marks around several words"
         raise ValueError(f"no preset file {path}{hint}")
     names = Names(__file__=path)
     try:

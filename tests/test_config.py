@@ -242,6 +242,14 @@ def test_a_missing_preset_gets_the_nearest(preset, tmp_path):
     assert problems(missing) == [f"no preset file {missing}; did you mean {there}?"]
 
 
+@pytest.mark.parametrize("name, text", [("config.json", '{"width": 7}'), ("x.yaml", "width: 7")])
+def test_only_python_is_a_preset(tmp_path, name, text):
+    """As Python these would assign nothing."""
+    (tmp_path / name).write_text(text)
+    (line,) = problems(str(tmp_path / name))
+    assert line.startswith(f"no preset file {tmp_path / name}; an option is --name=value")
+
+
 @pytest.mark.parametrize("cls", [TrainConfig, SampleConfig])
 def test_a_study_is_told_so(preset, cls):
     path = preset("study = 'x'\nvariants = ('a', 'b')\nn_layer = 2\n")
