@@ -156,11 +156,14 @@ def part_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGINT and SIGHUP (unless it was ignored: nohup) in a list, for the loop to
-    see; as SIGTERM also that the reader of standard output has left. A second signal, a second or
-    more after the first (Ctrl-C under torchrun arrives twice), ends the process at once: a thread
-    sees to that, because Python's handlers wait for a collective or a write to return."""
+    """Collect SIGTERM, SIGINT, SIGHUP (unless it was ignored: nohup) and SIGUSR1 (a cluster's) for
+    the loop to see; as SIGTERM also that the reader of standard output has left. A second signal, a
+    second or more after the first (Ctrl-C under torchrun arrives twice), ends the process at once:
+    a thread sees to that, as Python's handlers wait for a collective or a write to return."""
     caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # signals come to that alone
+        yield caught
+        return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
@@ -179,7 +182,7 @@ def stop_signals() -> Iterator[list[int]]:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     sys.stdout.failed = output_failed  # errors.Stream's, to the end of the program
-    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")]
+    numbers = [getattr(signal, n, None) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")]
     before = {n: signal.signal(n, lambda number, _: caught.append(number))
               for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN}
     waked = signal.set_wakeup_fd(writer.fileno())

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -260,6 +261,19 @@ def test_a_notebooks_signals_work_as_before():
         with stop_signals():
             pass
         assert signal.set_wakeup_fd(-1) == file.fileno()
+
+
+def test_in_a_thread(run, tmp_path):
+    """Which may not set handlers of signals."""
+    with ThreadPoolExecutor(1) as pool:
+        assert of_kind(pool.submit(run, tmp_path, max_iters=1).result(), "train")
+
+
+def test_a_clusters_warning():
+    """SIGUSR1, before the job's time is over."""
+    with stop_signals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert signals == [signal.SIGUSR1]
 
 
 # -----------------------------------------------------------------------------
