@@ -45,7 +45,7 @@ def pick_device(device: str | None = None, index: int = 0) -> torch.device:
     except RuntimeError:
         fail(f"device={device}: no such device; use cpu, cuda, cuda:0 or mps")
     if chosen.type == "cpu":
-        return chosen
+        return torch.device("cpu")  # a backward pass on cpu:1 waits for ever
     if best is None or best.type != chosen.type:
         fail(f"device={device}: there is no {chosen.type} here; use --device=cpu")
     if chosen.type == "cuda":
