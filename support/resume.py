@@ -52,13 +52,13 @@ def find_start(config: Any, given: dict[str, str]) -> tuple[Any, dict | None, bo
         if checkpoint is not None:
             return stored_options(c, given, checkpoint), checkpoint, True
         if c.init_from == "resume":
-            fail(f"nothing to resume in {folder}; drop --init_from=resume, or mend --out_dir")
+            fail(f"no ckpt.pt to resume in {folder}; drop --init_from=resume, or mend --out_dir")
     if holds_weights(folder) and not c.eval_only:
         fail(f"{folder} holds exported weights, which a run would spoil; choose another --out_dir")
     used = any(os.path.exists(os.path.join(folder, name)) for name in CHECKPOINTS)
     if used and not (c.overwrite or c.eval_only):
-        fail(f"{folder} holds a run; go on with --init_from=resume, begin anew with --overwrite, "
-             f"or choose another --out_dir")
+        fail(f"{folder} holds a run; go on with --init_from=resume (from a ckpt.pt), begin anew "
+             f"with --overwrite, or choose another --out_dir")
     if c.init_from in ("scratch", "auto"):
         return c, None, False
     if c.init_from in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):  # before a download
@@ -105,9 +105,8 @@ def stored_options(config: Any, given: dict[str, str], checkpoint: dict) -> Any:
 def without_tensors(start: tuple[Any, dict | None, bool]) -> tuple[Any, dict | None, bool]:
     """What the other processes get of `find_start`'s: weights and states come tensor by tensor."""
     options, checkpoint, resumed = start
-    if checkpoint is not None:
-        checkpoint = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
-    return options, checkpoint, resumed
+    left = checkpoint and {k: checkpoint[k] for k in checkpoint.keys() - {"model", "optimizer"}}
+    return options, left, resumed
 
 
 def read_source(folder: str, checkpoint: dict | None, resumed: bool) -> tuple[dict, dict]:
