@@ -38,9 +38,11 @@ SAFE_CUT = re.compile(r"\S(?= )|\S\n(?=\w)|[^\W_](?=[\u3001\u3002\uff01\uff0c\uf
 def _open(path: Path) -> BinaryIO:
     """The bytes of a file, unpacked if they are gzip's."""
     with open(path, "rb") as file:
-        magic = file.read(4)
-    if magic == b"\x28\xb5\x2f\xfd":
+        magic = file.read(20)
+    if magic.startswith(b"\x28\xb5\x2f\xfd"):
         fail(f"{path} is packed by zstd; unpack it: zstd -d {path} -o FILE")
+    if magic == b"version https://git-":
+        fail(f"{path} only stands for a file that git-lfs fetches: git lfs pull")
     return gzip.open(path) if magic.startswith(b"\x1f\x8b") else open(path, "rb")
 
 
@@ -73,13 +75,10 @@ def text_pieces(path: Path) -> Iterator[Piece]:
     are only white space are left out."""
     begun = False
     for block in _blocks(path):
-        parts = block.split(END_OF_TEXT)
+        block = block.replace("\n" + END_OF_TEXT, END_OF_TEXT)
+        parts = block.replace(END_OF_TEXT + "\n", END_OF_TEXT).split(END_OF_TEXT)
         for i, text in enumerate(parts):
             ends = i < len(parts) - 1
-            if i > 0:
-                text = text.removeprefix("\n")
-            if ends:
-                text = text.removesuffix("\n")
             if begun or (text and not text.isspace()):
                 yield text, ends
                 begun = not ends
@@ -179,31 +178,32 @@ def _naming(where: object) -> Iterator[None]:
         fail(f"{where} cannot be read: {reason(error)}")
 
 
-def _record_texts(path: Path, field: str) -> Iterator[Any] | None:
-    """The records of a file; None of plain text. That is what its content says; names only keep
-    what is damaged from passing for text."""
+def _pieces(path: Path, field: str) -> Iterator[Piece]:
+    """The documents of a file. What it is, its content says; names only keep what is damaged from
+    passing for text."""
     with _open(path) as file:
         head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     name = path.name.lower().removesuffix(".gz")
     if head.startswith(b"PAR1") or name.endswith(".parquet"):
-        return _parquet_texts(path, field)
+        return record_pieces(_parquet_texts(path, field), str(path))
     begins = rb'\{[ \t]*"|\[\s*["{\]]|\{.*"%b"\s*:' % re.escape(field.encode())
     if re.match(begins, head, re.DOTALL) or name.endswith((".jsonl", ".ndjson", ".jsonlines")):
-        return _json_texts(path, field)
-    return None
+        return record_pieces(_json_texts(path, field), str(path))
+    if b"\0" in head:
+        fail(f"{path} has zero bytes, so it is no UTF-8 text; unpack it, or convert it")
+    return text_pieces(path)
 
 
 def file_pieces(files: Iterable[Path], field: str) -> Iterator[Piece]:
     """The documents of all files. field: the text's name in records."""
     for path in files:
         with _naming(path):
-            texts = _record_texts(path, field)
-            yield from text_pieces(path) if texts is None else record_pieces(texts, str(path))
+            yield from _pieces(path, field)
 
 
 def list_files(inputs: Iterable[str]) -> list[Path]:
     """The files that are named; of a folder all but the hidden ones, sorted by path, behind links
-    too; of a pipe, which can be read only once, a copy that goes when we end."""
+    too (broken ones fail); of a pipe, which can be read only once, a copy that goes when we end."""
     files: list[Path] = []
     for top in map(Path, inputs):
         if top.is_dir():
@@ -229,4 +229,4 @@ def _files_in(top: Path) -> Iterator[Path]:
             seen.add(folder.resolve())
             visible = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
             folders += [path for path in visible if path.is_dir()]
-            yield from (path for path in visible if path.is_file())
+            yield from (path for path in visible if path.is_file() or not path.exists())
