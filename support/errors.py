@@ -24,9 +24,8 @@ def printable(value: Any) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line: its kind and the first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return textwrap.shorten(": ".join([type(error).__name__, *lines[:1]]), 160)
+    """An exception in one line: its kind and how what it says begins."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}".removesuffix(": "), 160)
 
 
 def out_of_memory(error: BaseException) -> bool:

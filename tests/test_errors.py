@@ -18,7 +18,7 @@ def test_errors_in_lines():
         fail("no é\n\x1b[2J", "no b")
     assert str(error.value).splitlines() == [r"no é\n\x1b[2J", "no b"]
     assert reason(ValueError()) == "ValueError"
-    assert reason(OSError(" \n\n  disk   full\nmore")) == "OSError: disk full"
+    assert reason(OSError(" \n\n  disk   full\nmore")) == "OSError: disk full more"
     assert len(reason(OSError("long " * 100))) <= 160
 
 
