@@ -36,17 +36,17 @@ reproduce-owt: .venv/test
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "error: $(PYTHON) is older than 3.10; name a newer one: make PYTHON=python3.12"; exit 2; }
+	  echo "error: $(PYTHON) is older than 3.10 or not here: make PYTHON=python3.12"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "error: $(PYTHON) has no venv; on Debian and Ubuntu: apt install python3-venv"; exit 2; }
 	$(PYTHON) -m venv .venv
 
 .venv/demo: requirements.txt | .venv/bin/pip
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 .venv/test: tests/requirements.txt requirements.txt | .venv/bin/pip
-	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	@touch $@ .venv/demo
 
 clean:
