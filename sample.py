@@ -398,7 +398,8 @@ def main(argv: list[str]) -> None:
     dtype = pick_dtype(config.dtype, device)
     with explain_failures("standard output", mend="print to another place",
                    shrink="halve --num_samples or --max_new_tokens, or use --device=cpu"):
-        (model.double() if dtype == torch.float64 else model.float()).to(device)
+        model = model.double() if dtype == torch.float64 else model.float()
+        model.to(device)
         store_matrices(model, dtype)
         for piece in draw_samples(model, tokenizer, config, prompt):
             print(piece, end="", flush=True)

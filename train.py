@@ -304,7 +304,7 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     # what a preset says does not count for a run that goes on
     words = {name for name, preset in given.items() if not (resumed and preset)}
     model = make_model(c, words, meta, checkpoint)
-    model.double() if dtype == torch.float64 else model.float()  # a complex buffer stays one
+    model = model.double() if dtype == torch.float64 else model.float()  # not complex buffers
     ranks.share(model)
     c.adopt(model.config)
     train_tokens, val_tokens = (Tokens(os.path.join(c.data_dir, c.dataset), split, meta,
