@@ -298,6 +298,7 @@ def test_messages_are_what_the_programs_print(place, monkeypatch, capsys):
     train.main([*tiny, "--max_iters=2"])
     Path("src").mkdir()
     Path("src/package.json").write_text('{"name": "x", "version": 1}')
+    Path("book.txt").write_bytes(b"caf\xe9")
     offline = Mock(side_effect=urllib.error.URLError("no network"))
     new = "train --out_dir=new"
     cases = [  # a command, and what is replaced while it runs
@@ -306,6 +307,7 @@ def test_messages_are_what_the_programs_print(place, monkeypatch, capsys):
         (f"{new} --wandb_log", sys.modules, "wandb", None),
         ("prepare shakespeare_char", urllib.request, "urlopen", offline),
         ("prepare text --tokenizer=bytes --input src",),
+        ("prepare text --tokenizer=bytes --input book.txt",),
         ("train --init_from=resume --dataset=letters",),
         ("train --init_from=resume --dataset=other",),
         (f"{new} --learning_rate=1e38 --warmup_iters=0 --eval_interval=1",),
