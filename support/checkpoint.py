@@ -31,7 +31,8 @@ def read_checkpoint(path: str) -> dict:
     Hub, on the CPU; tensors and plain Python only. UserError if it cannot be read."""
     hub = path.startswith("gpt2") and not path.endswith(".pt") and not os.path.exists(path)
     if not hub and not os.path.exists(path):
-        fail(f"no checkpoint {path}; train one, or name the right folder")
+        fail(f"no checkpoint {path}; train one, name the right folder, or of the Hub one of gpt2, "
+             f"gpt2-medium, gpt2-large, gpt2-xl")
     try:
         if hub:
             checkpoint = read_pretrained(path, {"tokenizer": "gpt2"})

@@ -13,6 +13,7 @@ from support.errors import fail
 
 SPLITS = ("train", "val")
 END_OF_TEXT = "<|endoftext|>"
+LLM_C = (20240520).to_bytes(4, "little")  # how llm.c's and modded-nanogpt's bins begin
 TOKENIZER_KEYS = ("tokenizer", "vocab_size", "padded_vocab_size", "alphabet")  # of meta.json
 CORPORA = ("tinystories", "openwebtext", "shakespeare", "shakespeare_char", "pydoc")  # have names
 
@@ -72,6 +73,9 @@ def _nanogpt_meta(folder: Path, sizes: dict[str, int]) -> dict[str, Any]:
             fail(f"{folder}/{split}.bin has {size} bytes, and without a meta.json an id is two "
                  f"bytes, as nanoGPT's are: it is damaged; make it again")
         words = np.fromfile(folder / f"{split}.bin", "<u2", 4096)
+        if words[:2].tobytes() == LLM_C:
+            fail(f"{folder}/{split}.bin begins with llm.c's header, which is no text; take it off: "
+                 f"tail -c +1025 OLD > NEW")
         if len(words) >= 64 and words[1::2].max() < 4 <= words[::2].max():
             print(f"warning: {folder}/{split}.bin seems to have ids of four bytes; without its "
                   f"meta.json each is read as two", file=sys.stderr)

@@ -91,10 +91,10 @@ class Ranks:
         return result if self.rank == 0 else message[0]
 
     def share(self, model: torch.nn.Module) -> None:
-        """Give every process the parameters of rank 0."""
+        """Give every process the parameters and buffers of rank 0."""
         if self.parallel:
-            for p in model.parameters():
-                dist.broadcast(p.data, src=0)
+            for x in (*model.parameters(), *model.buffers()):
+                dist.broadcast(x.data, src=0)
 
     def average_gradients(self, model: torch.nn.Module) -> None:
         """The mean of the gradients over the processes."""

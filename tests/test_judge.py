@@ -389,7 +389,7 @@ def test_tasks_are_those_of_the_hf_backend(gpt2, local_tasks, monkeypatch):
 def test_a_checkpoint_on_tasks(local_tasks, capsys):
     """From a run's folder; texts beyond its 16 tokens; a task's own metric; a group of tasks."""
     write_checkpoint(local_tasks / "run" / "ckpt.pt")
-    rows = judge(local_tasks, f"--ckpt={local_tasks}/run", "--tasks=local_group,local_copy",
+    rows = judge(local_tasks, f"--ckpt={local_tasks}/run", "--tasks=local_group, local_copy,",
                  "--limit=3", f"--include_path={local_tasks}")
     rows = {row["variant"]: row for row in rows}
     a, b, copy = (rows[f"local_{name}"] for name in ("hellaswag", "arc", "copy"))

@@ -8,6 +8,7 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -261,6 +262,14 @@ def test_a_notebooks_signals_work_as_before():
         with stop_signals():
             pass
         assert signal.set_wakeup_fd(-1) == file.fileno()
+
+
+def test_buffers_are_shared(monkeypatch):
+    """A fork's, which rank 0 alone has read from the checkpoint."""
+    sent = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda x, src: sent.append(x))
+    Ranks.share(Mock(parallel=True), model := torch.nn.BatchNorm1d(2))
+    assert len(sent) == len(model.state_dict())
 
 
 def test_in_a_thread(run, tmp_path):

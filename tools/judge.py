@@ -132,7 +132,8 @@ def on_tasks(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> list[dict]
     """Tasks of lm-evaluation-harness, its own or those of include_path, one after the other."""
     from lm_eval import simple_evaluate
 
-    names, shots = config.tasks.split(","), (config.num_fewshot or "auto").split(",")
+    names = [name.strip() for name in config.tasks.strip(", ").split(",")]
+    shots = (config.num_fewshot or "auto").split(",")
     if len(shots) == 1:
         shots *= len(names)
     if len(shots) != len(names) or not all(n == "auto" or n.isdecimal() for n in shots):
