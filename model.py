@@ -241,7 +241,8 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None,
+        # is_causal says what a token sees without a mask: there are faster kernels for that
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
@@ -682,12 +683,12 @@ class GPT(nn.Module):
         self.narrow = config.stream_dtype == "bfloat16"
         embedded = "embed" in self.streams and config.velocity_init == "embed"
         second = embedded or config.velocity_init == "add"  # a second table?
-        learned = config.position == "learned"
+        placed = config.position == "learned"  # a table of positions beside each table of tokens
         parts = dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd) if learned else None,
+            wpe=nn.Embedding(config.block_size, config.n_embd) if placed else None,
             vte=nn.Embedding(config.vocab_size, config.n_embd) if second else None,
-            vpe=nn.Embedding(config.block_size, config.n_embd) if second and learned else None,
+            vpe=nn.Embedding(config.block_size, config.n_embd) if second and placed else None,
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=make_norm(config))
@@ -749,7 +750,8 @@ class GPT(nn.Module):
         """idx (B, T) token ids -> what the head reads (B, T, C). With a cache, idx continues the
         cached tokens. Raises ValueError where all tokens exceed block_size or the cache."""
         c = self.config
-        positions = (cache or KVCache()).begin(idx, c.block_size)  # (1, T), (B, T) if ragged
+        # without a cache they count from 0, as in a new one; (1, T), or (B, T) of ragged rows
+        positions = (cache or KVCache()).begin(idx, c.block_size)
         state, rope = self.embed(idx, positions), self.rope(positions)
         for block in self.transformer.h:
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:

@@ -341,8 +341,7 @@ WINDOW = [  # a fork's option: attention sees so many tokens
      "config.n_head, config.dropout\n        self.window = config.window\n"),
     ("        mask = None\n", "        mask = torch.ones(T, T, dtype=torch.bool).tril()\n"),
     ("cache.extend(k, v)\n", "cache.extend(k, v)\n"
-     "        mask &= mask.sum(-1, keepdim=True) - mask.cumsum(-1) < self.window\n"),
-    ("is_causal=cache is None", "is_causal=False")]
+     "        mask &= mask.sum(-1, keepdim=True) - mask.cumsum(-1) < self.window\n")]
 IN_THE_FORK = """
 import sys, bench, sample, train
 out, words = sys.argv[1], sys.argv[2:]
