@@ -164,12 +164,13 @@ def take_value(kind, value: list[str], words: list[str]) -> str | list[str] | No
 
 
 def run_preset(path: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The options that a preset file assigns. Raises ValueError of one line."""
+    """The options that a preset file assigns. Raises ValueError of one line, also for JSON or YAML,
+    which as Python would assign nothing."""
     class Names(dict):  # its globals: what it assigns, and to read, the current values
         def __missing__(self, name: str) -> Any:
             return values[name]
 
-    if not os.path.isfile(path) or not path.endswith(".py"):  # JSON would do nothing as Python
+    if not os.path.isfile(path) or os.path.splitext(path)[1] not in ("", ".py"):
         folder, name = os.path.split(path)
         hint = nearest(name, glob.glob("[!_]*.py", root_dir=folder or "config"), folder or "config")
         hint = hint or "; an option is --name=value, with quotation marks around several words"

@@ -7,6 +7,7 @@ A server that has imported torch once forks the processes, so that one starts in
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -35,6 +36,8 @@ def _program(program: str, argv: list[str], environment: dict[str, str], output:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, or a shell's &, ignores these
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = [f"{program}.py", *argv]

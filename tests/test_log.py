@@ -172,7 +172,7 @@ def test_pictures_and_sinks_that_fail_are_one_warning_each(job, run, tmp_path, m
     said = capsys.readouterr().err
     assert [said.count(f"warning: {name}: {error}") for name, error in (
         ("wandb", "BrokenPipeError: it has left"), ("tensorboard", "BrokenPipeError"),
-        ("loss.png", "RuntimeError: no; "))] == [1, 1, 1]
+        ("loss.png", "RuntimeError: no font; "))] == [1, 1, 1]
     in_ranks(2, [job(tmp_path / "two", [failing], **options)])
     assert load(tmp_path / "two")["iter_num"] == load(tmp_path / "one")["iter_num"] == 6
 
