@@ -164,13 +164,12 @@ def take_value(kind, value: list[str], words: list[str]) -> str | list[str] | No
 
 
 def run_preset(path: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The options that a preset file assigns. Raises ValueError of one line, also for JSON or YAML,
-    which as Python would assign nothing."""
+    """The options that a preset file assigns. Raises ValueError of one line."""
     class Names(dict):  # its globals: what it assigns, and to read, the current values
         def __missing__(self, name: str) -> Any:
             return values[name]
 
-    if not os.path.isfile(path) or os.path.splitext(path)[1] not in ("", ".py"):
+    if not os.path.isfile(path):
         folder, name = os.path.split(path)
         hint = nearest(name, glob.glob("[!_]*.py", root_dir=folder or "config"), folder or "config")
         hint = hint or "; an option is --name=value, with quotation marks around several words"
@@ -178,16 +177,28 @@ def run_preset(path: str, values: dict[str, Any]) -> dict[str, Any]:
     names = Names(__file__=path)
     try:
         with open(path, "rb") as file:
-            exec(compile(file.read(), path, "exec"), names)
+            tree = ast.parse(file.read(), path)
+        idle = next((node.lineno for node in tree.body if assigns_nothing(node)), None)
+        if idle is None:
+            exec(compile(tree, path, "exec"), names)
     except (Exception, SystemExit) as error:  # it is the user's code: anything may happen in it
         lines = [getattr(error, "lineno", None) or 1]  # of a SyntaxError
         lines += [line for frame, line in traceback.walk_tb(error.__traceback__)
                   if frame.f_code.co_filename == path]
         raise ValueError(f"{path}, line {lines[-1]}: {reason(error)}") from None
+    if idle is not None:
+        raise ValueError(f"{path}, line {idle}: assigns nothing; an option is name = value")
     if "study" in names and "study" not in values:
         raise ValueError(f"{path} is a study: python bench.py compare {path}")
     return {name: value for name, value in names.items() if not name.startswith("_")
             and not callable(value) and not inspect.ismodule(value)}
+
+
+def assigns_nothing(node: ast.stmt) -> bool:
+    """YAML's `width: 7`, JSON, or == for =, which Python takes without a word."""
+    if isinstance(node, ast.Expr):
+        return not isinstance(node.value, (ast.Constant, ast.Call))  # a docstring, print()
+    return isinstance(node, ast.AnnAssign) and node.value is None
 
 
 def help_text(cls, values: dict[str, Any], usage: str) -> str:

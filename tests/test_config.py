@@ -242,12 +242,12 @@ def test_a_missing_preset_gets_the_nearest(preset, tmp_path):
     assert problems(missing) == [f"no preset file {missing}; did you mean {there}?"]
 
 
-@pytest.mark.parametrize("name, text", [("config.json", '{"width": 7}'), ("x.yaml", "width: 7")])
-def test_only_python_is_a_preset(tmp_path, name, text):
-    """As Python these would assign nothing."""
-    (tmp_path / name).write_text(text)
-    (line,) = problems(str(tmp_path / name))
-    assert line.startswith(f"no preset file {tmp_path / name}; an option is --name=value")
+@pytest.mark.parametrize("text, line", [
+    ('{"width": 7, "fast": true}', 1), ("width: 7\nfast: true", 1), ("rate = 1\nwidth == 7", 2)])
+def test_what_assigns_nothing_is_no_preset(preset, text, line):
+    """JSON, YAML and slips that are Python, and would change nothing."""
+    assert problems(path := preset(text)) == [
+        f"{path}, line {line}: assigns nothing; an option is name = value"]
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, SampleConfig])
