@@ -19,7 +19,7 @@ from support.files import rename, write_json
 from support.foreign import read_folder, read_pretrained
 
 CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
-HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"  # tied
+HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"  # tied, unless a fork unties them
 
 
 # -----------------------------------------------------------------------------
@@ -117,6 +117,9 @@ def model_from(checkpoint: dict, **changes) -> GPT:
         for p in model.parameters():
             p.data = p.data.to(max(kinds, key=lambda kind: torch.finfo(kind).max))
         model.load_state_dict(weights | {name: table[name] for name in buffers if name in table})
+        if (model.transformer.wte.weight != weights[TABLE]).any():
+            fail(f"the checkpoint's weights cannot be read: {HEAD} and {TABLE} differ, which are "
+                 f"one table here (tied)")
     except (AttributeError, KeyError, MemoryError, RuntimeError, TypeError) as error:
         what = textwrap.shorten(str(error), 300)  # torch lists all that is missing or misshapen
         fail(f"the checkpoint's weights do not fit its model_args: {what}")
@@ -125,7 +128,7 @@ def model_from(checkpoint: dict, **changes) -> GPT:
 
 def named_weights(table: dict) -> dict[str, torch.Tensor]:
     """A checkpoint's weights under our names: without what torch.compile and DDP put before them,
-    the tied table under both of its names. UserError where they are not for us."""
+    the table of tokens under both of its names. UserError where they are not for us."""
     weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): w for name, w in table.items()
                if not name.endswith(".attn.bias")}  # older nanoGPT's causal masks
     for name, w in weights.items():
@@ -139,11 +142,8 @@ def named_weights(table: dict) -> dict[str, torch.Tensor]:
     if len(weights) < sum(not name.endswith(".attn.bias") for name in table):
         fail("the checkpoint's weights cannot be read: one name is there twice, with and without "
              "module. or _orig_mod.")
-    tied = [weights[name] for name in (HEAD, TABLE) if name in weights]
-    if tied and not torch.allclose(tied[0], tied[-1], 0, 0):
-        fail(f"the checkpoint's weights cannot be read: {HEAD} and {TABLE} differ, which are one "
-             f"table here (tied)")
-    return weights | {HEAD: tied[0], TABLE: tied[0]} if tied else weights
+    twin = {HEAD: TABLE, TABLE: HEAD}  # of which one may be left out
+    return {name: weights[twin[name]] for name in twin if twin[name] in weights} | weights
 
 
 # -----------------------------------------------------------------------------

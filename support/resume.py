@@ -75,12 +75,9 @@ def stored_options(config: Any, given: dict[str, str], checkpoint: dict) -> Any:
              f"version, which read the windows in another order; start a run from its weights: "
              f"--init_from={config.out_dir}/ckpt.pt and another --out_dir")
     words = {name for name, preset in given.items() if not preset}
-    stored, values = checkpoint["config"], {}
-    for field in fields(config):
-        if field.name in NOT_STORED | words:
-            values[field.name] = getattr(config, field.name)
-        else:
-            values[field.name] = stored.get(field.name, field.default)
+    stored = checkpoint["config"]
+    values = {field.name: stored.get(field.name, field.default) for field in fields(config)}
+    values |= {name: getattr(config, name) for name in NOT_STORED | words}
     if "eval_tokens" in words - {"eval_iters"}:
         values["eval_iters"] = None
     elif values["eval_iters"]:  # which says it, also for another batch_size
@@ -125,22 +122,23 @@ def read_source(folder: str, checkpoint: dict | None, resumed: bool) -> tuple[di
 # The state of a run
 
 
-def parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tensor]]:
+def parameters(optimizer: torch.optim.Optimizer, model: GPT) -> list[tuple[str, torch.Tensor]]:
     """(name, parameter), in the order in which the optimiser numbers them."""
-    return [named for group in optimizer.param_groups
-            for named in zip(group["param_names"], group["params"], strict=True)]
+    names = {p: name for name, p in model.named_parameters()}
+    return [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
 
 
-def load_states(optimizers: dict[str, torch.optim.Optimizer], states: dict, ranks: Ranks) -> None:
-    """Give the optimisers their states (optimiser -> name -> state), which rank 0 has; of a
-    position table that was cropped only its rows, of a sharded parameter this process's part."""
+def load_states(optimizers: dict, model: GPT, states: dict, ranks: Ranks) -> None:
+    """Give the optimisers their states (optimiser -> name -> state), which rank 0 has: numbers as
+    they are, of a cropped position table its rows, of a sharded parameter this process's part."""
     for kind, optimizer in optimizers.items():
         plan = optimizer.state_dict()
-        for number, (name, p) in enumerate(parameters(optimizer)):
+        for number, (name, p) in enumerate(parameters(optimizer, model)):
             state = ranks.first(lambda name=name, kind=kind: states[kind].get(name))
             if state is not None:
                 plan["state"][number] = {
-                    key: part_of(value[:len(p)].view(p.shape), p) if value.dim() else value
+                    key: value if isinstance(value, int | float | None) or value.dim() == 0
+                    else part_of(value[:len(p)].view(p.shape), p)
                     for key, value in state.items()}
         optimizer.load_state_dict(plan)
 
@@ -168,7 +166,7 @@ def restore(checkpoint: dict, config: Any, model: GPT, optimizers: dict[str, tor
         if "param_groups" in states and config.optimizer == "adamw":
             states = nanogpt_states(model, states)
         if ranks.first(lambda: states.keys() == optimizers.keys()):
-            load_states(optimizers, states, ranks)
+            load_states(optimizers, model, states, ranks)
         elif master:
             show("warning: the checkpoint's optimiser is another one; its state starts anew", True)
         if scaler.is_enabled() and checkpoint.get("scaler"):
@@ -204,11 +202,9 @@ def save(run: Progress, config: Any, model: GPT, optimizers: dict[str, torch.opt
     if ranks.any(not all(p.isfinite().all() for p in parts)):
         fail(f"the loss is nan from step {run.step} on: the last update broke the weights; "
              f"{last_good(config.out_dir, saved)}; lower the learning rate")
-    weights = {name: ranks.whole(w) for name, w in model.state_dict().items()
-               if name != "lm_head.weight"}
-    weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied
+    weights = {name: ranks.whole(w) for name, w in model.state_dict().items()}
     states = {kind: {name: {key: ranks.whole(value) for key, value in optimizer.state[p].items()}
-                     for name, p in parameters(optimizer) if p in optimizer.state}
+                     for name, p in parameters(optimizer, model) if p in optimizer.state}
               for kind, optimizer in optimizers.items()}
     rng = ranks.gather(rng_state(ranks.device))
 

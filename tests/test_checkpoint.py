@@ -12,8 +12,9 @@ from conftest import assert_same, load, nanogpt_checkpoint, refused, scripted, s
 
 import sample
 import train
-from model import ATTENTIONS, CausalSelfAttention
-from support.checkpoint import HEAD, TABLE, model_from
+from model import ATTENTIONS, GPT, CausalSelfAttention
+from support.checkpoint import HEAD, TABLE, model_from, read_checkpoint
+from tools.exchange import to_safetensors
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -71,6 +72,22 @@ def test_a_forks_buffers(run, tmp_path, monkeypatch, name, buffer):
     assert_same(model.get_buffer(f"transformer.h.0.attn.{name}"), buffer)
     run(tmp_path, init_from="resume", max_iters=2)
     sample.main([f"--out_dir={tmp_path}", "--device=cpu", "--start=a", "--max_new_tokens=2"])
+
+
+def test_a_forks_own_head(run, tmp_path, monkeypatch):
+    """Which is not the table of tokens: saved, exported and read back as it is."""
+    def untied(self, config, wrapped=GPT.__init__):
+        wrapped(self, config)
+        self.lm_head.weight = torch.nn.Parameter(self.lm_head.weight.detach() + 1)
+
+    monkeypatch.setattr(GPT, "__init__", untied)
+    run(tmp_path, max_iters=3)
+    checkpoint = load(tmp_path)
+    assert (checkpoint["model"][HEAD] - checkpoint["model"][TABLE]).mean() > 0.9
+    assert_read(checkpoint, checkpoint["model"])
+    pytest.importorskip("safetensors")
+    to_safetensors(model_from(checkpoint), {}, str(tmp_path))
+    assert_read(read_checkpoint(str(tmp_path)), checkpoint["model"])
 
 
 def test_a_save_at_a_stop_is_not_the_best(run, tmp_path):

@@ -17,6 +17,7 @@ from conftest import (
     HOURGLASS,
     TINY,
     as_killed_at_3,
+    assert_same,
     assert_same_end,
     in_ranks,
     largest_difference,
@@ -56,6 +57,30 @@ def resume(out, **options) -> list[dict]:
 
 # -----------------------------------------------------------------------------
 # Exact continuation
+
+
+class Counting(torch.optim.SGD):
+    """A fork's optimiser: its parameters have no names, its state has a number."""
+
+    def step(self, closure=None):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+
+
+def test_a_forks_optimiser(run, tmp_path, monkeypatch):
+    def make(model, *_):
+        optimizer = Counting(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer.param_groups[0]["peak_lr"] = 0.1
+        return {"sgd": optimizer}
+
+    monkeypatch.setattr(train, "make_optimizers", make)
+    run(tmp_path / "whole", decay_lr=False)
+    run(tmp_path / "parts", decay_lr=False, max_iters=4)
+    resume(tmp_path / "parts", max_iters=6)
+    whole, parts = (load(tmp_path / name) for name in ("whole", "parts"))
+    assert_same(parts["optimizer"], whole["optimizer"])
+    assert_same(parts["model"], whole["model"])
 
 
 RESUMED = {

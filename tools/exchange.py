@@ -123,7 +123,9 @@ def to_safetensors(model: GPT, meta: dict, folder: str) -> str:
     """The weights as they are, the tied ones once; model_args and tokenizer in config.json."""
     from safetensors.torch import save_file
 
-    weights = {n: w.contiguous() for n, w in model.state_dict().items() if n != "lm_head.weight"}
+    weights = {n: w.contiguous() for n, w in model.state_dict().items()}
+    if model.lm_head.weight is model.transformer.wte.weight:
+        del weights["lm_head.weight"]
     save_file(weights, os.path.join(folder, "model.safetensors"), {"format": "pt"})
     write_json(os.path.join(folder, "config.json"), about(model, meta))
     return f"tokenizer {meta['tokenizer']}" if meta else "its tokenizer is not known: left out"
