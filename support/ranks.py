@@ -97,8 +97,13 @@ class Ranks:
                 dist.broadcast(x.data, src=0)
 
     def average_gradients(self, model: torch.nn.Module) -> None:
-        """The mean of the gradients over the processes."""
+        """The mean of the gradients over the processes; of those that only some have (a fork's
+        experts, its layers left out at random), too."""
         if self.parallel:
+            used = torch.tensor([float(p.grad is not None) for p in model.parameters()])
+            for p, n in zip(model.parameters(), self.sum(used).tolist(), strict=True):
+                if n > 0 and p.grad is None:
+                    p.grad = torch.zeros_like(p)
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
                 work.wait()
@@ -156,10 +161,10 @@ def part_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGINT, SIGHUP (unless it was ignored: nohup) and SIGUSR1 (a cluster's) for
-    the loop to see; as SIGTERM also that the reader of standard output has left. A second signal, a
-    second or more after the first (Ctrl-C under torchrun arrives twice), ends the process at once:
-    a thread sees to that, as Python's handlers wait for a collective or a write to return."""
+    """Collect SIGTERM, SIGINT, SIGHUP (unless it was ignored: nohup), SIGUSR1 and 2 (a cluster's)
+    for the loop to see; as SIGTERM also that the reader of standard output has left. A second
+    signal, a second or more after the first (Ctrl-C under torchrun arrives twice), ends the process
+    at once: a thread does that, as Python's handlers wait for a collective or a write to return."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # signals come to that alone
         yield caught
@@ -182,7 +187,7 @@ def stop_signals() -> Iterator[list[int]]:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     sys.stdout.failed = output_failed  # errors.Stream's, to the end of the program
-    numbers = [getattr(signal, n, None) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")]
+    numbers = [getattr(signal, f"SIG{n}", None) for n in ("TERM", "INT", "HUP", "USR1", "USR2")]
     before = {n: signal.signal(n, lambda number, _: caught.append(number))
               for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN}
     waked = signal.set_wakeup_fd(writer.fileno())

@@ -42,6 +42,7 @@ from hypothesis import strategies as st
 from processes import start_ranks
 
 import train
+from model import Block
 from support.data import WindowOrder
 from support.ranks import Ranks, stop_signals
 from train import TrainConfig
@@ -73,6 +74,19 @@ def sharded_gradients(patch) -> None:
         return wrapped(model, watched(), *rest)
 
     patch.setattr(train, "accumulate", accumulate)
+
+
+def leave_out(patch) -> None:
+    """Each micro-batch trains without one of the two blocks, and the next without the other."""
+    calls, world = [0], int(os.environ.get("WORLD_SIZE", 1))
+
+    def forward(self, state, *rest, wrapped=Block.forward):
+        number, layer = divmod(calls[0], 2)
+        calls[0] += torch.is_grad_enabled()
+        left_out = torch.is_grad_enabled() and (number * world + rank()) % 2 == layer
+        return state if left_out else wrapped(self, state, *rest)
+
+    patch.setattr(Block, "forward", forward)
 
 
 def record_graphs(folder, patch) -> None:
@@ -116,6 +130,7 @@ def together(folder, run, job):
         jobs.append(job(folder / f"sharded-{variant}-{o}", [sharded_gradients], optimizer=o,
                         parallel="fsdp", dtype="float64", activation_checkpointing=again, **SHARED,
                         **VARIANTS[variant]))
+    jobs.append(job(folder / "left-out", [leave_out], dtype="float64", max_iters=3))
     for i, how in enumerate((dict(batch_size=1), dict(batch_size=4), dict(parallel="fsdp"))):
         weights = folder / "trained" / "ckpt.pt"
         jobs.append(job(folder / f"eval-{i}", init_from=weights, **UNEVEN, **how))
@@ -149,6 +164,12 @@ def test_two_processes_equal_one(together, folder, run, tmp_path, variant, optim
     assert not any(set(a) & set(b) for a, b in zip(first, second, strict=True))
     order = WindowOrder(343, 16, TrainConfig.seed).starts(0, 40)
     assert sorted(np.concatenate((first, second), axis=1).flatten()) == sorted(order)
+
+
+def test_gradients_that_only_some_have(together, folder, run, tmp_path):
+    """Of layers left out, with shapes like those of others, or of a fork's experts."""
+    run(tmp_path, hooks=[leave_out], dtype="float64", max_iters=3)
+    assert_equal_runs(folder / "left-out", tmp_path, 1e-12, weights=1e-12)
 
 
 @pytest.mark.parametrize("variant, optimizer, _", SHARDED)
@@ -278,11 +299,12 @@ def test_in_a_thread(run, tmp_path):
         assert of_kind(pool.submit(run, tmp_path, max_iters=1).result(), "train")
 
 
-def test_a_clusters_warning():
-    """SIGUSR1, before the job's time is over."""
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_clusters_warning(number):
+    """Before the job's time is over."""
     with stop_signals() as signals:
-        os.kill(os.getpid(), signal.SIGUSR1)
-    assert signals == [signal.SIGUSR1]
+        os.kill(os.getpid(), number)
+    assert signals == [number]
 
 
 # -----------------------------------------------------------------------------
