@@ -29,8 +29,8 @@ def reason(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """CUDA has an exception for it; MPS and CPUs raise a plain RuntimeError."""
-    words = ("out of memory", "can't allocate memory")
+    """CUDA has an exception for it; its libraries, MPS and CPUs raise a plain RuntimeError."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
 
@@ -48,8 +48,9 @@ def explain_failures(place: str, mend: str, shrink: str = "choose smaller sizes"
             fail(f"out of memory: {shrink}")
         kinds = [kind.__name__ for kind in type(error).__mro__]
         if "RANK" in os.environ and ("DistError" in kinds or "gloo" in str(error).lower()):
+            said = str(error).rpartition("Last error:")[2]  # NCCL's, behind where it was raised
             fail(f"another process of this run has ended or does not answer; its own message, or "
-                 f"torchrun's, says why ({reason(error)})")
+                 f"torchrun's, says why ({textwrap.shorten(said, 160)})")
         raise
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.errors import UserError, cli, fail, reason
+from support.errors import UserError, cli, explain_failures, fail, reason
 
 PROGRAM = "from support.errors import *; import sys\ndef main(argv): {}\ncli(main)"
 
@@ -51,6 +51,17 @@ def test_streams_that_are_closed_or_full(redirected, body, code, stderr, unbuffe
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, stderr=-1, text=True,
                           env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
     assert (done.returncode, done.stderr) == (code, stderr)
+
+
+@pytest.mark.parametrize("words, said", [
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "out of memory"),
+    ("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes.", "out of memory"),
+    ("gloo: no route", "ended or does not answer.*gloo: no route"),
+    (f"gloo {'or' * 99}: unhandled\nLast error:\nDuplicate GPU detected", r"\(Duplicate GPU det")])
+def test_what_the_machine_does(monkeypatch, words, said):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=said), explain_failures("here", mend="mend it"):
+        raise RuntimeError(words)
 
 
 def test_in_a_notebook(monkeypatch):
