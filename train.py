@@ -357,8 +357,7 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
                 val_loss = evaluate(model, val_tokens, c, ranks, dtype, signals)
             if val_loss is not None:
                 run.evaluated = run.step
-                if val_loss < run.best_val_loss:
-                    run.best_val_loss = val_loss
+                run.best_val_loss = min(run.best_val_loss, val_loss)
                 if master:
                     log.evaluation(run, val_loss)
 

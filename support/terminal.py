@@ -1,5 +1,6 @@
 """Lines and bars of progress."""
 
+import shutil
 import sys
 from collections.abc import Iterable
 
@@ -20,8 +21,9 @@ def progress(items: Iterable, what: str, shown: bool = True) -> Iterable:
 
 
 def show(line: str, keep: bool = False) -> None:
-    """On a terminal, lines that need not be kept overwrite each other."""
+    """On a terminal, lines that need not be kept overwrite each other, cut to its width."""
     if not sys.stdout.isatty():
         print(line, flush=True)
     else:
-        print(f"\r\033[K{line}", end="\n" if keep else "", flush=True)
+        width = None if keep else shutil.get_terminal_size().columns - 1
+        print(f"\r\033[K{line[:width]}", end="\n" if keep else "", flush=True)

@@ -1,5 +1,6 @@
 """support/log.py: log.jsonl, what is printed, loss.png, wandb and tensorboard."""
 
+import io
 import json
 import math
 import sys
@@ -27,6 +28,7 @@ from support import checkpoint, log
 from support.code import code_in
 from support.log import Log
 from support.resume import Progress
+from support.terminal import show
 from train import TrainConfig
 
 
@@ -263,3 +265,13 @@ def test_a_resumed_runs_clock_goes_on(run, tmp_path):
     path.write_text(path.read_text().replace(f'"seconds": {before[-1]}', '"seconds": 5000.0'))
     after = [r["seconds"] for r in run(tmp_path, max_iters=5, init_from="resume")[1:]]
     assert after[:len(before)] == [*before[:-1], 5000.0] and 5000 < after[-1] < 5100
+
+
+def test_progress_fits_a_terminal(monkeypatch):
+    """What is longer would leave a line for each step."""
+    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setattr(sys, "stdout", terminal := io.StringIO())
+    terminal.isatty = lambda: True
+    show("0123456789")
+    show("0123456789", keep=True)
+    assert terminal.getvalue() == "\r\033[K012345678\r\033[K0123456789\n"
