@@ -251,7 +251,7 @@ def test_options_exist():
     classes = [*CONFIGS.values(), *(cls for cls, _ in bench.COMMANDS.values())]
     known = {field.name for cls in classes for field in fields(cls)} | {"help"}
     others = {"nproc_per_node", "standalone", "max-restarts", "shutdown-timeout", "extra",
-              "index-url", "model_args"}  # torchrun's, uv's, pip's, lm-eval's
+              "index-url", "model_args", "signals-to-handle", "shm-size"}  # torchrun's, uv's, ...
     for name, text in PAGES.items():
         for code in re.findall(r"`([^`\n]+)`", without_blocks(text)):
             assert set(re.findall(r"--([\w-]+)", code)) <= known | others, (name, code)
