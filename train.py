@@ -325,7 +325,6 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     if resumed:
         run = restore(checkpoint, c, model, optimizers, scaler, ranks)
     del checkpoint
-    windows_per_step = c.batch_size * c.gradient_accumulation_steps
     if master:
         report(model, c, meta, train_tokens, val_tokens, ranks,
                [str(dtype).removeprefix("torch."), "compiled" if compiled else "eager",
@@ -402,7 +401,7 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
                     scaler.step(optimizer)
             scaler.update()
             model.zero_grad(set_to_none=True)
-            run.position += windows_per_step
+            run.position += c.batch_size * c.gradient_accumulation_steps
             if master:
                 log.step(run, time.perf_counter() - began, loss, norm, multiplier)
             run.step += 1

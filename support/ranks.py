@@ -97,8 +97,7 @@ class Ranks:
                 dist.broadcast(x.data, src=0)
 
     def average_gradients(self, model: torch.nn.Module) -> None:
-        """The mean of the gradients over the processes; of those that only some have (a fork's
-        experts, its layers left out at random), too."""
+        """The mean of the gradients over the processes; 0 where one has none and another has."""
         if self.parallel:
             used = torch.tensor([float(p.grad is not None) for p in model.parameters()])
             for p, n in zip(model.parameters(), self.sum(used).tolist(), strict=True):

@@ -202,7 +202,9 @@ def save(run: Progress, config: Any, model: GPT, optimizers: dict[str, torch.opt
     if ranks.any(not all(p.isfinite().all() for p in parts)):
         fail(f"the loss is nan from step {run.step} on: the last update broke the weights; "
              f"{last_good(config.out_dir, saved)}; lower the learning rate")
-    weights = {name: ranks.whole(w) for name, w in model.state_dict().items()}
+    table = model.state_dict(keep_vars=True)
+    whole = {w: ranks.whole(w.detach()) for w in table.values()}  # a tied one once
+    weights = {name: whole[w] for name, w in table.items()}
     states = {kind: {name: {key: ranks.whole(value) for key, value in optimizer.state[p].items()}
                      for name, p in parameters(optimizer, model) if p in optimizer.state}
               for kind, optimizer in optimizers.items()}

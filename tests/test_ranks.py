@@ -43,6 +43,7 @@ from processes import start_ranks
 
 import train
 from model import Block
+from support.checkpoint import HEAD, TABLE
 from support.data import WindowOrder
 from support.ranks import Ranks, stop_signals
 from train import TrainConfig
@@ -181,6 +182,8 @@ def test_sharded_equals_copied(together, folder, variant, optimizer, _):
     assert {p.name for p in sharded.iterdir()} == {p.name for p in copied.iterdir()}
     for name in ("ckpt.pt", "best.pt"):
         assert load(sharded, name).keys() == load(copied, name).keys()
+        table = load(sharded, name)["model"]
+        assert table[HEAD].data_ptr() == table[TABLE].data_ptr()  # tied, and once in the file
     assert {n: (t.shape, t.dtype) for n, t in tensors(sharded).items()} == {
         n: (t.shape, t.dtype) for n, t in tensors(copied).items()}
 
