@@ -100,7 +100,7 @@ class GPTConfig:
                  if get_origin(kind) is Literal} | self.choices()
         for name, known in names.items():
             rule(getattr(self, name) in known,
-                 f"{name}={getattr(self, name)}: expected {' | '.join(known)}")
+                 f"{name}={getattr(self, name)}: expected {' | '.join(map(str, known))}")
         template = TEMPLATES.get(self.template, Template)
         splittings = template.splittings or ("lie_trotter",)
         rule(self.splitting in splittings or self.splitting not in SPLITTINGS,
@@ -743,7 +743,7 @@ class GPT(nn.Module):
         """The table of rotations, with position=rope."""
         if self.config.position != "rope":
             return None
-        wide = torch.promote_types(self.lm_head.weight.dtype, torch.float32)  # as angles need
+        wide = torch.promote_types(self.transformer.wte.weight.dtype, torch.float32)
         return rope_table(positions, self.config.d_head, self.config.rope_theta, wide)
 
     def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
@@ -805,7 +805,7 @@ class GPT(nn.Module):
             if top_k is not None:
                 worst_kept = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]
                 logits[logits < worst_kept] = -torch.inf
-            if temperature == 0:
+            if temperature < 1e-6:
                 unread = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
                 unread = torch.multinomial((logits / temperature).softmax(dim=-1), 1)

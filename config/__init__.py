@@ -44,7 +44,7 @@ def without_auto(kind):
 def describe(kind) -> str:
     """How `--help` and the messages name a type."""
     plain = without_auto(kind)
-    name = TYPES.get(plain) or " | ".join(get_args(plain))
+    name = TYPES.get(plain) or " | ".join(map(str, get_args(plain)))
     return name if plain is kind else f"{name} or auto"
 
 
@@ -67,13 +67,14 @@ def coerce(name: str, value: Any, kind) -> Any:
         return text.lower() in TRUE
     if plain is str and isinstance(value, str):
         return value if name in ("start", "stop") else os.path.expanduser(value)  # a path: ~/x
-    if text in get_args(plain):
-        return value
+    for choice in get_args(plain):
+        if text == str(choice):
+            return choice
     if get_origin(plain) is tuple and isinstance(words, (list, tuple)):
         if all(isinstance(word, str) for word in words):
             return tuple(map(os.path.expanduser, words))
     if get_origin(plain) is Literal:
-        wrong += nearest(MODELS.get(text.lower(), text), get_args(plain))
+        wrong += nearest(MODELS.get(text.lower(), text), map(str, get_args(plain)))
     with contextlib.suppress(ValueError, ArithmeticError):  # float's and Decimal's, of no number
         if plain is float and math.isfinite(float(text)):
             return float(text)

@@ -176,6 +176,16 @@ def test_words_that_belong_to_an_option(preset):
         f"no preset file {word}; {hint}" for word in ("width=3", "upon", "a", "time,")]
 
 
+def test_a_choice_of_numbers():
+    @dataclass
+    class Fork:
+        power: Literal[1, 2] = 1  # of its activation
+
+    assert read_config(Fork, ["--power=2"])[0].power == 2
+    with pytest.raises(UserError, match=r"power=3: expected 1 \| 2"):
+        read_config(Fork, ["--power=3"])
+
+
 def test_a_model_is_not_the_name_of_a_template():
     for word, template in ("yurii", "nesterov"), ("YuriiFormer", "nesterov"), ("GPT", "gd"):
         (line,) = problems(f"--template={word}", cls=TrainConfig)
