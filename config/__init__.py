@@ -198,7 +198,7 @@ def run_preset(path: str, values: dict[str, Any]) -> dict[str, Any]:
 def assigns_nothing(node: ast.stmt) -> bool:
     """YAML's `width: 7`, JSON, or == for =, which Python takes without a word."""
     if isinstance(node, ast.Expr):
-        return not isinstance(node.value, (ast.Constant, ast.Call))  # a docstring, print()
+        return isinstance(node.value, (ast.Dict, ast.List, ast.Compare))
     return isinstance(node, ast.AnnAssign) and node.value is None
 
 

@@ -137,8 +137,8 @@ def load_states(optimizers: dict, model: GPT, states: dict, ranks: Ranks) -> Non
             state = ranks.first(lambda name=name, kind=kind: states[kind].get(name))
             if state is not None:
                 plan["state"][number] = {
-                    key: part_of(value[:len(p)].view(p.shape), p)
-                    if torch.is_tensor(value) and value.dim() else value
+                    key: value if isinstance(value, (int, float, type(None))) or not value.dim()
+                    else part_of(value[:len(p)].view(p.shape), p)
                     for key, value in state.items()}
         optimizer.load_state_dict(plan)
 
