@@ -8,7 +8,9 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,27 @@ def test_links_and_size(name):
     for target in re.findall(r"\]\(([^)#:]+)\)", read(name)[1]):
         assert (DOCS / target).exists(), target
     assert (DOCS / f"{name}.ipynb").stat().st_size < 600_000
+
+
+@pytest.mark.parametrize("name", ["lesson", "answers"])
+def test_colab_clones_once(name, tmp_path, monkeypatch):
+    """The first cell may run again, and after a restart, which begins in the folder above."""
+    first = next("".join(c["source"]) for c in read(name)[0] if c["cell_type"] == "code")
+    cloned = []
+
+    def run(words, check):
+        if "clone" in words:
+            cloned.append(os.mkdir(words[-1]))
+            open(f"{words[-1]}/model.py", "x").close()
+
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    monkeypatch.setattr("subprocess.run", run)
+    for _ in range(2):
+        monkeypatch.chdir(tmp_path)
+        for _ in range(2):
+            exec(first, {})
+            assert os.path.exists("model.py")
+    assert len(cloned) == 1
 
 
 @pytest.mark.parametrize("steps", [1, pytest.param(None, marks=pytest.mark.torture)])
