@@ -166,9 +166,12 @@ def open_sources(config: PrepareConfig, texts: list[list[Path]]) -> list[Source]
             with urllib.request.urlopen(where, timeout=60) as page:
                 texts = [page.read().decode()]
             return [functools.partial(record_pieces, texts, where)]
-        from datasets import load_dataset
+        from datasets import load_dataset, load_from_disk
 
         splits = [split for split in (config.split, config.val_split) if split]
+        if splits == ["train"] and not config.subset and Path(where, "state.json").exists():
+            saved = load_from_disk(where)  # by save_to_disk
+            return [functools.partial(dataset_pieces, saved, where, config.field)]
         revision = CORPORA[config.corpus].get("revision")
         loaded = load_dataset(where, config.subset, revision=revision, split=splits)
     except Exception as error:  # the library's own, the network's, the disk's: anything
@@ -391,8 +394,9 @@ def data_settings(config: PrepareConfig, tokenizer: Tokenizer,
     """All that the bins depend on, for meta.json; files by name, size and time."""
     settings = {key: value for key, value in vars(config).items()
                 if key not in ("name", "data_dir", "num_proc", "overwrite")}
+    folders = [config.dataset] if config.dataset and os.path.isdir(config.dataset) else []
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
-             for files in texts for path in files]
+             for files in [*texts, list_files(folders)] for path in files]
     settings["files"] = len(stats), hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
     settings["source"] = source_name(config)
     settings["tokenizer"], settings["alphabet"] = tokenizer.name, tokenizer.alphabet or None

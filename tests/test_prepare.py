@@ -204,6 +204,15 @@ def test_datasets(tmp_path, monkeypatch):
         make(tmp_path, *words, f"--name={total}")
         meta = load_meta(tmp_path / "data" / str(total))
         assert meta["train"]["documents"] + meta["val"]["documents"] == total
+    saved = ["hf", "--tokenizer=bytes", f"--dataset={tmp_path}/saved"]
+    for texts in train, val * 9:  # by the library, and again
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
+        if texts is not train:
+            assert "saved has other data (files" in refused(tmp_path, *saved)
+        make(tmp_path, *saved, "--overwrite")
+        split = [documents(tmp_path / "data/saved", split) for split in ("train", "val")]
+        assert all(split) and sorted(sum(split, [])) == sorted(texts)
+    assert "save_to_disk" in refused(tmp_path, *saved, "--name=x", "--split=test")
 
 
 # -----------------------------------------------------------------------------
