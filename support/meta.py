@@ -103,4 +103,4 @@ class _NoClasses(pickle.Unpickler):
     """nanoGPT's meta.pkl holds plain dicts; a class in it could run code."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}; write plain int and str")

@@ -93,6 +93,8 @@ def test_nanogpt_folders(tmp_path):
     for itos in {0: 7}, {0: "a", 1: "a"}, {0: b"a"}:
         with pytest.raises(UserError, match="meta.pkl is not a table of characters"):
             load_meta(nanogpt_folder(tmp_path, {"itos": itos}))
+    with pytest.raises(UserError, match="numpy.* write plain int and str"):
+        load_meta(nanogpt_folder(tmp_path, {"vocab_size": np.int64(3)}))
     (tmp_path / "val.bin").write_bytes(b"odd")
     with pytest.raises(UserError, match="val.bin has 3 bytes, and without a meta.json an id is"):
         load_meta(tmp_path)
