@@ -47,14 +47,14 @@ def read_checkpoint(path: str) -> dict:
         fail(f"{path} needs {package}: pip install {package}")
     except pickle.UnpicklingError:
         fail(f"{path} is damaged or no checkpoint, or it holds more than tensors and plain Python, "
-             f"which could run code: it was not loaded")
+             f"which could run code: it was not loaded; of safetensors name the folder")
     except Exception as error:  # a damaged file raises nearly anything
         run = f"; of a run name the file: {path}/ckpt.pt" if os.path.isdir(path) else ""
         fail(f"cannot load {path}, which may be damaged or no checkpoint: {reason(error)}{run}")
     entries = checkpoint.items() if isinstance(checkpoint, dict) else ()
     checkpoint = {key: value for key, value in entries if value is not None}  # as if absent
     if not {"model", "model_args"} <= checkpoint.keys():
-        fail(f"{path} holds no model; expected nanoGPT's keys model (its weights) and model_args")
+        fail(f"{path} holds no model with model_args, as nanoGPT's; of safetensors name the folder")
     for name in ("model", "model_args", "config", "tokenizer"):
         if not isinstance(checkpoint.get(name, {}), dict):
             fail(f"{path} is damaged: its {name} is no table of weights or options")

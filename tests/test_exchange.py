@@ -249,6 +249,7 @@ def test_transformers_computes_every_variant(tmp_path, monkeypatch, name):
     folder = export(tmp_path / "a.pt", tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     theirs, expected = theirs.eval(), logits(ours)
+    assert "Block" in theirs._no_split_modules  # by device_map="auto", which transformers 4 refuses
     with torch.no_grad():
         assert torch.equal(theirs(IDX).logits, expected)
         loss = theirs(IDX, labels=IDX).loss
@@ -448,6 +449,7 @@ def test_a_run_and_an_exported_folder_are_read(tmp_path, run):
         assert found["tokenizer"] == best["tokenizer"]
         weights = named_weights(found["model"])
         assert all(torch.equal(w, weights[n]) for n, w in best["model"].items())
+    refused(lambda: read_checkpoint(str(tmp_path / "1" / "model.safetensors")), "name the folder")
 
 
 @pytest.mark.parametrize("form", ["hf", "safetensors"])

@@ -57,6 +57,7 @@ class Cache(KVCache):
 class NanoYuriiForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NanoYuriiConfig
     base_model_prefix = "module"  # which nanoYurii takes off the names again, as it does DDP's
+    _no_split_modules = ["Block"]  # what device_map="auto" puts on one device
     _tied_weights_keys = {"module.lm_head.weight": "module.transformer.wte.weight"}
 
     def __init__(self, config: NanoYuriiConfig):
