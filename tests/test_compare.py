@@ -220,6 +220,16 @@ def test_what_is_written(study, capsys):
     assert str(Path.cwd()) not in Path("found/s/results.json").read_text() + table
 
 
+def test_the_command_keeps_its_presets(study, monkeypatch):
+    """Behind an option, too, that is left out."""
+    Path("mine.py").write_text("dropout = 0.1")
+    main = bench.main
+    monkeypatch.setattr(bench, "main", lambda words: main(
+        [words[0], "--jobs=1", "mine.py", "--overwrite", "mine.py", *words[1:]]))
+    study("a: template=gd")
+    assert "`python bench.py compare mine.py mine.py --" in Path("found/s/table.md").read_text()
+
+
 def test_it_goes_on_where_it_stopped(study, capsys):
     variants = "a: template=gd", "b: template=tmm"
     refused(lambda: study(*variants, script={"b-seed2": "loss is nan"}),

@@ -503,7 +503,7 @@ def report(results: Results, planned: dict[str, CompareConfig], cells: list[Cell
         return print(f"no table yet: nothing of {first}, to which the others are compared")
     words, kept = [], True
     for word in argv:  # without what is of this machine or this call
-        if word.startswith("--"):
+        if word.startswith("--") or word.endswith(".py"):
             kept = word[2:].split("=")[0] not in PLACE | ASIDE | {"results", "jobs", "only"}
         if kept:
             words.append(word)
