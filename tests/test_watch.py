@@ -189,7 +189,10 @@ def test_the_path_of_a_file_and_of_a_folder(run, tmp_path, data_dir, drawn, monk
     assert others == [first, first] and len(first) == 3 and min(first) > 0
     assert len(drawn[0].axes[1].lines[0].get_xdata()) == 2
     refused(lambda: bench.main(["plot", "folder", *draw]), "--data=NAME")
-    refused(lambda: bench.main(["plot", "run", "--data=count", *draw]), "343 token ids")
+    refused(lambda: bench.main(["plot", "run", "--data=count", *draw]), "343 ids, more than run")
+    checkpoint = torch.load("run/ckpt.pt", weights_only=True)
+    torch.save(checkpoint | {"tokenizer": {"tokenizer": "gpt2"}}, "run/ckpt.pt")
+    refused(lambda: bench.main(["plot", "run", "--data=tiny", *draw]), "another tokenizer")
 
 
 @pytest.mark.parametrize("draw", ["losses", "scalars", "path"])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from model import GPT, Oracle, State, Template
 from sample import load_checkpoint
-from support.checkpoint import model_from
+from support.checkpoint import check_tokenizer, model_from
 from support.data import to_device
 from support.errors import UserError, fail, printable, reason
 from support.meta import load_meta
@@ -226,9 +226,9 @@ def model_and_tokens(run: str, config: PlotConfig) -> tuple[GPT, torch.Tensor]:
         fail(f"{run} does not say its data; name a folder in data_dir: --data=NAME")
     folder = os.path.join(config.data_dir or trained.get("data_dir", "data"), dataset)
     meta, T = load_meta(folder), model.config.block_size
+    check_tokenizer(folder, meta, checkpoint)
     if meta["vocab_size"] > model.config.vocab_size:
-        fail(f"{folder} has {meta['vocab_size']} token ids, and {run} only "
-             f"{model.config.vocab_size}; name its own data: --data=NAME")
+        fail(f"{folder} has {meta['vocab_size']} ids, more than {run}; name its own: --data=NAME")
     return model, to_device(validation_rows(folder, T, 16 * T), torch.device("cpu"))[0]
 
 
