@@ -54,7 +54,8 @@ def read_checkpoint(path: str) -> dict:
     entries = checkpoint.items() if isinstance(checkpoint, dict) else ()
     checkpoint = {key: value for key, value in entries if value is not None}  # as if absent
     if not {"model", "model_args"} <= checkpoint.keys():
-        fail(f"{path} holds no model with model_args, as nanoGPT's; of safetensors name the folder")
+        fail(f"{path} holds no model; expected nanoGPT's keys model (its weights) and model_args; "
+             f"of safetensors name the folder")
     for name in ("model", "model_args", "config", "tokenizer"):
         if not isinstance(checkpoint.get(name, {}), dict):
             fail(f"{path} is damaged: its {name} is no table of weights or options")
