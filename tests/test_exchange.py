@@ -240,7 +240,8 @@ OWN_CODE = {
     "euler": dict(splitting="euler")}  # which has GPT-2's weights
 
 
-@pytest.mark.parametrize("name", OWN_CODE)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.torture if name == "llama" else ()) for name in OWN_CODE])
 def test_transformers_computes_every_variant(tmp_path, monkeypatch, name):
     """The same logits and loss; greedy text with a cache and without one, of padded rows too."""
     transformers = pytest.importorskip("transformers")
@@ -295,7 +296,8 @@ metric_list: [{{metric: {metric}}}]
 """
 
 
-@pytest.mark.parametrize("meta", [Tokenizer("bytes").to_meta(), CHARS], ids=str)
+@pytest.mark.parametrize("meta", [
+    Tokenizer("bytes").to_meta(), pytest.param(CHARS, marks=pytest.mark.torture)], ids=str)
 def test_a_task_has_our_scores(tmp_path, monkeypatch, meta):
     """With lm-eval's own backend for transformers; rows of several lengths are padded."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
