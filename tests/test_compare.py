@@ -526,7 +526,7 @@ def test_reproduce(tmp_path):
         ["make", "-n", "reproduce-tinystories", "PREPARE=" + shlex.join(prepare),
          "COMPARE=" + shlex.join(scale)], cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.splitlines()
-    lines = [line for line in lines if line.startswith(".venv/bin/python ")]
+    lines = [line for line in lines if re.match(r"\.venv/bin/python \w+\.py ", line)]
     assert [shlex.split(line)[1] for line in lines] == ["prepare.py", "bench.py"]
     for line in lines:
         argv = [sys.executable, *shlex.split(line)[1:], f"--data_dir={tmp_path}/data"]
