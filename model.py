@@ -792,9 +792,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None) -> torch.Tensor:
-        """Continue idx (B, T >= 1) by max_new_tokens: (B, T + max_new_tokens). temperature 0 is
-        greedy; top_k keeps the k likeliest tokens. When the context is full its older half is
-        dropped and the rest read again. (sample.py has a faster one, with more options.)"""
+        """Continue idx (B, T >= 1) by max_new_tokens: (B, T + max_new_tokens). temperature 0
+        (below 1e-6) is greedy; top_k keeps the k likeliest tokens. When the context is full its
+        older half is dropped and the rest read again. (sample.py has a faster one, with more
+        options.)"""
         size = self.config.block_size
         cache, unread = KVCache(), idx[:, -size:]
         for _ in range(max_new_tokens):

@@ -173,7 +173,8 @@ def run_preset(path: str, values: dict[str, Any]) -> dict[str, Any]:
     if not os.path.isfile(path):
         folder, name = os.path.split(path)
         hint = nearest(name, glob.glob("[!_]*.py", root_dir=folder or "config"), folder or "config")
-        hint = hint or "; an option is --name=value, with quotation marks around several words"
+        if not hint and not name.endswith(".py"):
+            hint = "; an option is --name=value, with quotation marks around several words"
         raise ValueError(f"no preset file {path}{hint}")
     names = Names(__file__=path)
     try:

@@ -115,8 +115,9 @@ def model_from(checkpoint: dict, **changes) -> GPT:
         table, buffers = checkpoint["model"], dict(model.named_buffers())  # a fork's: of any type
         weights = named_weights({name: w for name, w in table.items() if name not in buffers})
         kinds = {w.dtype for w in weights.values()} or {torch.float32}
+        widest = max(kinds, key=lambda kind: torch.finfo(kind).max)
         for p in model.parameters():
-            p.data = p.data.to(max(kinds, key=lambda kind: torch.finfo(kind).max))
+            p.data = p.data.to(widest)
         model.load_state_dict(weights | {name: table[name] for name in buffers if name in table})
         if (model.transformer.wte.weight != weights[TABLE]).any():
             fail(f"the checkpoint's weights cannot be read: {HEAD} and {TABLE} differ, which are "

@@ -102,8 +102,9 @@ def stored_options(config: Any, given: dict[str, str], checkpoint: dict) -> Any:
 def without_tensors(start: tuple[Any, dict | None, bool]) -> tuple[Any, dict | None, bool]:
     """What the other processes get of `find_start`'s: weights and states come tensor by tensor."""
     options, checkpoint, resumed = start
-    left = checkpoint and {k: checkpoint[k] for k in checkpoint.keys() - {"model", "optimizer"}}
-    return options, left, resumed
+    if checkpoint is not None:
+        checkpoint = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
+    return options, checkpoint, resumed
 
 
 def read_source(folder: str, checkpoint: dict | None, resumed: bool) -> tuple[dict, dict]:

@@ -925,3 +925,17 @@ def test_this_file_alone(tmp_path):
     tree = ast.parse(Path(model_module.__file__).read_text())
     kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign)
     assert all(isinstance(node, kinds) for node in tree.body[1:])  # nothing runs at its import
+
+
+def test_temperatures_too_small_to_divide_by():
+    model = GPT(config()).eval()
+    idx = torch.zeros(1, 1, dtype=torch.long)
+    greedy = model.generate(idx, 5, temperature=0)
+    assert torch.equal(model.generate(idx, 5, temperature=1e-40), greedy)
+
+
+def test_rope_asks_nothing_of_the_head():
+    """Which may be quantised, or another module."""
+    model = GPT(config(position="rope"))
+    model.lm_head = torch.nn.Identity()
+    assert model(torch.zeros(1, 2, dtype=torch.long))[0].shape == (1, 1, model.config.n_embd)

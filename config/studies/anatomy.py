@@ -24,9 +24,7 @@ out_dir = "out-study-anatomy"
 half = "reporting"
 margin = 0.012
 extended = None
-# the words of each rate: "" is the preset's; until anatomy_rates.py has run, all have that
-_half = "muon_lr=0.01 learning_rate=1.5e-3"
-_double = "muon_lr=0.04 learning_rate=6e-3"
+# the words of each rate: "" is the preset's, which anatomy_rates.py has chosen for all six
 _gd = _normed = _frozen = _polyak = _nesterov = _tmm = ""
 _matched = "match=parameters solve=ffn_hidden"
 variants = (
