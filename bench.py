@@ -144,8 +144,8 @@ def decoding(name: str, config: DecodeConfig) -> Variant:
     store_matrices(model.eval(), dtype)
     prompt = torch.randint(config.vocab_size, (config.num_samples, 16), device=device)
     lengths = 16 - torch.arange(config.num_samples, device=device) % 16
-    cache = DecodingCache(min(config.block_size, 16 + config.max_new_tokens))
-    compiled = can_compile(config.compile, device)
+    compiled, length = can_compile(config.compile, device), 16 + config.max_new_tokens
+    cache = DecodingCache(min(config.block_size, length)) if compiled else None
 
     def run() -> None:
         for _ in stream(model, prompt, config.max_new_tokens, 0.8, 200, None, lengths=lengths,

@@ -176,39 +176,42 @@ def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, for every attention call of a forward pass.
+    """Keys and values of the tokens so far, for every attention call of a forward pass: of up to
+    max_length tokens, or of the model's block_size.
 
     The calls come in the same order in every pass, so the n-th call owns the n-th slot, however
     often a template evaluates attention in a layer. The velocity needs no cache: it is carried
     along depth, not along time. (sample.py has one of fixed shape, which compiles.)
     """
 
-    def __init__(self) -> None:
-        self.length = 0
-        self.slots: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def __init__(self, max_length: int | None = None):
+        self.length, self.max_length = 0, max_length
+        self.slots: list[list[torch.Tensor]] = []  # keys and values, (B, max_length, H, d_head)
 
     def begin(self, idx: torch.Tensor, block_size: int) -> torch.Tensor:
         """A pass over the next tokens, idx (B, T): their positions (1, T). ValueError where all
         tokens together exceed block_size."""
         start, end = self.length, self.length + idx.size(1)
-        if end > block_size:
-            raise ValueError(f"{end} tokens: there is room for {block_size} (block_size); crop the "
-                             f"input")
+        self.max_length = self.max_length or block_size
+        if end > self.max_length:
+            raise ValueError(f"{end} tokens: there is room for {self.max_length}; crop the input")
         self.call, self.length = 0, end
         return torch.arange(start, end, device=idx.device)[None]
 
     def extend(self, k: torch.Tensor, v: torch.Tensor,
-               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Append k, v (B, H, T, d_head) of the pass; return all, and the mask of what is seen."""
-        T = k.size(2)
-        if self.call < len(self.slots):
-            earlier_k, earlier_v = self.slots[self.call]
-            k = torch.cat((earlier_k, k), dim=2)  # (B, H, S, d_head)
-            v = torch.cat((earlier_v, v), dim=2)
-        self.slots[self.call:self.call + 1] = [(k, v)]
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Store k, v (B, H, T, d_head) of the pass; return those of all S tokens, and the mask of
+        what is seen, (T, S) or (B, 1, T, S). None: each token all before it, where T is 1 or S."""
+        T, S = k.size(2), self.length
+        if self.call == len(self.slots):
+            self.slots.append([z.new_empty(z.size(0), self.max_length, z.size(1), z.size(3))
+                               for z in (k, v)])
+        keys, values = (slot[:, :S].transpose(1, 2) for slot in self.slots[self.call])
+        keys[:, :, S - T:], values[:, :, S - T:] = k, v
         self.call += 1
-        mask = torch.ones(T, k.size(2), dtype=torch.bool, device=k.device)
-        return k, v, mask.tril(k.size(2) - T)  # (T, S): new token i sees all before it, and itself
+        if T in (1, S):
+            return keys, values, None
+        return keys, values, torch.ones(T, S, dtype=torch.bool, device=k.device).tril(S - T)
 
     def end(self) -> None:
         """The pass is complete."""
@@ -241,8 +244,8 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(k, v)
-        # is_causal says what a token sees without a mask: there are faster kernels for that
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+        causal = mask is None and T > 1  # without a mask there are faster kernels
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)

@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from config import check_rules, read_config
-from model import GPT, KVCache
+from model import GPT, KVCache, Template
 from support.checkpoint import model_from, read_checkpoint, read_latest
 from support.device import can_compile, pick_device, pick_dtype
 from support.errors import cli, explain_failures, fail
@@ -39,8 +39,7 @@ class DecodingCache(KVCache):
     comes before the first pass: it says how many rows there are."""
 
     def __init__(self, max_length: int):
-        super().__init__()
-        self.max_length = max_length
+        super().__init__(max_length)
         self.lengths: torch.Tensor | None = None
 
     def crop(self, lengths: torch.Tensor) -> None:
@@ -113,11 +112,15 @@ class DecodingLinear(nn.Linear):
         return y.view(*x.shape[:-1], -1)
 
 
+@torch.no_grad()
 def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     """For inference without autocast: convert the linears once, as autocast would at every call,
-    for the same numbers. The head becomes a copy of the token table, which stays. A linear with a
-    forward of its own stays as it is."""
+    for the same numbers, and map the templates' scalars once. The head becomes a copy of the token
+    table, which stays. A linear with a forward of its own stays as it is."""
     for module in model.modules():
+        if isinstance(module, Template):
+            mapped = {name: nn.Parameter(module.scalar(name)) for name in module.learned}
+            module.scalar = mapped.get
         if type(module).forward in (nn.Linear.forward, DecodingLinear.forward):
             module.__class__ = DecodingLinear
             for name, p in list(module.named_parameters()):
@@ -144,7 +147,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0,
     return torch.where(finite, ids.gather(1, drawn[:, None])[:, 0] if ranked else drawn, -1)
 
 
-def next_token(model: GPT, token: torch.Tensor, cache: DecodingCache, uniform: torch.Tensor,
+def next_token(model: GPT, token: torch.Tensor, cache: KVCache, uniform: torch.Tensor,
                *how) -> torch.Tensor:
     """The step that decoding compiles: read token (B,), draw the next (B,)."""
     logits = model(token.clamp(min=0)[:, None], cache=cache)[0][:, -1]  # (B, V)
@@ -170,15 +173,18 @@ def read_tokens(tokens: torch.Tensor) -> list[int]:
 
 
 def prefill(model: GPT, text: torch.Tensor, start: torch.Tensor, count: torch.Tensor,
-            cache: DecodingCache) -> torch.Tensor:
+            cache: KVCache) -> torch.Tensor:
     """Fill the cache with tokens start (B,) to count (B,) of each row of text (B, S): the logits
     (B, V) of what follows them."""
-    lengths = count - start
+    lengths, ragged = count - start, isinstance(cache, DecodingCache)
     places = start[:, None] + torch.arange(int(lengths.max()), device=text.device)
     windows = text.gather(1, places.clamp(max=text.size(1) - 1))  # (B, T); past `count` any token
-    cache.crop(torch.zeros_like(lengths))
+    cache.length = 0
+    if ragged:
+        cache.crop(torch.zeros_like(lengths))
     x = model.hidden(windows, cache)  # (B, T, C)
-    cache.crop(lengths)
+    if ragged:
+        cache.crop(lengths)
     return model.lm_head(x[torch.arange(len(x), device=x.device), lengths - 1])
 
 
@@ -186,7 +192,7 @@ def prefill(model: GPT, text: torch.Tensor, start: torch.Tensor, count: torch.Te
 def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
            top_k: int | None = None, top_p: float | None = None, seed: int = 0,
            numbers: Sequence[int] | None = None, lengths: torch.Tensor | None = None,
-           cache: DecodingCache | None = None, compile: bool = False, tune: bool = False,
+           cache: KVCache | None = None, compile: bool = False, tune: bool = False,
            ) -> Iterator[torch.Tensor]:
     """Continue idx (B, T >= 1), or of every row its first lengths (B,) >= 1 tokens: yield the next
     token of every row, (B,), max_new_tokens times.
@@ -202,12 +208,13 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
     (B, T), device = idx.shape, idx.device
     size = model.config.block_size
     longest = min(size, T + max_new_tokens - 1)  # the last token is drawn, but not read
+    count = torch.full((B,), T, device=device) if lengths is None else lengths  # tokens of each row
     if cache is None:
-        cache = DecodingCache(longest)
+        fixed = compile or bool((count != T).any())
+        cache = DecodingCache(longest) if fixed else KVCache(longest)
     if longest > cache.max_length:
         raise ValueError(f"{longest} tokens: there is room for {cache.max_length} (the cache's "
                          f"length); make a larger one")
-    count = torch.full((B,), T, device=device) if lengths is None else lengths  # tokens of each row
     if not (1 <= count.min() and count.max() <= T):
         raise ValueError(f"lengths={count.tolist()}: must lie in 1..{T}")
     how = (temperature, top_k, top_p)

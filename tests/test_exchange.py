@@ -342,9 +342,10 @@ WINDOW = [  # a fork's option: attention sees so many tokens
     ("    attention: str =", "    window: int = 0  # seen tokens\n    attention: str ="),
     ("config.n_head, config.dropout\n",
      "config.n_head, config.dropout\n        self.window = config.window\n"),
-    ("        mask = None\n", "        mask = torch.ones(T, T, dtype=torch.bool).tril()\n"),
     ("cache.extend(k, v)\n", "cache.extend(k, v)\n"
-     "        mask &= mask.sum(-1, keepdim=True) - mask.cumsum(-1) < self.window\n")]
+     "        if mask is None:\n"
+     "            mask = torch.ones(T, k.size(2), dtype=torch.bool).tril(k.size(2) - T)\n"
+     "        mask = mask & (mask.sum(-1, keepdim=True) - mask.cumsum(-1) < self.window)\n")]
 IN_THE_FORK = """
 import sys, bench, sample, train
 out, words = sys.argv[1], sys.argv[2:]

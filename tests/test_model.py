@@ -623,7 +623,7 @@ def test_crop_block_size(name):
     assert model.config.block_size == 6 and torch.equal(logits(model, IDX[:, :6]), before)
     for table, p in model.named_parameters():
         assert "wpe" not in table and "vpe" not in table or p.shape == (6, 16)
-    with pytest.raises(ValueError, match="7 tokens: there is room for 6 .block_size.; crop"):
+    with pytest.raises(ValueError, match="7 tokens: there is room for 6; crop the input"):
         model(IDX[:, :7])
 
 

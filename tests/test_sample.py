@@ -11,6 +11,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import option_words, refused, write_data
+from torch.utils._python_dispatch import TorchDispatchMode
 from variants import IDX, VARIANTS, assert_close, build, write_checkpoint
 
 import sample
@@ -147,6 +149,40 @@ def test_a_cache_of_any_length_that_suffices():
     for lengths in ((0, 3), (4, 5)):
         with pytest.raises(ValueError, match=r"1\.\.4"):
             decode(model, idx, torch.tensor(lengths))
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations, but those that only look at a tensor in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        alias = operation._schema.returns[0].alias_info
+        if alias is None or alias.is_write:
+            self.counts[str(operation)] += 1
+        return operation(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("template", ["gd", "tmm", "imex"])
+def test_a_layer_adds_to_an_eager_step_only_its_writes(template):
+    """Beside what it computes for one token without a cache: on a GPU each operation waits for the
+    launch of its kernel. The scalars are mapped beforehand."""
+    added = []
+    for n_layer in (1, 3):
+        model = build(torch.float32, template=template, n_layer=n_layer)
+        store_matrices(model, torch.float32)
+        tokens = stream(model, IDX[:2, :3], 5)
+        next(tokens)
+        with Operations() as step:
+            next(tokens)
+        with torch.no_grad(), Operations() as alone:
+            model(IDX[:2, :1])
+        added.append(step.counts - alone.counts)
+        assert not {"aten.sigmoid.default", "aten.softplus.default"} & step.counts.keys()
+    calls = model.transformer.h[0].steps[0].oracle_calls
+    assert added[1] - added[0] == {"aten.copy_.default": 2 * 2 * calls}
 
 
 # -----------------------------------------------------------------------------
