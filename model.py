@@ -800,10 +800,11 @@ class GPT(nn.Module):
         older half is dropped and the rest read again. (sample.py has a faster one, with more
         options.)"""
         size = self.config.block_size
-        cache, unread = KVCache(), idx[:, -size:]
+        room = min(size, idx.size(1) + max_new_tokens)
+        cache, unread = KVCache(room), idx[:, -size:]
         for _ in range(max_new_tokens):
             if cache.length == size:
-                cache, unread = KVCache(), idx[:, -max(1, size // 2):]
+                cache, unread = KVCache(room), idx[:, -max(1, size // 2):]
             logits = self(unread, cache=cache)[0][:, -1].float()  # (B, V)
             logits[:, self.config.vocab_used or self.config.vocab_size:] = -torch.inf
             if top_k is not None:
