@@ -13,7 +13,6 @@ import json
 import math
 import shutil
 import signal
-import socket
 from functools import partial
 from pathlib import Path
 
@@ -129,12 +128,12 @@ def job(words):
     return lambda out, hooks=(), **options: (words(out, **options), hooks)
 
 
-def several(jobs, ports) -> None:
+def several(jobs) -> None:
     """In a rank: main makes all these runs, one after the other."""
     def main(_, once=train.main):
-        for (argv, hooks), port in zip(jobs, ports, strict=True):
+        for i, (argv, hooks) in enumerate(jobs):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("MASTER_PORT", port)
+                patch.setenv("TORCHELASTIC_RESTART_COUNT", str(i))
                 for hook in hooks:
                     hook(patch)
                 once(argv)
@@ -142,17 +141,13 @@ def several(jobs, ports) -> None:
     train.main = main
 
 
-def hook_of(jobs):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in jobs]
-    ports = [str(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return partial(several, jobs, ports)
-
-
 def in_ranks(world, jobs) -> str:
-    """Make these runs in `world` processes, to a good end; what rank 0 prints."""
-    return run_ranks([], world, hook_of(jobs))
+    """Make these runs in `world` processes, to a good end; what rank 0 prints. They meet in a store
+    of this process, as torchrun's do in torchrun's, for each a part of its own: a port that is
+    chosen beforehand may be another's by then."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return run_ranks([], world, partial(several, jobs), MASTER_PORT=str(store.port),
+                     TORCHELASTIC_USE_AGENT_STORE="True")
 
 
 def refused(call, *said) -> list[str]:

@@ -17,7 +17,6 @@ from conftest import (
     BAD,
     HOURGLASS,
     assert_same,
-    hook_of,
     in_ranks,
     largest_difference,
     load,
@@ -31,6 +30,7 @@ from conftest import (
     refused,
     scales,
     scripted,
+    several,
     spoil,
     stop_after,
     tensors,
@@ -228,7 +228,7 @@ def test_one_bad_rank_stops_all(run, job, tmp_path, parallel, how, said):
     run(tmp_path, max_iters=2, **options)
     bad = job(tmp_path, [partial(spoil, (3,), where=1, **BAD[how])], init_from="resume",
               max_iters=9, eval_interval=100, parallel=parallel, **options)
-    first, second = start_ranks([], 2, hook_of([bad]))
+    first, second = start_ranks([], 2, partial(several, [bad]))
     first.refused("step 3:", said, "of step 2", f"{tmp_path}/ckpt.pt")
     assert second.wait() == 2 and load(tmp_path)["iter_num"] == 2
 
