@@ -1,11 +1,13 @@
 """GPT, HourglassFFN and the YuriiFormer family: one model, chosen by flags.
 
 A pre-norm transformer layer is one step of an optimisation algorithm on the token embeddings X:
-attention and the FFN are its two gradient oracles. Independent choices make a variant:
+attention and the FFN are its two gradient oracles. A few choices make a variant:
     template   what a substep does with an oracle's answer    gd, polyak, nesterov, tmm, ...
     splitting  which oracles are asked, and in which order    lie_trotter, euler, strang
+    attention  the first oracle                               causal
     ffn        the second oracle                              mlp, swiglu, hourglass
-The plain GPT is template=gd, splitting=lie_trotter, ffn=mlp: it loads nanoGPT's weights and GPT-2's
+The plain GPT is template=gd, splitting=lie_trotter, ffn=mlp: it loads the weights of nanoGPT and of
+OpenAI's GPT-2.
 
 To add your own: a class and a line in TEMPLATES, FFNS or ATTENTIONS. This file imports torch alone
 (and transformers, to read GPT-2's weights).
@@ -109,8 +111,8 @@ class GPTConfig:
         rule(not self.each or (len(template.splittings) > 1 and self.splitting != "euler"),
              f"ffn_substeps=each: template={self.template} with splitting={self.splitting} takes "
              f"the FFN as one oracle; use ffn_substeps=joint")
-        rule(self.norm_place != "post" or self.ffn != "hourglass",
-             "norm_place=post: ffn=hourglass brings its sub-MLPs' own pre-norms; use "
+        rule(self.norm_place != "post" or not self.hourglass,
+             f"norm_place=post: ffn={self.ffn} brings its sub-MLPs' own pre-norms; use "
              "norm_place=pre, or ffn=swiglu")
         rule(self.velocity_init != "add" or not template.streams,
              f"velocity_init=add: template={self.template} has a stream of its own; use "
@@ -138,13 +140,19 @@ class GPTConfig:
     @property
     def d_ffn(self) -> int:
         """Hidden width of the FFN, or of each sub-MLP."""
-        default = 4 * self.n_embd // 5 if self.ffn == "hourglass" else 4 * self.n_embd
+        default = 4 * self.n_embd // 5 if self.hourglass else 4 * self.n_embd
         return max(1, default) if self.ffn_hidden is None else self.ffn_hidden
+
+    @property
+    def hourglass(self) -> bool:
+        """Is the FFN one, or of a class derived from it?"""
+        ffn = FFNS.get(self.ffn)
+        return isinstance(ffn, type) and issubclass(ffn, HourglassFFN)
 
     @property
     def each(self) -> bool:
         """Does each sub-MLP of the hourglass get its own substep?"""
-        return self.ffn == "hourglass" and self.ffn_substeps == "each"
+        return self.hourglass and self.ffn_substeps == "each"
 
 
 # -----------------------------------------------------------------------------
@@ -159,7 +167,7 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 class OutputProjection(nn.Linear):
-    """The last matrix of an oracle: with residual_init_scale it starts smaller."""
+    """The last matrix of an oracle, a fork's too: with residual_init_scale it starts smaller."""
 
 
 def rope_table(positions: torch.Tensor, dim: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
@@ -200,8 +208,10 @@ class KVCache:
 
     def extend(self, k: torch.Tensor, v: torch.Tensor,
                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Store k, v (B, H, T, d_head) of the pass; return those of all S tokens, and the mask of
-        what is seen, (T, S) or (B, 1, T, S). None: each token all before it, where T is 1 or S."""
+        """Store k, v (B, H, T, d_head) of the pass; return those of all S tokens (H may be fewer
+        heads than q's), and the mask of what is seen, (T, S) or (B, 1, T, S). None: each token sees
+        itself and all before it; T is 1 or S. (With a mask, S may count places still empty: it says
+        where a token stands, the shape does not.)"""
         T, S = k.size(2), self.length
         if self.call == len(self.slots):
             self.slots.append([z.new_empty(z.size(0), self.max_length, z.size(1), z.size(3))
@@ -618,7 +628,7 @@ class Block(nn.Module):
         self.ln_1 = make_norm(config)
         self.attn = ATTENTIONS[config.attention](config)
         ffn = FFNS[config.ffn](config)  # an hourglass brings the norms of its sub-MLPs
-        self.ln_2 = nn.Identity() if isinstance(ffn, HourglassFFN) else make_norm(config)
+        self.ln_2 = nn.Identity() if config.hourglass else make_norm(config)
         self.mlp = ffn
         self.each = config.each
         self.post = config.norm_place == "post"
@@ -660,9 +670,14 @@ def walk(module: nn.Module, path: str = "", around: str | None = None,
          ) -> Iterator[tuple[str, nn.Module, str]]:
     """(path, module, role) of every module with parameters. The role says how these start and which
     optimiser group they join: the module's own (role = "matrix"), a norm's, that of the module
-    around it, or its type's. ValueError where there is none."""
-    by_type = next((role for kind, role in ROLES.items() if isinstance(module, kind)), None)
-    role = getattr(module, "role", by_type if by_type == "norm" else around or by_type)
+    `around` it, or its type's. ValueError where there is none."""
+    of_type = next((role for kind, role in ROLES.items() if isinstance(module, kind)), None)
+    if hasattr(module, "role"):
+        role = module.role
+    elif of_type == "norm":
+        role = "norm"
+    else:
+        role = around or of_type
     for name, _ in module.named_parameters(recurse=False):
         if role is None:
             raise ValueError(f"{path}.{name}: what is the role of a {type(module).__name__}? Say "
@@ -737,7 +752,7 @@ class GPT(nn.Module):
                 return x
             if stream == "embed" and "vte" in t:
                 return look_up("vte", "vpe")
-            return torch.full_like(x, float(stream == "ones"))
+            return torch.full_like(x, {"ones": 1.0, "zeros": 0.0, "embed": 0.0}[stream])
 
         state = x, *map(begin, self.streams)
         return tuple(stream.bfloat16() for stream in state) if self.narrow else state
@@ -845,14 +860,18 @@ class GPT(nn.Module):
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
     def parameter_roles(self) -> dict[str, dict[str, nn.Parameter]]:
-        """matrix (2-D, in the blocks), embedding (all tables, the tied head), norm (gains and
-        biases), scalar (the templates'): name -> parameter, every parameter in exactly one."""
+        """matrix (2-D, in the blocks), embedding (all tables, the tied head, what has more than two
+        dimensions), norm (gains and biases), scalar (the templates'): name -> parameter, every
+        parameter in exactly one."""
         roles: dict[str, dict] = {"matrix": {}, "embedding": {}, "norm": {}, "scalar": {}}
         seen = set()
         for path, module, role in walk(self):
             for name, p in module.named_parameters(recurse=False):
                 if p not in seen:  # the head's matrix is the token table
-                    roles["norm" if role == "matrix" and p.ndim < 2 else role][f"{path}.{name}"] = p
+                    if role == "matrix" and p.ndim != 2:
+                        roles["norm" if p.ndim < 2 else "embedding"][f"{path}.{name}"] = p
+                    else:
+                        roles[role][f"{path}.{name}"] = p
                 seen.add(p)
         return roles
 

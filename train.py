@@ -30,7 +30,7 @@ from support.device import (
     tune_machine,
 )
 from support.errors import cli, explain_failures, fail
-from support.foreign import holds_weights
+from support.foreign import GPT2S, holds_weights
 from support.fuse import fuse
 from support.log import Log, report
 from support.muon import Muon
@@ -153,11 +153,11 @@ class TrainConfig(GPTConfig):
              "eval_iters and eval_tokens: say the same thing twice; drop one (--eval_iters=auto)")
         rule(not self.fused or self.parallel == "ddp",
              "fused=True: takes whole models; use --fused=auto, or parallel=ddp")
-        rule(self.init_from in ("scratch", "resume", "auto") or self.init_from.startswith("gpt2")
+        rule(self.init_from in ("scratch", "resume", "auto", *GPT2S)
              or self.init_from.endswith(".pt") or holds_weights(self.init_from),
-             f"init_from={self.init_from}: names no weights; use scratch, resume, auto, gpt2, "
-             f"gpt2-medium, gpt2-large, gpt2-xl, a .pt file, or a folder that bench.py export or "
-             f"transformers wrote")
+             f"init_from={self.init_from}: names no weights; use scratch, resume, auto, "
+             f"{', '.join(GPT2S)}, a .pt file, or a folder that bench.py export or transformers "
+             f"wrote")
 
 
 # -----------------------------------------------------------------------------
@@ -169,9 +169,10 @@ def model_args(config: TrainConfig) -> dict:
     return {f.name: getattr(config, f.name) for f in fields(GPTConfig)}
 
 
-def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dict | None) -> GPT:
-    """A new model, or the checkpoint's; its vocabulary is the data's. `given` options must be what
-    the checkpoint's model has; block_size may be smaller."""
+def make_model(config: TrainConfig, explicit: set[str], meta: dict,
+               checkpoint: dict | None) -> GPT:
+    """A new model, or the checkpoint's; its vocabulary is the data's. Options that were `explicit`
+    must be what the checkpoint's model has; block_size may be smaller."""
     wanted = model_args(config)
     if checkpoint is None:
         vocab_size = config.vocab_size or meta["padded_vocab_size"]
@@ -180,7 +181,7 @@ def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dic
         model = model_from(checkpoint, dropout=config.dropout)
     for name, value in asdict(model.config).items():
         shorter = name == "block_size" and wanted[name] <= value
-        if name in given and wanted[name] != value and not shorter:
+        if name in explicit and wanted[name] != value and not shorter:
             fail(f"{name}={wanted[name]}, but the checkpoint's model has {name}={value}; drop the "
                  f"option, or train from scratch")
     if meta["vocab_size"] > model.config.vocab_size:
@@ -188,7 +189,7 @@ def make_model(config: TrainConfig, given: set[str], meta: dict, checkpoint: dic
              f"{model.config.vocab_size}; prepare the data with the model's tokenizer")
     if checkpoint is None:
         model.config.vocab_used = meta["vocab_size"]
-    if "block_size" in given and config.block_size < model.config.block_size:
+    if "block_size" in explicit and config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     return model
 
@@ -302,8 +303,8 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     # --- model, data, optimisers ---
     torch.manual_seed(c.seed)
     # what a preset says does not count for a run that goes on
-    words = {name for name, preset in given.items() if not (resumed and preset)}
-    model = make_model(c, words, meta, checkpoint)
+    explicit = {name for name, preset in given.items() if not (resumed and preset)}
+    model = make_model(c, explicit, meta, checkpoint)
     model = model.double() if dtype == torch.float64 else model.float()  # not complex buffers
     ranks.share(model)
     c.adopt(model.config)

@@ -110,7 +110,8 @@ def read_config(cls, argv: list[str], positional: str | None = None, usage: str 
     def assign(name: str, value: Any, preset: str = "") -> None:
         try:
             if name not in kinds:
-                hint = nearest(name, kinds) or "; --help lists the options"
+                other = "begin a name of your own with _" if preset else "--help lists the options"
+                hint = nearest(name, kinds) or f"; {other}"
                 raise ValueError(f"unknown option {name}{hint}")
             if value is None and not preset:
                 raise ValueError(f"--{name} needs a value")

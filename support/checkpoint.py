@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from support.code import HERE, code_in
 from support.errors import UserError, fail, reason
 from support.files import rename, write_json
-from support.foreign import read_folder, read_pretrained
+from support.foreign import GPT2S, read_folder, read_pretrained
 
 CHECKPOINTS = ("ckpt.pt", "ckpt_prev.pt", "best.pt")
 HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"  # tied, unless a fork unties them
@@ -29,10 +29,10 @@ HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"  # tied, unless a fork 
 def read_checkpoint(path: str) -> dict:
     """A checkpoint file, a folder that bench.py export or transformers wrote, or a gpt2* of the
     Hub, on the CPU; tensors and plain Python only. UserError if it cannot be read."""
-    hub = path.startswith("gpt2") and not path.endswith(".pt") and not os.path.exists(path)
+    hub = path in GPT2S and not os.path.exists(path)
     if not hub and not os.path.exists(path):
-        fail(f"no checkpoint {path}; train one, name the right folder, or of the Hub one of gpt2, "
-             f"gpt2-medium, gpt2-large, gpt2-xl")
+        fail(f"no checkpoint {path}; train one, name the right folder, or of the Hub one of "
+             f"{', '.join(GPT2S)}")
     try:
         if hub:
             checkpoint = read_pretrained(path, {"tokenizer": "gpt2"})
@@ -87,6 +87,7 @@ def check_tokenizer(folder: str, meta: dict, checkpoint: dict) -> None:
     name, other = expected.get("tokenizer"), meta["tokenizer"]
     same = name == other or sorted((str(name), other)) == ["gpt2", "r50k_base"]  # two names of one
     if not same or expected.get("alphabet", "") != meta.get("alphabet", ""):
+        other = "char with other characters" if name == other else other
         words = "CHECKPOINT.pt (char, with its alphabet)" if name == "char" else name
         fail(f"{folder} was made with another tokenizer, {other}, than the checkpoint's, {name}; "
              f"use that: python prepare.py text --input=FILES --tokenizer={words}")
@@ -100,8 +101,8 @@ def checkpoint_config(checkpoint: dict) -> GPTConfig:
             args.setdefault("vocab_used", 50257)  # nanoGPT's padded GPT-2 vocabulary
         return GPTConfig(**args)
     except (TypeError, ValueError) as error:
-        fail(*(f"the checkpoint's model_args do not fit this version: {line}"
-               for line in str(error).splitlines()))
+        fail(*(f"the checkpoint's model_args do not fit this version: {line}; the model.py that "
+               f"made it is in its run's code_that_ran/" for line in str(error).splitlines()))
 
 
 def model_from(checkpoint: dict, **changes) -> GPT:

@@ -10,6 +10,7 @@ from model import GPT
 from support.errors import fail
 from support.meta import END_OF_TEXT
 
+GPT2S = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of the Hub
 GPT2_TOKENS = "8f1c046ab87201d64780f75892556c8a0697aeb493efec91776b0cdf2e411d7b"  # their sha256
 
 

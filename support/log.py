@@ -215,8 +215,8 @@ def report(model: Any, config: Any, meta: dict, train: Any, val: Any, ranks: Any
     tokens_per_step = c.batch_size * c.gradient_accumulation_steps * c.block_size
     windows = len(evaluation_starts(len(val), c.block_size, c.eval_tokens))
     print(f"""\
-model:  {total:,} parameters: {total - embedding:,} non-embedding, {embedding:,} embedding, of these
-        {velocity:,} in velocity tables; {model.flops_per_token() / 1e6:,.1f} MFLOP per token
+model:  {total:,} parameters: {embedding:,} in tables, of these {velocity:,} in velocity tables, and
+        {total - embedding:,} others; {model.flops_per_token() / 1e6:,.1f} MFLOP per token
 step:   {tokens_per_step:,} tokens = {c.gradient_accumulation_steps} micro-batches of \
 {c.batch_size} x {c.block_size}, {c.parallel} over {ranks.world} process(es)
 data:   {c.dataset}: {len(train):,} training and {len(val):,} validation tokens, \

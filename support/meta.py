@@ -45,7 +45,8 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
         what = "data"
         if len(missing) == 1:  # the other is there
             what, words = f"{missing[0]}.bin", f"{words} --overwrite"
-        fail(f"no {what} in {folder}; mend its name, or make it with: python prepare.py {words}")
+        fail(f"no {what} in {folder}; mend its name, or make it as the preset's file says, or "
+             f"with: python prepare.py {words}")
     sizes = {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS}
     if not (folder / "meta.json").exists():
         return _nanogpt_meta(folder, sizes)

@@ -17,7 +17,7 @@ from support.checkpoint import (
 )
 from support.data import identity
 from support.errors import fail, out_of_memory, reason
-from support.foreign import holds_weights
+from support.foreign import GPT2S, holds_weights
 from support.meta import TOKENIZER_KEYS, load_meta
 from support.ranks import Ranks, part_of
 from support.terminal import show
@@ -61,7 +61,7 @@ def find_start(config: Any, given: dict[str, str]) -> tuple[Any, dict | None, bo
              f"with --overwrite, or choose another --out_dir")
     if c.init_from in ("scratch", "auto"):
         return c, None, False
-    if c.init_from in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):  # before a download
+    if c.init_from in GPT2S:  # before a download
         tokenizer = {"tokenizer": {"tokenizer": "gpt2"}}
         read_source(os.path.join(c.data_dir, c.dataset), tokenizer, resumed=False)
     return c, read_checkpoint(c.init_from), False
@@ -88,9 +88,9 @@ def stored_options(config: Any, given: dict[str, str], checkpoint: dict) -> Any:
         fail(*(f"resuming {config.out_dir}: {line}" for line in str(error).splitlines()))
 
     def differences(names: set[str]) -> str:
-        return " ".join(f"--{name}={getattr(config, name)} (was {stored[name]})"
+        return " ".join(f"--{name}={'auto' if now is None else now} (was {stored[name]})"
                         for name in sorted(names & stored.keys() - THIS_CALL)
-                        if getattr(config, name) != stored[name])
+                        if (now := getattr(config, name)) != stored[name])
 
     if changed := differences(words | NOT_STORED):
         show(f"resuming with other options: {changed}", keep=True)
@@ -177,8 +177,8 @@ def restore(checkpoint: dict, config: Any, model: GPT, optimizers: dict[str, tor
             if ranks.device.type != "cpu" and "device" in rng[ranks.rank]:
                 getattr(torch, ranks.device.type).set_rng_state(rng[ranks.rank]["device"])
         elif master:
-            show("warning: the checkpoint has no generator states for this number of processes; "
-                 "dropout restarts from the seed", True)
+            show("warning: the checkpoint has no states of random generators for this number of "
+                 "processes; dropout, if there is any, starts anew from the seed", True)
         nanogpts = {"step": checkpoint["iter_num"],
                     "best_val_loss": float(checkpoint["best_val_loss"])}
         run = Progress(**checkpoint.get("run", nanogpts))

@@ -43,8 +43,8 @@ class Tokenizer:
         if self.name == "bytes":
             return list(text.encode("utf-8", "replace"))
         if unknown := set(text) - self.ids.keys():
-            fail(f"the alphabet does not have {''.join(sorted(unknown))!r}; leave that out, or use "
-                 f"a model of --tokenizer=bytes")
+            fail(f"the alphabet does not have {''.join(sorted(unknown))!r}; give text without it "
+                 f"(to sample.py by --start), or use a model of --tokenizer=bytes")
         return [self.ids[character] for character in text]
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -125,4 +125,5 @@ def _tiktoken(name: str):
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # what it downloads with raises OSErrors
         fail(f"cannot download the tokenizer {name} ({type(error).__name__}): go online once, "
-             f"or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bytes")
+             f"or set TIKTOKEN_CACHE_DIR to a folder that has it, or prepare data with "
+             f"--tokenizer=bytes")

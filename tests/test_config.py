@@ -149,12 +149,13 @@ def test_a_bare_switch_does_not_swallow_what_follows(preset):
 
 
 def test_an_unknown_name_gets_the_nearest(preset):
-    path = preset("widht = 3\n")
+    path = preset("widht = 3\ntokens_total = 5\n")
     assert problems("--widht=3", "--rates", "3", "--zzzzzz=1", "--note=x", path) == [
         "unknown option widht; did you mean width?", "unknown option rates; did you mean rate?",
         "unknown option zzzzzz; --help lists the options",
         "unknown option note; --help lists the options",
-        f"{path}: unknown option widht; did you mean width?"]
+        f"{path}: unknown option widht; did you mean width?",
+        f"{path}: unknown option tokens_total; begin a name of your own with _"]
 
 
 def test_all_problems_come_together(preset):

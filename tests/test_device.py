@@ -122,3 +122,5 @@ def test_attention_backend():
         with sdpa_kernel(backend):
             said = attention_backend(model, torch.bfloat16, torch.device("cpu"))
             assert said == f"{name} attention"
+    model.config.attention = "mine"  # which may compute with anything
+    assert attention_backend(model, torch.bfloat16, torch.device("cpu")) == ""

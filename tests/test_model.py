@@ -43,7 +43,9 @@ from model import (
     TEMPLATES,
     CausalSelfAttention,
     GPTConfig,
+    HourglassFFN,
     KVCache,
+    Momentum,
     OutputProjection,
     Template,
 )
@@ -895,6 +897,42 @@ def test_a_parameter_without_a_role_is_an_error(monkeypatch):
     model.transformer.h[1].bias = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"h\.1\.bias: .*Block"):
         model.parameter_roles()
+
+
+class Several(Bare):
+    """Matrices of two and of three dimensions."""
+
+    role = "matrix"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = nn.Parameter(torch.ones(4, config.n_embd))
+        self.experts = nn.Parameter(torch.ones(4, config.n_embd, config.n_embd))
+
+
+def test_only_matrices_are_matrices(monkeypatch):
+    """Muon takes no more dimensions than two."""
+    monkeypatch.setitem(FFNS, "several", Several)
+    roles = build(ffn="several").parameter_roles()
+    for name, role in ("gate", "matrix"), ("experts", "embedding"), ("scale", "norm"):
+        assert f"transformer.h.1.mlp.{name}" in roles[role]
+
+
+def test_a_fork_of_the_hourglass_is_one(monkeypatch):
+    """Whatever its name: in its width, its substeps and its norms."""
+    monkeypatch.setitem(FFNS, "sandglass", type("Sandglass", (HourglassFFN,), {}))
+    options = dict(template="nesterov", ffn_depth=3, ffn_substeps="each")
+    models = [build(ffn=ffn, **options) for ffn in ("hourglass", "sandglass")]
+    first, second = ({n: p.shape for n, p in model.named_parameters()} for model in models)
+    assert first == second and len(models[1].transformer.h[0].steps) == 4
+    with pytest.raises(ValueError, match="norm_place=post: ffn=sandglass brings"):
+        config(ffn="sandglass", norm_place="post")
+
+
+def test_a_stream_starts_as_something_known(monkeypatch):
+    monkeypatch.setitem(TEMPLATES, "typo", type("Typo", (Momentum,), {"streams": ("embeded",)}))
+    with pytest.raises(KeyError, match="embeded"):
+        build(template="typo")(IDX)
 
 
 def test_a_templates_module_may_have_another_role(monkeypatch):

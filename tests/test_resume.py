@@ -234,7 +234,7 @@ def test_resuming_with_another_number_of_processes(resumed, folder, name):
     half, one = folder / f"half-{name}", folder / "one"
     assert np.abs(losses(half) - losses(one)).max() < 1e-10
     assert largest_difference(tensors(half), tensors(one)) < 1e-10
-    assert ("dropout restarts from the seed" in resumed[name]) == ELSEWHERE[name][-1]
+    assert ("starts anew from the seed" in resumed[name]) == ELSEWHERE[name][-1]
 
 
 # -----------------------------------------------------------------------------

@@ -603,6 +603,6 @@ def test_mistakes_come_together(out, tmp_path):
     refused(lambda: out(start=f"FILE:{tmp_path}/empty.txt"), "the prompt is empty")
     lines = refused(lambda: out("--num_samples=0", "--top_k=0", "--top_p=1.5", "--stop=",
                                 "--seed=-1"), "seed=-1",
-                    "num_samples=0: must be at least 1", "top_k=0", "None keeps", "top_p=1.5",
+                    "num_samples=0: must be at least 1", "top_k=0", "auto keeps", "top_p=1.5",
                     "(0, 1]", "stop=: expected")
     assert len(lines) == 5

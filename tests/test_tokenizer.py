@@ -134,7 +134,8 @@ def test_missing_data_names_the_command(tmp_path):
         with pytest.raises(UserError) as error:
             load_meta(tmp_path / name)
         assert str(error.value) == \
-            f"no data in {tmp_path / name}; mend its name, or make it with: python prepare.py {how}"
+            f"no data in {tmp_path / name}; mend its name, or make it as the preset's file says, " \
+            f"or with: python prepare.py {how}"
     assert {*CORPORA} <= {*prepare.CORPORA}
     (nanogpt_folder(tmp_path) / "val.bin").unlink()
     with pytest.raises(UserError, match=f"no val.bin in .* --name={tmp_path.name} --overwrite"):

@@ -196,8 +196,8 @@ def with_code(model: GPT, meta: dict, ends: dict, folder: str, code: Path, known
     """The weights as they are, the code that computes with them, and what transformers asks for."""
     to_safetensors(model, meta, folder)
     if lost := {n for n, _ in model.named_buffers()} - model.state_dict().keys():
-        fail(f"transformers loses {sorted(lost)[0]}, a buffer that is not stored: register it "
-             f"with persistent=True, or use --format=safetensors")
+        fail(f"transformers loses {sorted(lost)[0]}, a buffer that is not stored: use "
+             f"--format=safetensors; in later runs register it with persistent=True")
     own = Path(__file__).with_name("modeling_nanoyurii.py")
     shutil.copyfile(own, os.path.join(folder, own.name))
     shutil.copyfile(code, os.path.join(folder, "model.py"))
