@@ -392,15 +392,15 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
     results = Results(config, data)
     planned = budgeted(planned, results.head, relative_speeds)
     results.order = list(planned)
+    cells = cells_of(planned)
+    asked = [cell for cell in cells if cell.label in (config.only or planned)]
     print(plan_table(planned, *pace(results.runs.values(), where, config)), flush=True)
     if config.dry_run:
-        return
+        return print(f"{len(asked)} runs")
     os.makedirs(results.folder, exist_ok=True)
     with locked(results.folder, f"another command is writing to {results.folder}; stop it or "
                                 f"choose another --study"):
         results.runs = Results(config, data).runs  # another command may have just ended
-        cells = cells_of(planned)
-        asked = [cell for cell in cells if cell.label in (config.only or planned)]
         missing = [cell for cell in asked if config.jobs != 0 and results.get(cell) is None]
         code = os.path.join(config.out_dir, config.study, "code")
         ours = results.head["code"]
@@ -507,7 +507,7 @@ def report(results: Results, planned: dict[str, CompareConfig], cells: list[Cell
             kept = word[2:].split("=")[0] not in PLACE | ASIDE | {"results", "jobs", "only"}
         if kept:
             words.append(word)
-    table = markdown(summary(runs, planned))
+    tables = [markdown(summary(runs, planned))]
     head = results.head
     setting = f"{head['data']['dataset']}, equal {config.budget}; code {head['code']['commit']}; "
     setting += "; ".join(dict.fromkeys(r["machine"] for r in runs)) + "."
@@ -519,16 +519,17 @@ def report(results: Results, planned: dict[str, CompareConfig], cells: list[Cell
                     f"best ones and curves of all of it.")
     if config.extended:
         setting += f" Extended after looking: {config.extended}."
-    parts = [f"# {config.study}", f"`python bench.py {shlex.join(words)}`", setting, table,
+    parts = [f"# {config.study}", f"`python bench.py {shlex.join(words)}`", setting, *tables,
              NOTES.format(unit=unit)]
     if found := comparisons(runs, planned):
         margin = f"± {config.margin:g}" if config.margin else "none was"
-        parts += [markdown(differences(found)), DIFFERENCES.format(margin=margin)]
+        tables.append(markdown(differences(found)))
+        parts += [tables[-1], DIFFERENCES.format(margin=margin)]
     try:
         pictures = draw_study(runs, found, config, unit, results.folder)
         parts.append("\n".join(f"![{name[:-4]}]({name})" for name in pictures))
     except (OSError, UserError) as error:
         print(f"warning: no pictures: {error}", file=sys.stderr)
-    text = "\n\n".join(part.strip() for part in parts) + "\n"
-    write_text(os.path.join(results.folder, "table.md"), text)
-    print(f"{table}\nwrote {results.folder}")
+    text, page = "\n\n".join(map(str.strip, parts)) + "\n", os.path.join(results.folder, "table.md")
+    write_text(page, text)
+    print("\n".join(tables) + f"\nwrote {page}")
