@@ -262,6 +262,8 @@ def test_transformers_computes_every_variant(tmp_path, monkeypatch, name):
         return theirs.generate(idx, max_new_tokens=8, do_sample=False, output_logits=True,
                                eos_token_id=999, return_dict_in_generate=True, **options)
 
+    with pytest.raises(ValueError, match="leave cache_implementation out"):
+        generate(IDX, cache_implementation="static")
     text = ours.generate(IDX, 8, temperature=0)
     for options in (dict(), dict(use_cache=False)):
         found = generate(IDX, **options)

@@ -86,6 +86,8 @@ class NanoYuriiForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{name} is not known to a nanoYurii model; leave it out")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        if not isinstance(past_key_values, (DynamicCache, type(None))):
+            raise ValueError("the cache must be a DynamicCache; leave cache_implementation out")
         padded = attention_mask is not None and not attention_mask.all()
         cache = None
         if padded:
