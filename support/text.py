@@ -108,13 +108,14 @@ def _check_field(field: str, names: Iterable[str], where: str) -> None:
 def _json_texts(path: Path, field: str) -> Iterator[Any]:
     """The field of each record: by pyarrow, which is fast; what that refuses by `json`."""
     import pyarrow
-    from pyarrow.json import ParseOptions, open_json
+    from pyarrow.json import ParseOptions, ReadOptions, read_json
 
     schema, done = pyarrow.schema([(field, pyarrow.string())]), 0
     options = ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    with contextlib.suppress(pyarrow.ArrowException, UnicodeDecodeError):
-        for batch in open_json(_open(path), parse_options=options):
-            texts = batch.column(0).to_pylist()
+    how = ReadOptions(use_threads=False, block_size=2**31 - 1)  # threads may abort a program's end
+    with contextlib.suppress(pyarrow.ArrowException, UnicodeDecodeError), _open(path) as file:
+        while lines := b"".join(file.readlines(BLOCK)):
+            texts = read_json(pyarrow.BufferReader(lines), how, options)[field].to_pylist()
             if None in texts:
                 raise pyarrow.ArrowInvalid("null, or no such field")
             yield from texts
@@ -148,9 +149,9 @@ def _slow_json_texts(path: Path, field: str) -> Iterator[Any]:
 def _parquet_texts(path: Path, field: str) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile
 
-    file = ParquetFile(_open(path))
+    file = ParquetFile(_open(path), pre_buffer=False)  # and no threads, either
     _check_field(field, file.schema_arrow.names, str(path))
-    for batch in file.iter_batches(batch_size=256, columns=[field]):
+    for batch in file.iter_batches(256, columns=[field], use_threads=False):
         yield from batch.column(0).to_pylist()
 
 
@@ -188,7 +189,8 @@ def _pieces(path: Path, field: str) -> Iterator[Piece]:
         return record_pieces(_parquet_texts(path, field), str(path))
     begins = rb'\{[ \t]*"|\[\s*["{\]]|\{.*"%b"\s*:' % re.escape(field.encode())
     if re.match(begins, head, re.DOTALL) or name.endswith((".jsonl", ".ndjson", ".jsonlines")):
-        return record_pieces(_json_texts(path, field), str(path))
+        read = _slow_json_texts if head.startswith(b"[") else _json_texts
+        return record_pieces(read(path, field), str(path))
     if b"\0" in head:
         fail(f"{path} has zero bytes, so it is no UTF-8 text; unpack it, or convert it")
     return text_pieces(path)

@@ -1,8 +1,10 @@
 """support/text.py: what a file is, and its documents; where text may be cut."""
 
 import gzip
+import io
 import json
 import os
+import threading
 
 import numpy as np
 import pyarrow
@@ -134,6 +136,22 @@ def test_parquet(tmp_path):
     latin1 = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": latin1}), tmp_path / "b")
     refused(lambda: documents(tmp_path / "b"), "b cannot be read: UnicodeDecodeError")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_no_other_thread_reads_our_files(tmp_path, monkeypatch, name):
+    """pyarrow's, which would: one that does so when the program ends aborts it."""
+    readers = set()
+
+    class Watched(io.FileIO):
+        def readinto(self, buffer):
+            readers.add(threading.get_ident())
+            return super().readinto(buffer)
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"] * 500}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' * 500)
+    monkeypatch.setattr(text, "_open", lambda path: io.BufferedReader(Watched(path)))
+    assert documents(tmp_path / name) == ["x"] * 500 and readers == {threading.get_ident()}
 
 
 def test_a_damaged_file_among_others_is_named(tmp_path):
