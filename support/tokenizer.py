@@ -52,8 +52,8 @@ class Tokenizer:
         if self.eot is None:
             return self.encode(text)
         *ended, last = text.split(END_OF_TEXT)
-        pieces = [*((part, True) for part in ended), (last, False)]
-        return self.encode_pieces(pieces, mark=True).tolist()
+        ids = [token for part in ended for token in (*self.encode(part), self.eot)]
+        return ids + self.encode(last)
 
     def encode_pieces(self, pieces: list[tuple[str, bool]], mark: bool) -> np.ndarray:
         """(text, whether its document ends here) -> ids (n,); with `mark`, eot after each end."""

@@ -51,6 +51,7 @@ def test_gpt2_is_tiktokens(gpt2_cache):
     assert gpt2.encode(text) == gpt2.bpe.encode_ordinary(text)
     assert gpt2.encode_prompt(text) == gpt2.bpe.encode(text, allowed_special={MARK})
     assert gpt2.decode(gpt2.encode_prompt(text)) == text and gpt2.encode_prompt("") == []
+    assert gpt2.encode_prompt(f"a\udcff{MARK}") == [*gpt2.encode("a\ufffd"), 50256]
     for first in f"a{MARK}b", "plain":  # a separator within a document is text
         assert gpt2.encode_pieces([(first, True), ("c", True), ("d", False)], True).tolist() == \
             [*gpt2.encode(first), 50256, *gpt2.encode("c"), 50256, *gpt2.encode("d")]
