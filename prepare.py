@@ -179,6 +179,9 @@ def open_sources(config: PrepareConfig, texts: list[list[Path]]) -> list[Source]
         if config.corpus != "hf":
             message += "; --input=FILES reads your own copy, without a network"
         fail(message)
+    if loaded[0].builder_name == "text":
+        print(f"warning: datasets reads plain text by lines: each line of {where} is a document, "
+              f"without its newline; text --input=FILES reads it whole", file=sys.stderr)
     return [functools.partial(dataset_pieces, rows, f"{where}, {split}", config.field)
             for rows, split in zip(loaded, splits, strict=True)]
 
@@ -332,15 +335,13 @@ def load_progress(partial: Path, start: dict[str, Any], width: int) -> dict[str,
     """The state of an interrupted run for the same data, else `start`."""
     if not (partial / "progress.json").exists():
         return start
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it may be damaged
         old = json.loads((partial / "progress.json").read_text(encoding="utf-8"))
         if old["wanted"] == start["wanted"] and all(
                 os.path.getsize(partial / f"{s}.bin") >= old[s]["tokens"] * width for s in SPLITS):
             if old["batches"]:
                 print(f"continuing an interrupted run after {old['characters']:,} characters")
             return old
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     print("the interrupted run here had other settings or is damaged: starting anew")
     return start
 

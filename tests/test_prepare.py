@@ -174,7 +174,7 @@ def write_parquet(path, prefix, n):
     return rows
 
 
-def test_datasets(tmp_path, monkeypatch):
+def test_datasets(tmp_path, monkeypatch, capsys):
     """The Hub's layout, the automatic conversion of a big corpus too, in a local folder."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -213,6 +213,10 @@ def test_datasets(tmp_path, monkeypatch):
         split = [documents(tmp_path / "data/saved", split) for split in ("train", "val")]
         assert all(split) and sorted(sum(split, [])) == sorted(texts)
     assert "save_to_disk" in refused(tmp_path, *saved, "--name=x", "--split=test")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/a.txt").write_text("one line\n" * 100)
+    make(tmp_path, "hf", "--tokenizer=bytes", f"--dataset={tmp_path}/plain")
+    assert "warning: datasets reads plain text by lines" in capsys.readouterr().err
 
 
 # -----------------------------------------------------------------------------
