@@ -26,7 +26,7 @@ from model import GPT, KVCache, Template
 from support.checkpoint import model_from, read_checkpoint, read_latest
 from support.device import can_compile, pick_device, pick_dtype
 from support.errors import cli, explain_failures, fail
-from support.meta import load_meta
+from support.meta import load_meta, nanogpt_meta
 from support.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -320,10 +320,10 @@ def nanogpt_tokenizer(checkpoint: dict, data_dir: str) -> dict:
     dataset = checkpoint.get("config", {}).get("dataset")
     folder = os.path.join(data_dir, str(dataset))
     size = checkpoint["model_args"]["vocab_size"]
-    if os.path.isfile(os.path.join(folder, "train.bin")):
-        meta = load_meta(folder)
-        if size in (meta["vocab_size"], meta["padded_vocab_size"]):
-            return meta
+    whole = os.path.isfile(os.path.join(folder, "train.bin"))  # nanoGPT's needs meta.pkl alone
+    meta = load_meta(folder) if whole else nanogpt_meta(Path(folder), {})
+    if size in (meta["vocab_size"], meta["padded_vocab_size"]):
+        return meta
     if size in (50257, 50304):
         return {"tokenizer": "gpt2"}
     unknown = f"the checkpoint has {size} token ids and does not say which"
@@ -356,15 +356,14 @@ class Sample:
     def add(self, token: int | None) -> str:
         """What of the text can be shown now: whole characters, and nothing of the stop text. None:
         no token follows."""
-        held_back = len(self.stop) - 1 if self.stop else 0  # may turn out to begin the stop text
         if not self.done:
             data = b"" if token is None else self.tokenizer.token_bytes(token)
             self.text += self.decoder.decode(data, final=token is None)
             found = self.text.find(self.stop, self.shown) if self.stop else -1
             if found >= 0:
                 self.text, self.done = self.text[:found], True
-        if self.done or token is None:
-            held_back = 0
+        ended = self.done or token is None
+        held_back = 0 if ended or not self.stop else len(self.stop) - 1  # may begin the stop text
         start, self.shown = self.shown, max(self.shown, len(self.text) - held_back)
         return self.text[start:self.shown]
 
@@ -405,8 +404,7 @@ def main(argv: list[str]) -> None:
     dtype = pick_dtype(config.dtype, device)
     with explain_failures("standard output", mend="print to another place",
                    shrink="halve --num_samples or --max_new_tokens, or use --device=cpu"):
-        model = model.double() if dtype == torch.float64 else model.float()
-        model.to(device)
+        model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
         store_matrices(model, dtype)
         for piece in draw_samples(model, tokenizer, config, prompt):
             print(piece, end="", flush=True)

@@ -13,7 +13,7 @@ from support.errors import fail
 
 SPLITS = ("train", "val")
 END_OF_TEXT = "<|endoftext|>"
-LLM_C = (20240520).to_bytes(4, "little")  # how llm.c's and modded-nanogpt's bins begin
+LLM_C = [number.to_bytes(4, "little") for number in (20240520, 20240801)]  # begin llm.c's bins
 TOKENIZER_KEYS = ("tokenizer", "vocab_size", "padded_vocab_size", "alphabet")  # of meta.json
 CORPORA = ("tinystories", "openwebtext", "shakespeare", "shakespeare_char", "pydoc")  # have names
 
@@ -49,7 +49,7 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
              f"with: python prepare.py {words}")
     sizes = {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS}
     if not (folder / "meta.json").exists():
-        return _nanogpt_meta(folder, sizes)
+        return nanogpt_meta(folder, sizes)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         rows, padded = meta["vocab_size"], meta["padded_vocab_size"]
@@ -66,15 +66,15 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
     return meta
 
 
-def _nanogpt_meta(folder: Path, sizes: dict[str, int]) -> dict[str, Any]:
+def nanogpt_meta(folder: Path, sizes: dict[str, int]) -> dict[str, Any]:
     """nanoGPT's ids are uint16: GPT-2's, or those of the table in meta.pkl, whose entries may be of
-    several characters, or missing."""
+    several characters, or missing. sizes: of the bins in bytes, where they are there."""
     for split, size in sizes.items():
         if size % 2:
             fail(f"{folder}/{split}.bin has {size} bytes, and without a meta.json an id is two "
                  f"bytes, as nanoGPT's are: it is damaged; make it again")
         words = np.fromfile(folder / f"{split}.bin", "<u2", 4096)
-        if words[:2].tobytes() == LLM_C:
+        if words[:2].tobytes() in LLM_C:
             fail(f"{folder}/{split}.bin begins with llm.c's header, which is no text; take it off: "
                  f"tail -c +1025 OLD > NEW")
         if len(words) >= 64 and words[1::2].max() < 4 <= words[::2].max():

@@ -580,8 +580,10 @@ def test_a_checkpoint_decodes_with_its_own_tokenizer_or_none(out, tmp_path):
     (folder / "meta.json").unlink()
     (folder / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate(alphabet))}))
     write_checkpoint(path, None, 27, config={"dataset": "named"})
-    text = out(**capitals)
-    assert text.startswith("ABC") and set(text) <= set(alphabet) and len(text) == 104
+    for _ in range(2):
+        text = out(**capitals)
+        assert text.startswith("ABC") and set(text) <= set(alphabet) and len(text) == 104
+        (folder / "train.bin").unlink(missing_ok=True)  # its meta.pkl is enough, as for nanoGPT
     write_checkpoint(path, CHARS, config={"dataset": "named"})
     assert set(out(**capitals | {"start": "abc"})) <= set(LETTERS + "\n")  # not the data's
     (_,) = refused(lambda: out(**capitals), "alphabet", "ABC")

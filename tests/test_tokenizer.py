@@ -125,9 +125,10 @@ def test_wide_ids_without_a_meta_json(tmp_path, capsys, kind, ids, warns):
         drawn.tofile(tmp_path / f"{split}.bin")
     load_meta(tmp_path)
     assert ("train.bin seems to have ids of four bytes" in capsys.readouterr().err) is warns
-    np.append(np.int32(20240520), drawn.astype("<i4")).tofile(tmp_path / "val.bin")
-    with pytest.raises(UserError, match="val.bin begins with llm.c.s header"):
-        load_meta(tmp_path)
+    for magic in 20240520, 20240801:  # of ids of two bytes, and of four
+        np.append(np.int32(magic), drawn.astype("<i4")).tofile(tmp_path / "val.bin")
+        with pytest.raises(UserError, match="val.bin begins with llm.c.s header"):
+            load_meta(tmp_path)
 
 
 def test_missing_data_names_the_command(tmp_path):

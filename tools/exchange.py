@@ -72,9 +72,8 @@ def load_source(config: ExportConfig) -> tuple[GPT, dict, dict]:
     where that is not known), and the checkpoint."""
     checkpoint = load_checkpoint(checkpoint_named(config.ckpt, config.data_dir))
     meta = checkpoint.get("tokenizer") or {}
-    if not meta:
-        with contextlib.suppress(UserError):
-            meta = nanogpt_tokenizer(checkpoint, config.data_dir)
+    with contextlib.suppress(UserError):
+        meta = meta or nanogpt_tokenizer(checkpoint, config.data_dir)
     meta = {k: meta[k] for k in TOKENIZER_KEYS if meta.get(k)}
     return model_from(checkpoint).eval(), meta, checkpoint
 
