@@ -79,6 +79,10 @@ def test_documents(tmp_path):
     assert row["tokens"] == 10 and row["nats"] == pytest.approx(total / 10, rel=1e-6)
     assert row["bits_per_byte"] == pytest.approx(total / math.log(2) / (5 + 3), rel=1e-6)
     assert records["bits_per_byte"] == row["bits_per_byte"]
+    (tmp_path / "text.jsonl").write_text('{"body": "é one"}\n{"body": "two"}\n')
+    words = f"--ckpt={tmp_path}/ckpt.pt", f"--data={tmp_path}/text.jsonl"
+    refused(lambda: judge(tmp_path, *words), "--field chooses one of: body")
+    assert judge(tmp_path, *words, "--field=body")[0]["nats"] == records["nats"]
 
 
 def test_ids_without_their_text_have_no_bits_per_byte(tmp_path):

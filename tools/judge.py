@@ -37,6 +37,7 @@ class EvalConfig(ToolConfig):
     include_path: str | None = None  # a folder with task files (YAML) of your own
     limit: int | None = None  # only the first items of each task
     data: str | None = None  # instead of tasks: a folder in data_dir, or a UTF-8 text file
+    field: str = "text"  # the text's name where --data is a file of records
     data_dir: str = "data"  # where the data folders are
     eval_tokens: int = 4_915_200  # tokens of a folder's validation split, capped at the split
     batch_size: int = 12  # requests at once
@@ -110,7 +111,7 @@ def windows(tokenizer: Tokenizer, config: EvalConfig, T: int) -> torch.Tensor:
     """
     data, folder = config.data, os.path.join(config.data_dir, config.data)
     if os.path.isfile(data):
-        pieces = list(file_pieces([Path(data)], "text"))
+        pieces = list(file_pieces([Path(data)], config.field))
         ids = tokenizer.encode_pieces(pieces, tokenizer.eot is not None)
         if len(ids) < 2:
             fail(f"data={data} has {len(ids)} tokens, and the first is not predicted; give more")
@@ -200,8 +201,7 @@ def harness_model(model: GPT, tokenizer: Tokenizer, config: EvalConfig):
                     fail(f"the answer {texts[1]!r:.40} has no token of its own after "
                          f"{texts[0][-20:]!r}; put a space between them: target_delimiter, in the "
                          f"task's file")
-            pairs = [(context or [self.eot_token_id], continuation)
-                     for _, context, continuation in requests]
+            pairs = [(context or [self.eot_token_id], answer) for _, context, answer in requests]
             return score(model, pairs, config.batch_size)
 
         def loglikelihood_rolling(self, requests: list, **_) -> list[float]:
