@@ -253,6 +253,7 @@ def test_transformers_computes_every_variant(tmp_path, monkeypatch, name):
     assert "Block" in theirs._no_split_modules  # by device_map="auto", which transformers 4 refuses
     with torch.no_grad():
         assert torch.equal(theirs(IDX).logits, expected)
+        assert torch.equal(theirs(IDX, logits_to_keep=3).logits, expected[:, -3:])
         loss = theirs(IDX, labels=IDX).loss
     assert loss == pytest.approx(ours(IDX[:, :-1], IDX[:, 1:])[1].item(), rel=1e-5)
     with pytest.raises(ValueError, match="position_ids"):

@@ -79,7 +79,7 @@ class NanoYuriiForCausalLM(PreTrainedModel, GenerationMixin):
                 labels: torch.Tensor | None = None, logits_to_keep: int = 0,
                 **options) -> CausalLMOutputWithPast:
         """input_ids (B, T), labels (B, T) with -100 where nothing is predicted -> logits (B, T, V),
-        or (B, 1, V) with logits_to_keep=1; and the loss."""
+        or of the last logits_to_keep positions alone; and the loss."""
         for name in ("inputs_embeds", "position_ids", "output_attentions", "output_hidden_states"):
             value = options.pop(name, None)
             if value is not None and value is not False:
@@ -97,7 +97,7 @@ class NanoYuriiForCausalLM(PreTrainedModel, GenerationMixin):
             stored = DynamicCache() if past_key_values is None else past_key_values
             cache = Cache(stored, attention_mask if padded else None)
         targets = None if logits_to_keep == 1 else input_ids  # with targets: every position
-        logits = self.module(input_ids, targets, cache=cache)[0]
+        logits = self.module(input_ids, targets, cache=cache)[0][:, -logits_to_keep:]  # -0: all
         loss = None
         if labels is not None:
             options.pop("return_dict", None)
