@@ -95,7 +95,7 @@ def record_pieces(texts: Iterable[Any], where: str) -> Iterator[Piece]:
     for number, text in enumerate(texts, 1):
         text = text.decode() if isinstance(text, bytes) else text  # of binary columns
         if not isinstance(text, str):
-            fail(f"{where}: record {number} has {text!r:.40} for its text")
+            fail(f"{where}: record {number} has {text!r:.40} for its text; take such records out")
         yield text, True
 
 
