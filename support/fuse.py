@@ -4,6 +4,7 @@ It must never overrule what a fork changed in model.py, so before a run the loss
 of a batch are compared with the plain path's.
 """
 
+import copy
 from types import MethodType
 
 import torch
@@ -21,7 +22,10 @@ def affine(norm: torch.nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def hidden(model: GPT, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-    """GPT.hidden, in which what the next oracle reads travels beside x and v."""
+    """GPT.hidden, in which what the next oracle reads travels beside x and v. Decoding, which has a
+    cache, takes the plain path."""
+    if cache is not None:
+        return type(model).hidden(model, idx, cache)
     parts, config = model.transformer, model.config
     positions = KVCache().begin(idx, config.block_size)
     x, v = model.embed(idx, positions)
@@ -60,34 +64,28 @@ def serves(model: GPT) -> bool:
 def disagreement(model: GPT, device: torch.device) -> str:
     """"" where loss and gradients of a batch are the plain path's, at parameters a little off their
     start, where none hides another by being zero; else what is wrong."""
-    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
-    parts, results = [model, *model.transformer.h], []
-    narrow, precision = [part.narrow for part in parts], torch.get_float32_matmul_precision()
+    results, precision = [], torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    for part in parts:
-        part.narrow = False
     try:
+        trial = copy.deepcopy(model)
+        for part in (trial, *trial.transformer.h):
+            part.narrow = False
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            for p in model.parameters():
+            for p in trial.parameters():
                 p.data.add_(torch.randn_like(p), alpha=0.02)
-            length = min(model.config.block_size, 256)
-            tokens = torch.randint(model.config.vocab_size, (2, length), device=device)
-            for path in (type(model).hidden, hidden):
-                model.hidden = MethodType(path, model)
+            length = min(trial.config.block_size, 256)
+            tokens = torch.randint(trial.config.vocab_size, (2, length), device=device)
+            for path in (type(trial).hidden, hidden):
+                trial.hidden = MethodType(path, trial)
                 torch.manual_seed(0)  # the same dropout
-                loss = model(tokens, tokens.flip(1), return_logits=False)[1]
+                loss = trial(tokens, tokens.flip(1), return_logits=False)[1]
                 loss.backward()
-                results.append([loss.detach(), *(p.grad for p in model.parameters())])
-                model.zero_grad(set_to_none=True)
+                results.append([loss.detach(), *(p.grad for p in trial.parameters())])
+                trial.zero_grad(set_to_none=True)
     except Exception as error:  # of parts that are not as `hidden` knows them, or of the kernel
         return f"the fused path fails: {reason(error)}"
     finally:
-        del model.hidden
-        model.zero_grad(set_to_none=True)
-        model.load_state_dict(kept, strict=False)
-        for part, was in zip(parts, narrow, strict=True):
-            part.narrow = was
         torch.set_float32_matmul_precision(precision)
     size = max(g.norm() for g in results[0] if g is not None)
     same = all(a is b or (a is not None and b is not None

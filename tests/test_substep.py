@@ -130,7 +130,9 @@ def new_model(**options) -> GPT:
 def test_served_models_compute_what_model_py_does(name):
     gpt = new_model(**SERVED[name])
     before = {n: p.clone() for n, p in gpt.state_dict().items()}
+    text = gpt.eval().generate(IDX, 15, temperature=0)
     assert fuse(gpt, True, CPU) == "momentum fused"
+    assert torch.equal(gpt.generate(IDX, 15, temperature=0), text)
     assert all(torch.equal(p, before[n]) for n, p in gpt.state_dict().items())
     gpt.double().eval()
     results = []
