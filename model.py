@@ -200,7 +200,7 @@ class KVCache:
         """A pass over the next tokens, idx (B, T): their positions (1, T). ValueError where all
         tokens together exceed block_size."""
         start, end = self.length, self.length + idx.size(1)
-        self.max_length = self.max_length or block_size
+        self.max_length = min(self.max_length or block_size, block_size)
         if end > self.max_length:
             raise ValueError(f"{end} tokens: there is room for {self.max_length}; crop the input")
         self.call, self.length = 0, end
@@ -815,11 +815,10 @@ class GPT(nn.Module):
         older half is dropped and the rest read again. (sample.py has a faster one, with more
         options.)"""
         size = self.config.block_size
-        room = min(size, idx.size(1) + max_new_tokens)
-        cache, unread = KVCache(room), idx[:, -size:]
+        cache, unread = KVCache(idx.size(1) + max_new_tokens), idx[:, -size:]
         for _ in range(max_new_tokens):
             if cache.length == size:
-                cache, unread = KVCache(room), idx[:, -max(1, size // 2):]
+                cache, unread = KVCache(), idx[:, -max(1, size // 2):]
             logits = self(unread, cache=cache)[0][:, -1].float()  # (B, V)
             logits[:, self.config.vocab_used or self.config.vocab_size:] = -torch.inf
             if top_k is not None:

@@ -192,7 +192,7 @@ def prefill(model: GPT, text: torch.Tensor, start: torch.Tensor, count: torch.Te
 def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
            top_k: int | None = None, top_p: float | None = None, seed: int = 0,
            numbers: Sequence[int] | None = None, lengths: torch.Tensor | None = None,
-           cache: KVCache | None = None, compile: bool = False, tune: bool = False,
+           cache: DecodingCache | None = None, compile: bool = False, tune: bool = False,
            ) -> Iterator[torch.Tensor]:
     """Continue idx (B, T >= 1), or of every row its first lengths (B,) >= 1 tokens: yield the next
     token of every row, (B,), max_new_tokens times.

@@ -625,8 +625,17 @@ def test_crop_block_size(name):
     assert model.config.block_size == 6 and torch.equal(logits(model, IDX[:, :6]), before)
     for table, p in model.named_parameters():
         assert "wpe" not in table and "vpe" not in table or p.shape == (6, 16)
-    with pytest.raises(ValueError, match="7 tokens: there is room for 6; crop the input"):
-        model(IDX[:, :7])
+    for cache in (None, KVCache(100)):
+        with pytest.raises(ValueError, match="7 tokens: there is room for 6; crop the input"):
+            model(IDX[:, :7], cache=cache)
+
+
+def test_generate_makes_room_for_what_it_reads(monkeypatch):
+    """Not for a long context."""
+    made, init = [], KVCache.__init__
+    monkeypatch.setattr(KVCache, "__init__", lambda cache, n: made.append(n) or init(cache, n))
+    build().generate(IDX[:, :3], 4)
+    assert made == [7]
 
 
 @pytest.mark.parametrize("name", ["gpt", "nesterov-lie_trotter", "imex-2", "adamw", "gd-post",
