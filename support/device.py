@@ -137,7 +137,7 @@ def peak_flops(device: torch.device) -> float | None:
     """Of a known card; None for another, and for a CPU."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     words = name.replace("-", " ").split()
-    if {"PCIe", "PCIE", "NVL", "Laptop", "MIG"} & set(words):  # slower namesakes
+    if {"PCIe", "PCIE", "NVL", "Laptop", "MIG", "Ti", "D"} & set(words):  # slower namesakes
         return None
     return next((PEAK_FLOPS[word] for word in words if word in PEAK_FLOPS), None)
 

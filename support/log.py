@@ -114,12 +114,12 @@ class Log:
 
 @torch.no_grad()
 def learned_scalars(model: Any) -> dict[str, list[list[float]]]:
-    """The templates' scalars, mapped (means of those that are more than a number): name -> for each
-    layer the values of its substeps."""
+    """The scalars that all substeps learn, mapped (means of those that are more than a number):
+    name -> for each layer the values of its substeps."""
     blocks = model.transformer.h
-    names = list(blocks[0].steps[0].learned)
-    values = [substep.scalar(name).mean()
-              for name in names for block in blocks for substep in block.steps]
+    substeps = [substep for block in blocks for substep in block.steps]
+    names = [n for n in substeps[0].learned if all(n in substep.learned for substep in substeps)]
+    values = [substep.scalar(name).mean() for name in names for substep in substeps]
     if not values:
         return {}
     table = torch.stack(values).view(len(names), len(blocks), -1).tolist()  # one read

@@ -1,5 +1,6 @@
 """Lines and bars of progress."""
 
+import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ def progress(items: Iterable, what: str, shown: bool = True) -> Iterable:
 
 def show(line: str, keep: bool = False) -> None:
     """On a terminal, lines that need not be kept overwrite each other, cut to its width."""
-    if not sys.stdout.isatty():
+    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         print(line, flush=True)
     else:
         width = None if keep else shutil.get_terminal_size().columns - 1

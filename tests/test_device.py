@@ -63,6 +63,7 @@ def test_freed_memory_is_kept_if_small_and_given_back_if_large():
 
 @pytest.mark.parametrize("card, peak", [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12),
+    ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 D", None),
     ("NVIDIA H100 PCIe", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("Unknown", None)])
 def test_only_known_cards_have_a_peak(monkeypatch, card, peak):

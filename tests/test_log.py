@@ -24,9 +24,10 @@ from conftest import (
 )
 
 import train
+from model import GPT, GPTConfig
 from support import checkpoint, log
 from support.code import code_in
-from support.log import Log
+from support.log import Log, learned_scalars
 from support.resume import Progress
 from support.terminal import show
 from train import TrainConfig
@@ -258,6 +259,14 @@ def test_learned_scalars_are_logged_at_evaluations(run, tmp_path, template, name
         assert np.abs(values - np.array(found[0]["scalars"][name])).max() > 1e-3  # they learn
 
 
+def test_scalars_that_only_some_layers_learn_are_left_out():
+    for layer in (0, 1):
+        gpt = GPT(GPTConfig(block_size=4, vocab_size=9, n_layer=2, n_head=1, n_embd=4,
+                            template="polyak"))
+        gpt.transformer.h[layer].steps[layer].learn("gate", 0.0, "identity")
+        assert learned_scalars(gpt).keys() == {"beta", "gamma"}
+
+
 def test_a_resumed_runs_clock_goes_on(run, tmp_path):
     """However long the resumed process takes to its first record."""
     before = [r["seconds"] for r in run(tmp_path, max_iters=3)[1:]]
@@ -270,8 +279,11 @@ def test_a_resumed_runs_clock_goes_on(run, tmp_path):
 def test_progress_fits_a_terminal(monkeypatch):
     """What is longer would leave a line for each step."""
     monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", terminal := io.StringIO())
     terminal.isatty = lambda: True
     show("0123456789")
     show("0123456789", keep=True)
-    assert terminal.getvalue() == "\r\033[K012345678\r\033[K0123456789\n"
+    monkeypatch.setenv("TERM", "dumb")
+    show("which knows no codes")
+    assert terminal.getvalue() == "\r\033[K012345678\r\033[K0123456789\nwhich knows no codes\n"

@@ -182,8 +182,9 @@ def substeps(model: GPT, idx: torch.Tensor) -> dict[str, list[list[float]]]:
     model(idx)
     for step in steps:
         del step.forward
+    count = sum(len(block.steps) for block in blocks)
     return {name: np.reshape(values, (len(blocks), -1)).round(4).tolist()
-            for name, values in (("memory", memory), ("cosine", cosines)) if values}
+            for name, values in (("memory", memory), ("cosine", cosines)) if len(values) == count}
 
 
 def draw_substeps(measured: dict[str, dict[str, list[list[float]]]], path: str) -> None:
