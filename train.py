@@ -22,13 +22,7 @@ from config import read_config
 from model import GPT, GPTConfig
 from support.checkpoint import clear_folder, model_from
 from support.data import Tokens, WindowOrder, evaluation_starts, prefetch, to_device
-from support.device import (
-    attention_backend,
-    autocast,
-    pick_dtype,
-    try_compile,
-    tune_machine,
-)
+from support.device import attention_backend, autocast, pick_dtype, try_compile, tune_machine
 from support.errors import cli, explain_failures, fail
 from support.foreign import GPT2S, holds_weights
 from support.fuse import fuse
@@ -297,7 +291,11 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     ranks.check_accumulation(c.batch_size, c.gradient_accumulation_steps)
     device, master, sharded = ranks.device, ranks.rank == 0, c.parallel == "fsdp"
     dtype = pick_dtype(c.dtype, device)
-    meta, source = read_source(os.path.join(c.data_dir, c.dataset), checkpoint, resumed)
+    folder = os.path.join(c.data_dir, c.dataset)
+    meta, source = read_source(folder, checkpoint, resumed)
+    data = source, meta["val"]
+    if any(other != data for other in ranks.gather(data)):
+        fail(f"{folder} has other data on another machine; copy that of one to all")
     tune_machine(device, c.deterministic)
 
     # --- model, data, optimisers ---
@@ -308,8 +306,8 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     model = model.double() if dtype == torch.float64 else model.float()  # not complex buffers
     ranks.share(model)
     c.adopt(model.config)
-    train_tokens, val_tokens = (Tokens(os.path.join(c.data_dir, c.dataset), split, meta,
-                                       c.block_size) for split in ("train", "val"))
+    train_tokens, val_tokens = (Tokens(folder, split, meta, c.block_size)
+                                for split in ("train", "val"))
     order = WindowOrder(len(train_tokens), c.block_size, c.seed)
     model.activation_checkpointing = c.activation_checkpointing
     if sharded:

@@ -296,6 +296,14 @@ def test_buffers_are_shared(monkeypatch):
     assert len(sent) == len(model.state_dict())
 
 
+def test_machines_with_other_data(run, tmp_path, monkeypatch):
+    def other(ranks, data):
+        return [data, ({**data[0], "tokens": 1}, data[1])]
+
+    monkeypatch.setattr(Ranks, "gather", other)
+    refused(lambda: run(tmp_path), "other data on another machine")
+
+
 def test_in_a_thread(run, tmp_path):
     """Which may not set handlers of signals."""
     with ThreadPoolExecutor(1) as pool:
