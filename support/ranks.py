@@ -91,9 +91,9 @@ class Ranks:
         return result if self.rank == 0 else message[0]
 
     def share(self, model: torch.nn.Module) -> None:
-        """Give every process the parameters and buffers of rank 0."""
+        """Give every process what rank 0 has of all that a checkpoint holds."""
         if self.parallel:
-            for x in (*model.parameters(), *model.buffers()):
+            for x in dict.fromkeys(model.state_dict(keep_vars=True).values()):
                 dist.broadcast(x.data, src=0)
 
     def average_gradients(self, model: torch.nn.Module) -> None:
@@ -144,7 +144,7 @@ def shard(model: torch.nn.Module, ranks: Ranks) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    for part in (*model.transformer.h, model):
+    for part in (*dict.fromkeys(model.transformer.h), model):
         fully_shard(part, mesh=mesh)
 
 

@@ -45,7 +45,7 @@ import train
 from model import Block
 from support.checkpoint import HEAD, TABLE
 from support.data import WindowOrder
-from support.ranks import Ranks, stop_signals
+from support.ranks import Ranks, shard, stop_signals
 from train import TrainConfig
 
 YURII = dict(template="nesterov")
@@ -289,11 +289,21 @@ def test_a_notebooks_signals_work_as_before():
 
 
 def test_buffers_are_shared(monkeypatch):
-    """A fork's, which rank 0 alone has read from the checkpoint."""
-    sent = []
+    """A fork's, which rank 0 alone has read from the checkpoint; not those that no checkpoint has,
+    which may be of any kind: gloo sends a stretched one as if all of it were in memory."""
+    sent, model = [], torch.nn.BatchNorm1d(2)
+    model.register_buffer("positions", torch.arange(4).expand(3, 4), persistent=False)
     monkeypatch.setattr(torch.distributed, "broadcast", lambda x, src: sent.append(x))
-    Ranks.share(Mock(parallel=True), model := torch.nn.BatchNorm1d(2))
+    Ranks.share(Mock(parallel=True), model)
     assert len(sent) == len(model.state_dict())
+
+
+def test_a_block_that_layers_share_is_divided_once(monkeypatch):
+    parts, block = [], torch.nn.Linear(1, 1)
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda part, mesh: parts.append(part))
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", Mock())
+    shard(model := Mock(transformer=Mock(h=[block, block])), Mock())
+    assert parts == [block, model]
 
 
 def test_machines_with_other_data(run, tmp_path, monkeypatch):
