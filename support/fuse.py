@@ -51,11 +51,12 @@ def hidden(model: GPT, idx: torch.Tensor, cache: KVCache | None = None) -> torch
 
 def serves(model: GPT) -> bool:
     """Whether `hidden` computes this model, if nobody changed its equations."""
-    c = model.config
+    c, parts = model.config, model.transformer
     norms = [m for m in model.modules() if hasattr(m, "eps")]
-    return (all(isinstance(step, Momentum) for block in model.transformer.h for step in block.steps)
+    return (all(isinstance(step, Momentum) for block in parts.h for step in block.steps)
             and c.velocity_norm == "update" and c.splitting == "lie_trotter" and not c.each
             and c.norm_place == "pre"
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in parts.modules())
             and all(type(m).forward in (torch.nn.LayerNorm.forward, torch.nn.RMSNorm.forward)
                     and m.eps == EPS for m in norms)
             and model.lm_head.weight.dtype == torch.float32 and not model.activation_checkpointing)
@@ -104,7 +105,7 @@ def fuse(model: GPT, wanted: bool | None, device: torch.device) -> str:
         if wanted:
             fail("fused=True: serves polyak, nesterov and tmm with velocity_norm=update, "
                  "splitting=lie_trotter, ffn_substeps=joint, norm_place=pre, not in float64, "
-                 "without activation_checkpointing or fsdp; use --fused=auto")
+                 "without hooks, activation_checkpointing or fsdp; use --fused=auto")
     elif wanted or (wanted is None and device.type == "cuda" and triton is not None):
         why = disagreement(model, device)
         if not why:

@@ -154,6 +154,13 @@ def test_other_models_take_the_plain_path(options):
     assert "hidden" not in vars(gpt)
 
 
+def test_hooks_keep_the_plain_path():
+    """As the fused one calls no blocks."""
+    gpt = new_model(template="nesterov")
+    gpt.transformer.h[1].register_forward_hook(print)
+    refused(lambda: fuse(gpt, True, CPU), "without hooks")
+
+
 def test_it_compiles_as_one_graph():
     gpt = new_model(template="nesterov")
     fuse(gpt, True, CPU)
