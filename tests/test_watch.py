@@ -11,7 +11,7 @@ from conftest import refused, write_data
 from torch.nn import functional as F
 
 import bench
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Template
 from tools import watch
 
 figures = pytest.importorskip("matplotlib.figure")
@@ -135,6 +135,18 @@ def test_what_is_measured_does_not_change_when_the_model_does_not():
 @pytest.mark.parametrize("template", ["gd", "imex", "symplectic"])
 def test_nothing_is_measured_of_those_without(template):
     assert watch.substeps(*small_model(template=template)) == {}
+
+
+class Beside(Template):
+    def forward(self, oracle, state, h=1.0):
+        return state[0] + oracle(state[0]), state[1]
+
+
+def test_a_scalar_that_only_some_layers_learn_is_left_out():
+    model, idx = small_model(template="skip")
+    for step in model.transformer.h[0].steps:
+        step.__class__, step.scalar = Beside, {}.get
+    assert watch.substeps(model, idx).keys() == {"cosine"}
 
 
 def test_substeps_of_several_runs(run, tmp_path, drawn, monkeypatch):
