@@ -105,18 +105,44 @@ def test_the_texts_noise():
     assert "text" not in findings.differences(study({"a": [1.0], "b": [1.0]}))[0]
 
 
-def test_a_studys_curves_over_seconds_are_means_over_its_seeds(tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The matplotlib figures that were made, in order."""
     figures = pytest.importorskip("matplotlib.figure")
     made, real = [], figures.Figure.__init__
     monkeypatch.setattr(figures.Figure, "__init__", lambda self, *args, **options: (
         made.append(self), real(self, *args, **options))[1])
-    runs = [{"variant": f"v{i}", "steps": 2, "seconds": s, "val_loss": 1.0,
+    return made
+
+
+def test_a_studys_curves_over_seconds_are_means_over_its_seeds(tmp_path, drawn):
+    """What a legend says is where its curve ends, whatever the final loss, of half the text, is. A
+    family has one color and one panel, where no two lines look alike."""
+    names = "a (GPT)", "b", "c", "d", "e", "f", "g, x", "a, x", *(f"g, {i}" for i in range(9))
+    runs = [{"variant": name, "steps": 2, "seconds": s, "val_loss": 0.9,
              "curve": [[0, 5.0], [1, loss], [2, 1.0]]}
-            for i in range(10) for s, loss in ((8.0, 2.0), (16.0, 3.0))]
+            for name in names for s, loss in ((8.0, 2.0), (16.0, 3.0))]
     findings.draw_curves(runs, str(tmp_path / "x.png"), "seconds", "nats per byte")
-    line, *_ = made[0].axes[0].lines
+    line, *_ = drawn[0].axes[0].lines
     assert tuple(np.asarray(line.get_data()).tolist()) == ([6, 12], [2.5, 1])  # the second half
-    names = [[line.get_label() for line in axes.lines] for axes in made[0].axes]
-    assert [len(panel) for panel in names] == [6, 5]
-    assert all(panel[0] == "v0: 1.0000" for panel in names)
-    assert "nats per byte" in made[0].axes[1].get_ylabel()
+    panels = [axes.lines for axes in drawn[0].axes]
+    assert [len(panel) for panel in panels] == [7, 8, 4]
+    assert all(panel[0].get_label() == "a (GPT): 1.0000" for panel in panels)
+    assert len({line.get_color() for panel in panels[1:] for line in panel[1:]}) == 1
+    assert (panels[0][1].get_label(), panels[0][1].get_color()) == ("a, x: 1.0000", "k")
+    assert len({(line.get_color(), line.get_marker()) for line in panels[1]}) == 8
+    assert "nats per byte" in drawn[0].axes[1].get_ylabel()
+
+
+def test_a_studys_differences_are_drawn_by_seed_and_without_the_scale_of_one(tmp_path, drawn):
+    """Ticks are of runs with one seed; a variant far away has its number; marks tell the rest."""
+    losses = {"a": (1.0, 1.1, 1.2), "b": (0.9, 1.0, 1.1), "c": (1.05, 1.02, 1.23),
+              "far": (9.0, 9.1, 9.2)}
+    found = study(losses, margin=0.1)
+    assert found[1].seeds == pytest.approx((0.05, -0.08, 0.03))
+    found[0].verdict = "equal"
+    findings.draw_differences(found, str(tmp_path / "x.png"), 0.1, "nats per byte")
+    (axes,) = drawn[0].axes
+    assert [text.get_text() for text in axes.texts] == [f"+8.000 ± {found[2].half:.3f} → "]
+    assert -0.5 < axes.get_xlim()[0] < axes.get_xlim()[1] < 0.5
+    assert {line.get_marker() for line in axes.lines} >= {"s", "o", "^"}

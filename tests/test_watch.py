@@ -160,7 +160,7 @@ def test_substeps_of_several_runs(run, tmp_path, drawn, monkeypatch):
     bench.main(["plot", "tmm", "each", "gpt", "--draw=scalars"])
     axes = drawn[0].axes
     assert [a.get_title() for a in axes] == ["substep 1", "substep 2", "substep 3", "", "", ""]
-    assert ["V" in a.get_ylabel() for a in axes] == [True, False, False, False, False, False]
+    assert ["memory" in a.get_ylabel() for a in axes] == [True, False, False, False, False, False]
     counts = [[len(line.get_xdata()) for line in a.lines] for a in axes]
     assert counts == [[2, 2, 0], [2, 2, 0], [0, 2, 0]] * 2
     bench.main(["plot", "tmm", "--draw=scalars", "--plot=one.png"])

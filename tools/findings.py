@@ -90,6 +90,7 @@ class Comparison:
     text: float | None = None  # text_noise
     p: float | None = None  # Holm's, over all comparisons of the study
     verdict: str = "one seed"
+    seeds: tuple[float, ...] = ()  # the differences of runs with the same seed
 
     def judge(self, margin: float | None) -> None:
         """Equal is a claim of its own: the 90 % interval lies within a margin given beforehand."""
@@ -119,6 +120,8 @@ def comparisons(runs: list[dict], planned: dict[str, Any]) -> list[Comparison]:
     found, p_values = [], []
     for label, less in wanted:
         c = Comparison(label, less, statistics.mean(losses[label]) - statistics.mean(losses[less]))
+        c.seeds = tuple(one["val_loss"] - other["val_loss"] for one in variants[label]
+                        for other in variants[less] if one["seed"] == other["seed"])
         if blocks.keys() >= {label, less}:
             c.text = text_noise(blocks[label], blocks[less])
         error = math.sqrt(sum(variances[k][0] / len(losses[k]) for k in (label, less)))
@@ -206,77 +209,84 @@ def markdown(rows: list[dict[str, str]]) -> str:
 def draw_study(runs: list[dict], found: list[Comparison], config: Any, unit: str, folder: str,
                ) -> list[str]:
     """curves.png, differences.png where there are intervals, scalars.png where there are streams
-    beside x (of the first eight with such, means over the seeds); returns their names.
-
-    unit: what losses are in, "nats per byte" say."""
+    beside x (of the first eight with such, means over the seeds); returns their names. Losses are
+    in this unit, "nats per byte" say."""
     draw_curves(runs, os.path.join(folder, "curves.png"), config.x, unit)
     names = ["curves.png"]
     if any(c.half for c in found):
-        draw_differences(runs, found, os.path.join(folder, "differences.png"), config.margin, unit)
+        draw_differences(found, os.path.join(folder, "differences.png"), config.margin, unit)
         names.append("differences.png")
-    measured = {label: [r["substeps"] for r in of_variant if "memory" in r.get("substeps", {})]
-                for label, of_variant in by_variant(runs).items()}
-    means = {label: {key: np.mean([found[key] for found in of_variant], axis=0).tolist()
-                     for key in of_variant[0]}
-             for label, of_variant in measured.items() if of_variant}
-    if means:
-        draw_substeps(dict(list(means.items())[:8]), os.path.join(folder, "scalars.png"))
+    measured = by_variant([r for r in runs if "memory" in r.get("substeps", {})])
+    if measured:
+        means = {label: {key: np.mean([r["substeps"][key] for r in of_variant], axis=0).tolist()
+                         for key in of_variant[0]["substeps"]}
+                 for label, of_variant in list(measured.items())[:8]}
+        draw_substeps(means, os.path.join(folder, "scalars.png"))
         names.append("scalars.png")
     return names
 
 
 def draw_curves(runs: list[dict], path: str, x: str, unit: str) -> None:
     """Validation losses in the second half of training, where they can be told apart: means over
-    the seeds, with the lowest and the highest. A panel has the first variant and at most seven."""
+    the seeds, with the lowest and the highest. A panel has the first variant and at most seven;
+    those whose names begin alike ("frozen", "frozen, matched") have one color."""
     def per_step(run: dict) -> float:
         total = run["tokens"] * run["flops_per_token"] if x == "flops" else run[x]
         return total / run["steps"]
 
-    first, *others = by_variant(runs).items()
-    panels = math.ceil(len(others) / 7) or 1
-    size = math.ceil(len(others) / panels)
-    with picture(path, 9, 0.8 + 3.4 * panels) as figure:
-        grid = figure.subplots(panels, 1, squeeze=False, sharex=True, sharey=True)[:, 0]
-        figure.suptitle("means over the seeds, from the lowest to the highest", fontsize="small")
+    variants = by_variant(runs)
+    first, families, panels = next(iter(variants)), {}, [{}]
+    for name in variants:
+        families.setdefault(name.split(",")[0].split(" (")[0], []).append(name)
+    lines = "o-", "s--", "^:", "D-.", "v-", "x--", "*:", "P-."
+    for k, family in enumerate(families.values()):
+        for i, name in enumerate(family):
+            if len(panels[-1]) + (1 if i else min(7, len(family))) > 8:
+                panels.append({first: "ko-"})
+            panels[-1][name] = (f"C{k - 1}" if k else "k") + lines[i % 8]
+    with picture(path, 9, 0.8 + 3.4 * len(panels)) as figure:
+        grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
+        figure.suptitle("second half of training: mean, lowest, highest seed", fontsize="small")
         grid[-1].set_xlabel(AXES[x][1])
-        for k, axes in enumerate(grid):
-            for i, (name, of_variant) in enumerate([first, *others[k * size:(k + 1) * size]]):
-                curves = [dict(run["curve"]) for run in of_variant]  # step -> loss
+        for axes, formats in zip(grid, panels, strict=True):
+            for name, form in formats.items():
+                curves = [dict(run["curve"]) for run in variants[name]]  # step -> loss
                 steps = [step for step in curves[0] if all(step in curve for curve in curves)]
                 steps = steps[len(steps) // 2:]
-                xs = [step * statistics.mean(map(per_step, of_variant)) for step in steps]
+                xs = [step * statistics.mean(map(per_step, variants[name])) for step in steps]
                 at_step = [[curve[step] for curve in curves] for step in steps]
-                final = statistics.mean(run["val_loss"] for run in of_variant)
-                axes.plot(xs, list(map(statistics.mean, at_step)), color=f"C{i}", marker="o", ms=3,
-                          label=shown(f"{name}: {final:.4f}"))
+                means = list(map(statistics.mean, at_step))
+                line, = axes.plot(xs, means, form, ms=4, label=shown(f"{name}: {means[-1]:.4f}"))
                 axes.fill_between(xs, list(map(min, at_step)), list(map(max, at_step)),
-                                  color=f"C{i}", alpha=0.12, lw=0)
+                                  color=line.get_color(), alpha=0.12, lw=0)
             axes.set_ylabel(f"validation loss ({unit})")
             axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def draw_differences(runs: list[dict], found: list[Comparison], path: str, margin: float | None,
-                     unit: str) -> None:
-    """Each comparison with its interval, and the seeds of the one against the mean of the other."""
-    variants = by_variant(runs)
-    losses = {label: [r["val_loss"] for r in of_variant] for label, of_variant in variants.items()}
-    first, names = next(iter(variants)), []
+def draw_differences(found: list[Comparison], path: str, margin: float | None, unit: str) -> None:
+    """Each with its interval and seeds; of those far from all others an arrow and a number."""
+    first, names = found[0].less, []
+    rows = [[c.mean - (c.half or 0), c.mean + (c.half or 0), *c.seeds] for c in found]
+    points = np.concatenate(rows)
+    far = np.abs(points - np.median(points))
+    near = points[far <= 6 * np.median(far)]
+    low, high = 1.05 * min(0, *near), 1.05 * max(0, *near)
     with picture(path, 8, 1.5 + 0.3 * len(found)) as figure:
-        axes = figure.add_subplot()
+        axes = figure.add_subplot(xlim=(low, high), ylim=(len(found) - 0.4, -0.6))
         figure.supxlabel(f"final loss less that of {shown(first)}, or of the variant named\n"
                          f"({unit}, with 95 % intervals)", fontsize="medium")
         for i, c in enumerate(found):
-            color = {"**better**": "C2", "**worse**": "C3", "equal": "C0"}.get(c.verdict, "C7")
-            axes.errorbar(c.mean, i, xerr=c.half, fmt="o", capsize=3, color=color)
-            ticks = np.array(losses[c.variant]) - statistics.mean(losses[c.less])
-            axes.plot(ticks, [i] * len(ticks), "|", color="k", alpha=0.4, ms=7)
+            mark = {"**better**": "C2v", "**worse**": "C3^", "equal": "C0s"}.get(c.verdict, "C7o")
+            axes.errorbar(c.mean, i, xerr=c.half, fmt=mark, capsize=3)
+            axes.plot(c.seeds, [i] * len(c.seeds), "|", color="k", alpha=0.4, ms=7)
+            if min(rows[i]) < low or max(rows[i]) > high:
+                words = f"{c.mean:+.3f} ± {c.half or 0:.3f} {'←' if c.mean < 0 else '→'} "
+                axes.text(high, i, words, ha="right", va="bottom", color=mark[:2])
             names.append(shown(c.variant if c.less == first else f"{c.variant} less {c.less}"))
-        words = "dots: means; ticks: single seeds; green: better; red: worse; grey: undecided"
+        words = "▼ better; ▲ worse; ● undecided; ticks: differences of runs with the same seed"
         if margin:
             axes.axvspan(-margin, margin, color="C0", alpha=0.08, lw=0)
-            words += f"\nblue: equal, the 90 % interval is within ± {margin:g}"
+            words += f"\n■ equal: the 90 % interval is within ± {margin:g}"
         figure.suptitle(words, fontsize="small")
-        axes.set_ylim(-0.6, len(found) - 0.4)
         axes.axvline(0, color="k", lw=0.8)
         axes.set_yticks(range(len(found)), names)
-        axes.invert_yaxis()

@@ -28,8 +28,8 @@ AXES = {"steps": ("iter", "step"), "tokens": ("tokens", "training tokens"),
 
 @dataclass
 class PlotConfig(ToolConfig):
-    """Draw runs together: their losses, what their substeps have learned, or the paths of their
-    residual streams."""
+    """Draw runs together: losses, the path of the residual stream, or (scalars) of each substep
+    how long its memory is over its answer, and the cosine of its move with the answer."""
 
     runs: tuple[str, ...] = ()  # the out_dirs to draw together; --runs may be left out
     draw: Literal["losses", "scalars", "path"] = "losses"  # what to draw of them
@@ -144,9 +144,9 @@ def substeps(model: GPT, idx: torch.Tensor) -> dict[str, list[list[float]]]:
     """What each substep does with tokens idx (B, T), layers -> substeps, in quantities that no
     rescaling of weights changes (gamma and an output matrix are one function):
 
-    memory: the length of beta V (alpha V_0, alpha X_0) over that of gamma g, means over tokens;
+    memory: the length of beta v (alpha v_0, alpha x_0) over that of gamma g, means over tokens;
             only of templates that have such streams
-    cosine: of the step X' - X with g, the mean over tokens
+    cosine: of the move x' - x with the answer g, the mean over tokens
 
     Empty for those that learn no scalars, or ask both oracles at once."""
     memory: list[float] = []
@@ -189,7 +189,7 @@ def substeps(model: GPT, idx: torch.Tensor) -> dict[str, list[list[float]]]:
 
 def draw_substeps(measured: dict[str, dict[str, list[list[float]]]], path: str) -> None:
     """What `substeps` found, by name, over the layers: a column for each substep."""
-    named = {"memory": "|beta V| / |gamma g|", "cosine": "cos(X' - X, g)"}
+    named = {"memory": "|memory| / |answer|", "cosine": "cos(move, answer)"}
     rows = [key for key in named if any(key in found for found in measured.values())]
     if not rows:
         fail(f"{', '.join(measured)}: nothing is learned in the substeps; a momentum template "
