@@ -61,7 +61,7 @@ def execute(monkeypatch):
 
 
 def textbook_path(L: float, m: float, method: str, x, n: int):
-    """Nesterov's method and triple momentum in the letters of their textbooks."""
+    """Nesterov's method and triple momentum in the letters of their sources."""
     rho = 1 - math.sqrt(m / L)
     beta = (1 - math.sqrt(m / L)) / (1 + math.sqrt(m / L))
     alpha, gamma = 1 / L, beta
@@ -83,6 +83,7 @@ def stated(lesson: dict) -> dict[str, bool]:
     runs, start = lesson["valley_runs"], torch.tensor([4.0, 1.0]).double()
     gd, nesterov = (lesson["models"][name, 1].get_num_params(non_embedding=False)
                     for name in ("gd", "nesterov"))
+    turn = {name: sum(angles[0]) / len(angles[0]) for name, angles in lesson["turns"].items()}
     state = tuple(torch.randn(2, 1, 3, 4))
     written, built_in = (frozen(model.GPTConfig(n_head=1, n_embd=4), 0, 0)(torch.tanh, state)[0]
                          for frozen in (lesson["Frozen"], model.Frozen))
@@ -99,20 +100,24 @@ def stated(lesson: dict) -> dict[str, bool]:
         "here 1.41": f"{lesson['last_steps']['update']:.2f}" == "1.41",
         "`model.py` has this control": torch.equal(written, built_in),
         "8 % more parameters": round(100 * nesterov / gd) == 108,
+        "`nesterov` turns by about 1 degree": turn["nesterov"] < 1.5,
+        "`frozen` by some 37": 32 < turn["frozen"] < 42,
     }
 
 
 def learned(lesson: dict) -> dict[str, bool]:
     """The same, of what training at full length shows."""
-    share, turn = ({name: sum(values) / len(values) for name, values in found.items()}
-                   for found in (lesson["shares"], lesson["turns"]))
+    share = {name: sum(values) / len(values) for name, values in lesson["shares"].items()}
+    before, turn = ({name: sum(angles[when]) / len(angles[when])
+                     for name, angles in lesson["turns"].items()} for when in (0, 1))
     one, two = (lesson["curves"]["gd", seed] for seed in (1, 2))
     apart = [one[step] - two[step] for step in one]
     return {
         "about half in `nesterov`, and little in `frozen`":
             0.4 < share["nesterov"] < 0.7 and share["frozen"] < 0.25,
         "some 30 degrees": 20 < turn["nesterov"] < 40,
-        "nearly at a right angle": all(80 < turn[name] < 105 for name in ("gd", "frozen")),
+        "nearly at a right angle": 80 < turn["frozen"] < 105,
+        "as in `gd` all along": all(80 < of["gd"] < 105 for of in (before, turn)),
         "on the way they part and cross":
             max(map(abs, apart)) > 0.02 and min(apart) < 0 < max(apart),
     }
@@ -158,7 +163,8 @@ def test_lesson(execute, steps):
 def test_answers(execute, steps):
     answers, (_, text) = execute("answers", steps), read("answers")
     for words in (f"{answers['parameters']:,} parameters", f"{answers['flops'] / 1e6:.0f} million",
-                  f"attention has {answers['skew']['attention']:.1f}"):
+                  f"attention has {answers['skew']['attention']:.1f}",
+                  f"takes {answers['taken']} steps"):
         assert words in text, words
     for name, of_seeds in answers["losses"].items():
         assert len(of_seeds) == 2 and all(map(math.isfinite, of_seeds)), name
