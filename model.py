@@ -627,9 +627,8 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1 = make_norm(config)
         self.attn = ATTENTIONS[config.attention](config)
-        ffn = FFNS[config.ffn](config)  # an hourglass brings the norms of its sub-MLPs
-        self.ln_2 = nn.Identity() if config.hourglass else make_norm(config)
-        self.mlp = ffn
+        self.ln_2 = nn.Identity() if config.hourglass else make_norm(config)  # it has its own
+        self.mlp = FFNS[config.ffn](config)
         self.each = config.each
         self.post = config.norm_place == "post"
         self.narrow = config.stream_dtype == "bfloat16"
@@ -667,10 +666,10 @@ ROLES = {nn.LayerNorm: "norm", nn.RMSNorm: "norm", nn.Linear: "matrix", nn.Embed
 
 
 def walk(module: nn.Module, path: str = "", around: str | None = None,
-         ) -> Iterator[tuple[str, nn.Module, str]]:
-    """(path, module, role) of every module with parameters. The role says how these start and which
-    optimiser group they join: the module's own (role = "matrix"), a norm's, that of the module
-    `around` it, or its type's. ValueError where there is none."""
+         ) -> Iterator[tuple[str, nn.Parameter, nn.Module, str]]:
+    """(name, parameter, its module, role) of every parameter, the tied one twice. The role says how
+    it starts and which optimiser group it joins: the module's own (role = "matrix"), a norm's, that
+    of the module `around` it, or its type's. ValueError where there is none."""
     of_type = next((role for kind, role in ROLES.items() if isinstance(module, kind)), None)
     if hasattr(module, "role"):
         role = module.role
@@ -678,15 +677,14 @@ def walk(module: nn.Module, path: str = "", around: str | None = None,
         role = "norm"
     else:
         role = around or of_type
-    for name, _ in module.named_parameters(recurse=False):
+    for name, p in module.named_parameters(recurse=False):
         if role is None:
             raise ValueError(f"{path}.{name}: what is the role of a {type(module).__name__}? Say "
                              f"role = \"matrix\", \"embedding\", \"norm\" or \"scalar\" in it")
         if isinstance(module, Template) and name not in module.learned:
             raise ValueError(f"{path}.{name}: a template's parameter starts at a value; make it "
                              f"with self.learn(name, start, range_map, shape)")
-    if role is not None:
-        yield path, module, role
+        yield f"{path}.{name}", p, module, role
     for name, child in module.named_children():
         yield from walk(child, f"{path}.{name}".strip("."), getattr(module, "role", around))
 
@@ -719,19 +717,15 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """N(0, 0.02) for every matrix and table, smaller by 1/sqrt(2 L) for what writes to the
-        residual stream (residual_init_scale); biases 0, gains 1. Scalars, and what
-        a fork brings under another role, start in their constructors."""
+        residual stream (residual_init_scale); their biases 0. Norms, scalars, and what a fork
+        brings under those roles, start in their constructors."""
         out_scale = (2 * self.config.n_layer) ** -0.5 if self.config.residual_init_scale else 1.0
-        for _, module, role in walk(self):
-            if role == "norm" and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        for _, p, module, role in walk(self):
+            scale = out_scale if isinstance(module, OutputProjection) else 1.0
+            if role in ("matrix", "embedding") and p.ndim > 1:
+                nn.init.normal_(p, 0.0, 0.02 * scale)
             elif role in ("matrix", "embedding"):
-                scale = out_scale if isinstance(module, OutputProjection) else 1.0
-                for p in module.parameters(recurse=False):
-                    if p.ndim > 1:
-                        nn.init.normal_(p, 0.0, 0.02 * scale)
-                    else:
-                        nn.init.zeros_(p)
+                nn.init.zeros_(p)
 
     def embed(self, idx: torch.Tensor, positions: torch.Tensor) -> State:
         """Tokens (B, T) at positions (B or 1, T) -> x and the streams, each (B, T, C)."""
@@ -864,14 +858,12 @@ class GPT(nn.Module):
         parameter in exactly one."""
         roles: dict[str, dict] = {"matrix": {}, "embedding": {}, "norm": {}, "scalar": {}}
         seen = set()
-        for path, module, role in walk(self):
-            for name, p in module.named_parameters(recurse=False):
-                if p not in seen:  # the head's matrix is the token table
-                    if role == "matrix" and p.ndim != 2:
-                        roles["norm" if p.ndim < 2 else "embedding"][f"{path}.{name}"] = p
-                    else:
-                        roles[role][f"{path}.{name}"] = p
-                seen.add(p)
+        for name, p, _, role in walk(self):
+            if role == "matrix" and p.ndim != 2:
+                role = "norm" if p.ndim < 2 else "embedding"
+            if p not in seen:  # the head's matrix is the token table
+                roles[role][name] = p
+            seen.add(p)
         return roles
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float,
