@@ -346,24 +346,23 @@ def read_prompt(start: str) -> str:
 
 
 class Sample:
-    """The text of one row, token by token, up to the stop text."""
+    """The text of one row, token by token, up to the first of the stop texts."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | None):
-        self.tokenizer, self.stop = tokenizer, stop
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+        self.tokenizer, self.stops = tokenizer, stops
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text, self.shown, self.done = "", 0, False
 
     def add(self, token: int | None) -> str:
-        """What of the text can be shown now: whole characters, and nothing of the stop text. None:
+        """What of the text can be shown now: whole characters, and nothing of a stop text. None:
         no token follows."""
         if not self.done:
             data = b"" if token is None else self.tokenizer.token_bytes(token)
-            self.text += self.decoder.decode(data, final=token is None)
-            found = self.text.find(self.stop, self.shown) if self.stop else -1
-            if found >= 0:
-                self.text, self.done = self.text[:found], True
-        ended = self.done or token is None
-        held_back = 0 if ended or not self.stop else len(self.stop) - 1  # may begin the stop text
+            self.text = whole = self.text + self.decoder.decode(data, final=token is None)
+            for stop in self.stops:
+                self.text = self.text.partition(stop)[0]
+            self.done = token is None or self.text != whole
+        held_back = 0 if self.done else max(map(len, self.stops), default=1) - 1  # may begin one
         start, self.shown = self.shown, max(self.shown, len(self.text) - held_back)
         return self.text[start:self.shown]
 
@@ -381,7 +380,8 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt:
     if not ids:
         fail("the prompt is empty; give --start some text, a newline at least")
     idx = torch.tensor(ids, device=device).repeat(config.num_samples, 1)  # (num_samples, T)
-    samples = [Sample(tokenizer, config.stop) for _ in range(config.num_samples)]
+    stops = [config.stop] if config.stop else []
+    samples = [Sample(tokenizer, stops) for _ in range(config.num_samples)]
     yield prompt
     for tokens in stream(model, idx, config.max_new_tokens, config.temperature, config.top_k,
                          config.top_p, config.seed, compile=compiled, tune=tuned):

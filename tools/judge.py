@@ -15,7 +15,7 @@ import torch
 
 from config import nearest
 from model import GPT
-from sample import check_finite, load_model, read_tokens, store_matrices, stream
+from sample import Sample, check_finite, load_model, read_tokens, store_matrices, stream
 from support.checkpoint import check_tokenizer
 from support.device import pick_device, pick_dtype, tune_allocator
 from support.errors import UserError, fail, reason
@@ -278,17 +278,14 @@ def complete(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], how
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     temperature = how.get("temperature", 1.0) if how["do_sample"] else 0.0
     stops = [stop for stop in how["until"] if stop]
-    found, done = [b""] * len(prompts), [False] * len(prompts)
+    samples = [Sample(tokenizer, stops) for _ in prompts]
     top_k, top_p = (how.get(name) or None for name in ("top_k", "top_p"))  # 0 is none, too
     for tokens in stream(model, padded(prompts).to(device), new, temperature, top_k, top_p,
                          seed, numbers, lengths):
-        for i, token in enumerate(read_tokens(tokens)):
-            if not done[i] and token != tokenizer.eot:
-                found[i] += tokenizer.token_bytes(token)
-            done[i] |= token == tokenizer.eot or any(stop.encode() in found[i] for stop in stops)
-        if all(done):
+        for sample, token in zip(samples, read_tokens(tokens), strict=True):
+            sample.add(None if token == tokenizer.eot else token)
+        if all(sample.done for sample in samples):
             break
-    texts = [text.decode("utf-8", "replace") for text in found]
-    for stop in stops:
-        texts = [text.split(stop)[0] for text in texts]
-    return texts
+    for sample in samples:
+        sample.add(None)
+    return [sample.text for sample in samples]
