@@ -170,15 +170,8 @@ class OutputProjection(nn.Linear):
     """The last matrix of an oracle, a fork's too: with residual_init_scale it starts smaller."""
 
 
-def rope_table(positions: torch.Tensor, dim: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
-    """cos and sin of positions (B, T) times theta^(-2i/dim): (2, B, 1, T, dim / 2)."""
-    frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim)
-    angles = positions[:, None, :, None] * frequencies  # (B, 1, T, dim / 2)
-    return torch.stack((angles.cos(), angles.sin()))
-
-
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (i, i + dim/2) of x (B, H, T, dim) by the angles of `rope`."""
+    """Rotate the pairs (i, i + dim/2) of x (B, H, T, dim) by the angles of GPT.rope."""
     (cos, sin), (a, b) = rope, x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -534,8 +527,7 @@ class Normed(Template):
 
     def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
         (x,) = state
-        step = self.norm(self.scalar("gamma") * h * oracle(x))
-        return (x + (step if h == 1 else h * step),)
+        return (x + h * self.norm(self.scalar("gamma") * h * oracle(x)),)
 
 
 class Frozen(Template):
@@ -548,7 +540,7 @@ class Frozen(Template):
     def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
         x, v0 = state
         step = self.norm(self.scalar("beta") * v0 + self.scalar("gamma") * h * oracle(x))
-        return x + (step if h == 1 else h * step), v0
+        return x + h * step, v0
 
 
 class Skip(GradientDescent):
@@ -560,8 +552,7 @@ class Skip(GradientDescent):
 
     def forward(self, oracle: Oracle, state: State, h: float = 1.0) -> State:
         x, v0 = state
-        step = oracle(x) + self.scalar("alpha") * v0
-        return x + (step if h == 1 else h * step), v0
+        return x + h * (oracle(x) + self.scalar("alpha") * v0), v0
 
 
 class X0(Gain):
@@ -752,11 +743,15 @@ class GPT(nn.Module):
         return tuple(stream.bfloat16() for stream in state) if self.narrow else state
 
     def rope(self, positions: torch.Tensor) -> torch.Tensor | None:
-        """The table of rotations, with position=rope."""
+        """With position=rope: cos and sin of positions (B, T) times theta^(-2i/dim), as
+        (2, B, 1, T, dim / 2)."""
         if self.config.position != "rope":
             return None
+        theta, dim = self.config.rope_theta, self.config.d_head
         wide = torch.promote_types(self.transformer.wte.weight.dtype, torch.float32)
-        return rope_table(positions, self.config.d_head, self.config.rope_theta, wide)
+        frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=wide) / dim)
+        angles = positions[:, None, :, None] * frequencies  # (B, 1, T, dim / 2)
+        return torch.stack((angles.cos(), angles.sin()))
 
     def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """idx (B, T) token ids -> what the head reads (B, T, C). With a cache, idx continues the
