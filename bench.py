@@ -107,8 +107,8 @@ def new_model(config: TrainConfig) -> tuple[GPT, torch.device, torch.dtype]:
     device = pick_device(config.device)
     tune_machine(device, config.deterministic)
     dtype = pick_dtype(config.dtype, device)
-    model = GPT(GPTConfig(**model_args(config)))
-    return model.to(device, torch.float64 if dtype == torch.float64 else None), device, dtype
+    model = GPT(GPTConfig(**model_args(config))).to(device)
+    return model.double() if dtype == torch.float64 else model, device, dtype
 
 
 def training(name: str, config: TrainConfig, steps: int) -> Variant:
@@ -176,7 +176,7 @@ def speed(config: SpeedConfig, configs: dict[str, SpeedConfig]) -> list[dict]:
                      for compiled in (False, True)]
     rows = alternate(variants, config.repeats)
     device = variants[0].device
-    flops, _ = race.peaks(device, pick_dtype(config.dtype, device))
+    flops = race.matrix_flops(device, pick_dtype(config.dtype, device))
     for row, variant in zip(rows, variants, strict=True):
         row["mflop_per_token"] = variant.flops / 1e6
         row["share_of_peak"] = row["tokens_per_s"] * variant.flops / flops
@@ -196,7 +196,7 @@ def decode(config: DecodeConfig, configs: dict[str, DecodeConfig]) -> list[dict]
     if config.nanogpt:
         variants.append(race.nanogpt_decoding(config))
     rows = alternate(variants, config.repeats)
-    _, bandwidth = race.peaks(variants[0].device, torch.float32)
+    bandwidth = race.memory_bandwidth(variants[0].device)
     for row, variant in zip(rows, variants, strict=True):
         row["mb_per_token"] = variant.bytes / 1e6
         row["share_of_peak"] = row["tokens_per_s"] * variant.bytes / bandwidth

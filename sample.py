@@ -115,8 +115,9 @@ class DecodingLinear(nn.Linear):
 @torch.no_grad()
 def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     """For inference without autocast: convert the linears once, as autocast would at every call,
-    for the same numbers, and map the templates' scalars once. The head becomes a copy of the token
-    table, which stays. A linear with a forward of its own stays as it is."""
+    for the same numbers, and map the templates' scalars once. The rest is fp32, or fp64 as they
+    are; the head becomes a copy of the token table. A linear with a forward of its own is left."""
+    model = model.double() if dtype == torch.float64 else model.float()  # not complex buffers
     for module in model.modules():
         if isinstance(module, Template):
             mapped = {name: nn.Parameter(module.scalar(name)) for name in module.learned}
@@ -404,8 +405,7 @@ def main(argv: list[str]) -> None:
     dtype = pick_dtype(config.dtype, device)
     with explain_failures("standard output", mend="print to another place",
                    shrink="halve --num_samples or --max_new_tokens, or use --device=cpu"):
-        model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-        store_matrices(model, dtype)
+        store_matrices(model.to(device), dtype)
         for piece in draw_samples(model, tokenizer, config, prompt):
             print(piece, end="", flush=True)
 

@@ -311,6 +311,15 @@ def test_a_linear_with_a_forward_of_its_own_keeps_it():
     assert torch.equal(model[0](x), expected) and model(x).dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_complex_buffer_stays_complex(dtype):
+    """As a fork's rotations may be."""
+    model = torch.nn.Linear(4, 4)
+    model.register_buffer("angles", torch.full((2,), 1j))
+    store_matrices(model, dtype)
+    assert torch.equal(model.angles, torch.full((2,), 1j))
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(16,), (1, 1, 16), (3, 1, 16)])

@@ -63,8 +63,7 @@ def judge(config: EvalConfig) -> list[dict]:
     if device.type == "cpu":
         tune_allocator()
     dtype = pick_dtype(config.dtype or ("float32" if device.type == "cpu" else None), device)
-    model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    store_matrices(model, dtype)
+    store_matrices(model.to(device), dtype)
     return (on_tasks if config.tasks else on_text)(model, tokenizer, config)
 
 

@@ -113,16 +113,17 @@ def medians(rows: list[dict], key: str, turns: list[list[float]]) -> list[dict]:
     return rows
 
 
-def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(FLOP/s of a large matrix product, bytes/s read by a large sum), measured here and now."""
+def matrix_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, measured here and now."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
+
+
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a large sum reads, measured here and now."""
     large = torch.ones(2**29 if device.type == "cuda" else 2**26, device=device)
-
-    def best(run: Callable[[], None]) -> float:
-        return min(seconds(run, device) for _ in range(5))
-
-    return 2 * n**3 / best(lambda: a @ b), large.numel() * 4 / best(large.sum)
+    return large.numel() * 4 / min(seconds(large.sum, device) for _ in range(5))
 
 
 def text_table(rows: list[dict]) -> str:
