@@ -320,6 +320,12 @@ FFNS = {"mlp": MLP, "swiglu": SwiGLU, "hourglass": HourglassFFN}
 # and their order; the others one oracle at a time.)
 
 
+RANGES: dict[str, tuple[Callable, Callable]] = {  # of a scalar: raw -> value, value -> raw
+    "identity": (lambda raw: raw, lambda value: value),
+    "sigmoid": (torch.sigmoid, torch.logit),  # (0, 1)
+    "softplus": (F.softplus, lambda value: value.expm1().log())}  # (0, inf)
+
+
 class Template(nn.Module):
     """One substep with its learned scalars and its norm.
 
@@ -359,14 +365,11 @@ class Template(nn.Module):
         self.norm = nn.Identity() if self.velocity_norm == "none" else make_norm(config)
 
     def learn(self, name: str, start: float, range_map: str, shape: tuple[int, ...] = (1,)) -> None:
-        """Add a learned scalar, or a tensor of any shape that broadcasts to (B, T, C). range_map
-        keeps it in its range: sigmoid (0, 1), softplus (0, inf), identity; start is its value.
-        (With the shape () it would not lift a bf16 answer of an oracle to fp32.)"""
-        raw = torch.full(shape, start, dtype=torch.float64)
-        if range_map == "sigmoid":
-            raw = raw.logit()
-        elif range_map == "softplus":
-            raw = raw.expm1().log()
+        """Add a learned scalar, or a tensor of any shape that broadcasts to (B, T, C). Its value,
+        at first `start`, lies in a range of RANGES. (With the shape () it would not lift a bf16
+        answer of an oracle to fp32.)"""
+        _, raw_of = RANGES[range_map]
+        raw = raw_of(torch.full(shape, start, dtype=torch.float64))
         self.register_parameter(name, nn.Parameter(raw.to(torch.get_default_dtype())))
         self.learned[name] = range_map
 
@@ -374,10 +377,8 @@ class Template(nn.Module):
         """The mapped value of a learned scalar; None where this template does not have it."""
         if name not in self.learned:
             return None
-        raw, range_map = getattr(self, name), self.learned[name]
-        if range_map == "identity":
-            return raw
-        return raw.sigmoid() if range_map == "sigmoid" else F.softplus(raw)
+        value_of, _ = RANGES[self.learned[name]]
+        return value_of(getattr(self, name))
 
 
 class GradientDescent(Template):
@@ -662,12 +663,8 @@ def walk(module: nn.Module, path: str = "", around: str | None = None,
     it starts and which optimiser group it joins: the module's own (role = "matrix"), a norm's, that
     of the module `around` it, or its type's. ValueError where there is none."""
     of_type = next((role for kind, role in ROLES.items() if isinstance(module, kind)), None)
-    if hasattr(module, "role"):
-        role = module.role
-    elif of_type == "norm":
-        role = "norm"
-    else:
-        role = around or of_type
+    own = getattr(module, "role", None)
+    role = own or ("norm" if of_type == "norm" else around or of_type)
     for name, p in module.named_parameters(recurse=False):
         if role is None:
             raise ValueError(f"{path}.{name}: what is the role of a {type(module).__name__}? Say "
@@ -677,7 +674,7 @@ def walk(module: nn.Module, path: str = "", around: str | None = None,
                              f"with self.learn(name, start, range_map, shape)")
         yield f"{path}.{name}", p, module, role
     for name, child in module.named_children():
-        yield from walk(child, f"{path}.{name}".strip("."), getattr(module, "role", around))
+        yield from walk(child, f"{path}.{name}".strip("."), own or around)
 
 
 class GPT(nn.Module):
