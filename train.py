@@ -224,7 +224,7 @@ def lr_multiplier(step: int, config: TrainConfig) -> float:
     if c.schedule == "constant":
         return 1.0
     floor = 0.1 if c.min_lr is None else c.min_lr / (c.learning_rate or 1.0)
-    end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
+    end = c.lr_decay_iters or c.max_iters
     if step >= end:
         return floor
     if c.schedule == "wsd":

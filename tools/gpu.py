@@ -21,8 +21,7 @@ import torch
 from support.device import compile_seconds, peak_flops, peak_mb, pick_device
 from support.errors import fail, reason
 from support.files import finite, sha256, write_text
-from tools import ToolConfig
-from tools.race import HERE, Variant, machine, medians, program, seconds, text_table
+from tools.race import HERE, RaceConfig, Variant, machine, medians, program, seconds, text_table
 from tools.watch import read_log
 
 GPT2 = "config/gpt2_124m.py"
@@ -51,15 +50,12 @@ TINY = [*SMALL, "--vocab_size=64", "--head_dim=auto", "--ffn_hidden=auto"]
 
 
 @dataclass
-class GPUConfig(ToolConfig):
+class GPUConfig(RaceConfig):
     """Everything that a GPU can show, in one run: its tests, then training, decoding, sampling."""
 
-    nanogpt: str | None = None  # folder of nanoGPT's code: its model is one more variant
     json: str = "gpu.json"  # a file to write the figures to
-    device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
     tiny: bool = False  # a small model and few steps, to try this on a CPU
     jobs: int | None = None  # compilations side by side; auto: by cores and memory
-    repeats: int = 5  # measurements of each variant
 
 
 def commands(config: GPUConfig) -> dict[str, dict[str, list[str]]]:

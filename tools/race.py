@@ -33,7 +33,7 @@ from tools.judge import EvalConfig, judge
 
 @dataclass
 class RaceConfig(ToolConfig):
-    """What loss and prepare share."""
+    """What loss, prepare and gpu share."""
 
     nanogpt: str | None = None  # folder of nanoGPT's code, to run beside ours
     repeats: int = 5  # measurements of each
