@@ -837,6 +837,11 @@ def test_a_channels_beta_starts_where_it_should(monkeypatch):
     assert learned_scalars(model)["beta"] == [[pytest.approx(0.25)] * 2] * 2
 
 
+def test_an_unknown_range_is_an_error():
+    with pytest.raises(KeyError, match="tanh"):
+        build().transformer.h[0].steps[0].learn("beta", 0.5, "tanh")
+
+
 class ReLU2(nn.Module):
     """W_proj relu(W_fc x)^2."""
 
