@@ -29,17 +29,16 @@ HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"  # tied, unless a fork 
 def read_checkpoint(path: str) -> dict:
     """A checkpoint file, a folder that bench.py export or transformers wrote, or a gpt2* of the
     Hub, on the CPU; tensors and plain Python only. UserError if it cannot be read."""
-    hub = path in GPT2S and not os.path.exists(path)
-    if not hub and not os.path.exists(path):
-        fail(f"no checkpoint {path}; train one, name the right folder, or of the Hub one of "
-             f"{', '.join(GPT2S)}")
     try:
-        if hub:
-            checkpoint = read_pretrained(path, {"tokenizer": "gpt2"})
-        elif os.path.isdir(path):
+        if os.path.isdir(path):
             checkpoint = read_folder(path)
-        else:
+        elif os.path.exists(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        elif path in GPT2S:
+            checkpoint = read_pretrained(path, {"tokenizer": "gpt2"})
+        else:
+            fail(f"no checkpoint {path}; train one, name the right folder, or of the Hub one of "
+                 f"{', '.join(GPT2S)}")
     except UserError:
         raise
     except ImportError as error:
