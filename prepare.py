@@ -456,7 +456,6 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     start = {"wanted": wanted, "batches": 0, "characters": 0,
              **{split: {"tokens": 0, "documents": 0} for split in SPLITS}}
 
-    partial.mkdir(parents=True, exist_ok=True)
     with locked(partial, f"another prepare.py is writing to {folder}"):
         state = load_progress(partial, start, tokenizer.dtype.itemsize)
         write_bins(partial, state, make_batches(labelled),

@@ -18,8 +18,9 @@ except ImportError:  # Windows has no flock: there, nothing keeps two runs apart
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike, message: str) -> Iterator[None]:
-    """Hold a folder for this process; the operating system lets go when it dies, however it dies.
-    Raises UserError(message) if another process holds it. Warns where there are no locks."""
+    """Hold a folder, made if need be, for this process; the operating system lets go when it dies,
+    however it dies. UserError(message) if another process holds it."""
+    os.makedirs(folder, exist_ok=True)
     if fcntl is None:  # an open file would only be in the way: Windows does not remove it
         yield
         return

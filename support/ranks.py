@@ -203,13 +203,12 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def locked_folder(path: str, use: bool) -> Iterator[None]:
-    """Hold the output folder of a run, if this process is to `use` it; made if need be, and removed
-    if the run could not start."""
+    """Hold the output folder of a run, if this process is to `use` it; a new one goes if the run
+    could not start."""
     if not use:
         yield
         return
     new = not os.path.exists(path)
-    os.makedirs(path, exist_ok=True)
     try:
         with locked(path, f"another run is writing to {path}; stop it or choose another --out_dir"):
             yield

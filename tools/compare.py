@@ -397,7 +397,6 @@ def compare(configs: dict[str, CompareConfig], config: CompareConfig, argv: list
     print(plan_table(planned, *pace(results.runs.values(), where, config)), flush=True)
     if config.dry_run:
         return print(f"{len(asked)} runs")
-    os.makedirs(results.folder, exist_ok=True)
     with locked(results.folder, f"another command is writing to {results.folder}; stop it or "
                                 f"choose another --study"):
         results.runs = Results(config, data).runs  # another command may have just ended
