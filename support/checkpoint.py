@@ -131,9 +131,9 @@ def model_from(checkpoint: dict, **changes) -> GPT:
 def named_weights(table: dict) -> dict[str, torch.Tensor]:
     """A checkpoint's weights under our names: without what torch.compile and DDP put before them,
     the table of tokens under both of its names. UserError where they are not for us."""
-    weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): w for name, w in table.items()
-               if not name.endswith(".attn.bias")}  # older nanoGPT's causal masks
-    for name, w in weights.items():
+    named = [(re.sub(r"^(_orig_mod\.|module\.)+", "", name), w) for name, w in table.items()
+             if not name.endswith(".attn.bias")]  # older nanoGPT's causal masks
+    for name, w in named:
         kind = getattr(w, "dtype", type(w).__name__)
         if kind not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             fail(f"the checkpoint's weights cannot be read: {name} is of {kind}; convert it to "
@@ -141,7 +141,8 @@ def named_weights(table: dict) -> dict[str, torch.Tensor]:
         if not w.isfinite().all():
             fail(f"the checkpoint's weights are nan or infinite ({name}): its run broke; use "
                  f"another one, of an earlier step")
-    if len(weights) < sum(not name.endswith(".attn.bias") for name in table):
+    weights = dict(named)
+    if len(weights) < len(named):
         fail("the checkpoint's weights cannot be read: one name is there twice, with and without "
              "module. or _orig_mod.")
     twin = {HEAD: TABLE, TABLE: HEAD}  # of which one may be left out

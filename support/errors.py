@@ -31,8 +31,7 @@ def reason(error: BaseException) -> str:
 def out_of_memory(error: BaseException) -> bool:
     """CUDA has an exception for it; its libraries, MPS and CPUs raise a plain RuntimeError."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 @contextmanager
