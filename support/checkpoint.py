@@ -1,6 +1,7 @@
 """Checkpoints: reading ours, nanoGPT's and other weights, and writing them whole or not at all."""
 
 import contextlib
+import functools
 import os
 import pickle
 import re
@@ -115,7 +116,7 @@ def model_from(checkpoint: dict, **changes) -> GPT:
         table, buffers = checkpoint["model"], dict(model.named_buffers())  # a fork's: of any type
         weights = named_weights({name: w for name, w in table.items() if name not in buffers})
         kinds = {w.dtype for w in weights.values()} or {torch.float32}
-        widest = max(kinds, key=lambda kind: torch.finfo(kind).max)
+        widest = functools.reduce(torch.promote_types, kinds)
         for p in model.parameters():
             p.data = p.data.to(widest)
         model.load_state_dict(weights | {name: table[name] for name in buffers if name in table})

@@ -187,10 +187,12 @@ def test_names_of_weights(foreign, prefix, left_out):
     assert_read(foreign | {"model": table}, weights)
 
 
-def test_a_model_is_as_precise_as_its_widest_weights(foreign):
-    weights = {n: w.double() if n == "transformer.ln_f.weight" else w.bfloat16()
+@pytest.mark.parametrize("kind, widest", [(torch.float64, torch.float64),
+                                          (torch.float16, torch.float32)])
+def test_a_model_is_as_precise_as_its_widest_weights(foreign, kind, widest):
+    weights = {n: w.to(kind if n == "transformer.ln_f.weight" else torch.bfloat16)
                for n, w in foreign["model"].items()}
-    assert_read(foreign | {"model": weights}, {n: w.double() for n, w in weights.items()})
+    assert_read(foreign | {"model": weights}, {n: w.to(widest) for n, w in weights.items()})
 
 
 @pytest.mark.parametrize("change, said", [
