@@ -98,11 +98,13 @@ RECORDS = [{"body": f"one\n{MARK}\nstill one", "x": [{"body": "no"}, -1.5e300, T
 LINES = "\n\n".join(map(json.dumps, RECORDS))
 
 
+@pytest.mark.parametrize("block", [10, 10**6])  # what pyarrow refuses may come later
 @pytest.mark.parametrize("content", [
     LINES, "\ufeff" + LINES.replace("\n", "\r\n"), json.dumps(RECORDS),
     json.dumps(RECORDS, indent=2) + "\n"])
-def test_json(read, content):
+def test_json(read, monkeypatch, block, content):
     """A separator in a record is text; half of a character is none."""
+    monkeypatch.setattr(text, "BLOCK", block)
     assert read(content, "a.jsonl", "body") == \
         [f"one\n{MARK}\nstill one", "", "\N{REPLACEMENT CHARACTER}", "é\\"]
 
