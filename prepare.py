@@ -40,7 +40,7 @@ from support.errors import UserError, cli, explain_failures, fail, printable, re
 from support.files import locked, rename, sha256, write_json
 from support.meta import SPLITS, load_meta
 from support.text import Piece, dataset_pieces, file_pieces, list_files, record_pieces
-from support.tokenizer import Alphabet, Tokenizer
+from support.tokenizer import Tokenizer
 
 BATCH = 1 << 20         # characters encoded at a time
 WORKER_SHARE = 8 << 20  # characters for which one more process pays
@@ -259,9 +259,9 @@ def make_batches(pieces: Iterable[Labelled]) -> Iterator[list[Labelled]]:
         yield batch
 
 
-def encode_batch(name: str, alphabet: Alphabet, mark: bool, batch: list) -> tuple[dict, int]:
+def encode_batch(tokenizer: Tokenizer, mark: bool, batch: list[Labelled]) -> tuple[dict, int]:
     """In a worker: a batch -> ({split: (ids, documents that end)}, characters)."""
-    tokenizer, encoded = Tokenizer(name, alphabet), {}
+    encoded = {}
     for split in SPLITS:
         pieces = [(text, ends) for its_split, text, ends in batch if its_split == split]
         ids = tokenizer.encode_pieces(pieces, mark)
@@ -459,7 +459,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     with locked(partial, f"another prepare.py is writing to {folder}"):
         state = load_progress(partial, start, tokenizer.dtype.itemsize)
         write_bins(partial, state, make_batches(labelled),
-                   functools.partial(encode_batch, tokenizer.name, tokenizer.alphabet, mark),
+                   functools.partial(encode_batch, tokenizer, mark),
                    min(config.num_proc, sum(characters) // WORKER_SHARE), tokenizer.dtype.itemsize)
         if not all(state[split]["tokens"] for split in SPLITS):
             shutil.rmtree(partial)
