@@ -158,14 +158,14 @@ def open_sources(config: PrepareConfig, texts: list[list[Path]]) -> list[Source]
     if config.corpus == "pydoc":
         from pydoc_data.topics import topics
 
-        texts = [topics[key] for key in sorted(topics)]
-        return [functools.partial(record_pieces, texts, "pydoc")]
+        pages = [topics[key] for key in sorted(topics)]
+        return [functools.partial(record_pieces, pages, "pydoc")]
     where = source_name(config)
     try:
         if "url" in CORPORA[config.corpus]:
             with urllib.request.urlopen(where, timeout=60) as page:
-                texts = [page.read().decode()]
-            return [functools.partial(record_pieces, texts, where)]
+                text = page.read().decode()
+            return [functools.partial(record_pieces, [text], where)]
         from datasets import load_dataset, load_from_disk
 
         splits = [split for split in (config.split, config.val_split) if split]

@@ -101,10 +101,10 @@ def evaluation_starts(n_tokens: int, block_size: int, eval_tokens: int) -> list[
     return [i * windows // count * block_size for i in range(count)]
 
 
-def prefetch(batches: Iterator, depth: int = 4) -> Iterator:
-    """The same items for ever, made `depth` ahead by a thread; its exception is raised here."""
+def prefetch(batches: Iterator) -> Iterator:
+    """The same items for ever, made four ahead by a thread; its exception is raised here."""
     with ThreadPoolExecutor(1) as pool:
-        ready = deque(pool.submit(next, batches) for _ in range(depth))
+        ready = deque(pool.submit(next, batches) for _ in range(4))
         while True:
             yield ready.popleft().result()
             ready.append(pool.submit(next, batches))

@@ -261,7 +261,7 @@ class Cell:
         last, evals = evals[-1], [r for r in evals if r["val_loss"] is not None]
         if last["iter"] != self.config.max_iters or last["val_loss"] is None:
             fail(f"it ended at step {last['iter']} with the loss {last['val_loss']}")
-        measured = measured_at_the_end(self.config, self.out_dir)
+        at_the_end = measured_at_the_end(self.config, self.out_dir)
         torch.cuda.empty_cache()  # the next runs need it
         return {"variant": self.label, "seed": self.seed, "options": options_of(self.config),
                 **model_size(self.config), "tokens": last["tokens"], "steps": last["iter"],
@@ -269,7 +269,7 @@ class Cell:
                 "best_val_loss": round(min(r["val_loss"] for r in evals), 5),
                 "seconds": round(last["seconds"], 1),
                 "tokens_per_s": round(statistics.median(rates)), "peak_mb": last.get("peak_mb"),
-                "curve": [[r["iter"], round(r["val_loss"], 5)] for r in evals]} | measured
+                "curve": [[r["iter"], round(r["val_loss"], 5)] for r in evals]} | at_the_end
 
 
 def cells_of(planned: dict[str, CompareConfig]) -> list[Cell]:
