@@ -127,7 +127,7 @@ def hours(name: str) -> float:
 def memory(name: str, batch_size: int | None = None) -> float:
     """Bytes: the state of every parameter, the logits, what the layers keep for the backward."""
     c, gpt = preset(name)
-    kept = 29 if (c.template, c.ffn) == ("gd", "mlp") else 41
+    kept = 50 if c.ffn == "hourglass" else 29 if (c.template, c.ffn) == ("gd", "mlp") else 41
     token = 4 * gpt.config.vocab_size + kept * c.n_layer * c.n_embd
     return 16 * gpt.get_num_params(False) + token * c.block_size * (batch_size or c.batch_size)
 
