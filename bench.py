@@ -26,14 +26,7 @@ from config import nearest, read_config
 from model import GPT, GPTConfig
 from sample import DecodingCache, store_matrices, stream
 from support.data import prefetch
-from support.device import (
-    can_compile,
-    peak_mb,
-    pick_device,
-    pick_dtype,
-    try_compile,
-    tune_machine,
-)
+from support.device import can_compile, peak_mb, pick_device, pick_dtype, try_compile, tune_machine
 from support.errors import cli, explain_failures, fail
 from support.files import finite
 from support.fuse import fuse

@@ -203,8 +203,8 @@ class KVCache:
                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Store k, v (B, H, T, d_head) of the pass; return those of all S tokens (H may be fewer
         heads than q's), and the mask of what is seen, (T, S) or (B, 1, T, S). None: each token sees
-        itself and all before it; T is 1 or S. (With a mask, S may count places still empty: it says
-        where a token stands, the shape does not.)"""
+        itself and all before it, and T is 1 or S, so is_causal=T > 1. (With a mask, S may count
+        places still empty: the mask says where a token stands, the shape does not.)"""
         T, S = k.size(2), self.length
         if self.call == len(self.slots):
             self.slots.append([z.new_empty(z.size(0), self.max_length, z.size(1), z.size(3))

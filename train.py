@@ -293,9 +293,8 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     dtype = pick_dtype(c.dtype, device)
     folder = os.path.join(c.data_dir, c.dataset)
     meta, source = read_source(folder, checkpoint, resumed)
-    data = source, meta["val"]
-    if any(other != data for other in ranks.gather(data)):
-        fail(f"{folder} has other data on another machine; copy that of one to all")
+    ranks.check_same((source, meta["val"]),
+                     f"{folder} has other data on another machine; copy that of one to all")
     tune_machine(device, c.deterministic)
 
     # --- model, data, optimisers ---

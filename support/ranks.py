@@ -125,6 +125,11 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def check_same(self, value: Any, message: str) -> None:
+        """UserError(message) on every process where they do not have the same value."""
+        if any(other != value for other in self.gather(value)):
+            fail(message)
+
     def whole(self, x: Any) -> Any:
         """A sharded tensor whole, on rank 0's CPU (a collective); other values as they are."""
         if not hasattr(x, "full_tensor"):
