@@ -8,14 +8,17 @@ import re
 import shutil
 import sys
 import textwrap
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig
 from support.code import HERE, code_in
-from support.errors import UserError, fail, reason
+from support.errors import UserError, fail, printable, reason
 from support.files import rename, write_json
 from support.foreign import GPT2S, read_folder, read_pretrained
 
@@ -29,12 +32,15 @@ HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"  # tied, unless a fork 
 
 def read_checkpoint(path: str) -> dict:
     """A checkpoint file, a folder that bench.py export or transformers wrote, or a gpt2* of the
-    Hub, on the CPU; tensors and plain Python only. UserError if it cannot be read."""
+    Hub, on the CPU; tensors and plain Python only. The file is mapped: of what nobody uses, as the
+    optimiser's state when a model is sampled from, nothing is read. UserError if it cannot be."""
     try:
         if os.path.isdir(path):
             checkpoint = read_folder(path)
         elif os.path.exists(path):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            # torch maps neither files of before 1.6 nor names that are not UTF-8
+            mapped = zipfile.is_zipfile(path) and printable(path) == str(path)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         elif path in GPT2S:
             checkpoint = read_pretrained(path, {"tokenizer": "gpt2"})
         else:
@@ -105,14 +111,26 @@ def checkpoint_config(checkpoint: dict) -> GPTConfig:
                f"made it is in its run's code_that_ran/" for line in str(error).splitlines()))
 
 
+class ZeroParameters(TorchFunctionMode):
+    """Parameters start as zeros, whatever torch.nn.init is to draw: they are about to be loaded."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        drawn = getattr(function, "__module__", "") == "torch.nn.init"
+        if drawn and isinstance(kwargs["tensor"], Parameter):
+            return torch.nn.init.zeros_(kwargs["tensor"])
+        return function(*args, **kwargs)
+
+
 def model_from(checkpoint: dict, **changes) -> GPT:
     """The model of a checkpoint, ours or nanoGPT's; changes: config values to replace. UserError
     where the weights do not fit. Without weights (rank 0 has them): as initialised."""
     config = replace(checkpoint_config(checkpoint), **changes)
     try:
-        model = GPT(config)
         if "model" not in checkpoint:
-            return model
+            return GPT(config)
+        with ZeroParameters():
+            model = GPT(config)
         table, buffers = checkpoint["model"], dict(model.named_buffers())  # a fork's: of any type
         weights = named_weights({name: w for name, w in table.items() if name not in buffers})
         kinds = {w.dtype for w in weights.values()} or {torch.float32}
@@ -139,7 +157,7 @@ def named_weights(table: dict) -> dict[str, torch.Tensor]:
         if kind not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             fail(f"the checkpoint's weights cannot be read: {name} is of {kind}; convert it to "
                  f"floats of 16 to 64 bits")
-        if not w.isfinite().all():
+        if not all(end.isfinite() for end in w.aminmax()):
             fail(f"the checkpoint's weights are nan or infinite ({name}): its run broke; use "
                  f"another one, of an earlier step")
     weights = dict(named)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -163,7 +164,7 @@ def restore(checkpoint: dict, config: Any, model: GPT, optimizers: dict[str, tor
     """Put a checkpoint's optimisers, loss scale and generators back; returns how far it was."""
     master, rng = ranks.rank == 0, checkpoint.get("rng", ())
     try:
-        states = checkpoint.get("optimizer") or {}
+        states = deepcopy(checkpoint.get("optimizer") or {})  # of a file that will be replaced
         if "param_groups" in states and config.optimizer == "adamw":
             states = nanogpt_states(model, states)
         if ranks.first(lambda: states.keys() == optimizers.keys()):

@@ -141,6 +141,33 @@ def test_a_damaged_checkpoint_falls_back_on_the_previous(run, tmp_path, capsys, 
     assert len(lines) == 2
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="Linux counts what is read")
+def test_a_model_is_read_alone(run, tmp_path):
+    """Without the optimiser's state beside it, and without weights being drawn first."""
+    def bytes_read() -> int:
+        with open("/proc/self/io") as file:
+            return int(file.readline().split()[1])
+
+    run(tmp_path, max_iters=1, template="tmm")
+    checkpoint = load(tmp_path)
+    checkpoint["optimizer"]["adamw"]["more"] = {"exp_avg": torch.zeros(4_000_000)}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    before, rng = bytes_read(), torch.get_rng_state()
+    model = model_from(read_checkpoint(tmp_path / "ckpt.pt"))
+    assert bytes_read() - before < 2_000_000
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert_same(dict(model.state_dict()), dict(checkpoint["model"]))
+
+
+@pytest.mark.parametrize("name, zipped", [(b"a.pt", False), (b"caf\xe9.pt", True)])
+def test_files_that_torch_cannot_map(foreign, tmp_path, name, zipped):
+    """Older ones, and those whose names are not UTF-8."""
+    path = os.path.join(tmp_path, os.fsdecode(name))
+    with open(path, "wb") as file:
+        torch.save(foreign, file, _use_new_zipfile_serialization=zipped)
+    assert_same(read_checkpoint(path), foreign)
+
+
 def test_a_run_does_not_spoil_an_export(run, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     for word in ("--overwrite", "--max_iters=1"):

@@ -319,6 +319,23 @@ def test_the_machine_is_the_calls(run, tmp_path, capsys):
     assert ", eager" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux lists what is mapped")
+def test_a_resumed_run_lets_go_of_its_checkpoint(run, tmp_path):
+    """Which Windows does not let it replace, else."""
+    mapped = []
+
+    def watch(patch):
+        def look(*args, wrapped=train.accumulate):
+            mapped.append("ckpt.pt" in Path("/proc/self/maps").read_text())
+            return wrapped(*args)
+
+        patch.setattr(train, "accumulate", look)
+
+    run(tmp_path)
+    run(tmp_path, hooks=[watch], init_from="resume", max_iters=8)
+    assert mapped == [False, False]
+
+
 def test_the_context_may_shrink(run, tmp_path):
     """The optimiser's state of the position tables is cut with them."""
     run(tmp_path, max_iters=3, template="nesterov", optimizer="muon")
