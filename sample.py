@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -384,8 +385,10 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt:
     stops = [config.stop] if config.stop else []
     samples = [Sample(tokenizer, stops) for _ in range(config.num_samples)]
     yield prompt
-    for tokens in stream(model, idx, config.max_new_tokens, config.temperature, config.top_k,
-                         config.top_p, config.seed, compile=compiled, tune=tuned):
+    tokens_drawn = stream(model, idx, config.max_new_tokens, config.temperature, config.top_k,
+                          config.top_p, config.seed, compile=compiled, tune=tuned)
+    # read when the next are on their way, so that a GPU need not wait
+    for tokens, _ in pairwise(chain(tokens_drawn, [None])):
         pieces = [sample.add(token)
                   for sample, token in zip(samples, read_tokens(tokens), strict=True)]
         yield pieces[0]

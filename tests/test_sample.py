@@ -495,6 +495,23 @@ def scripted(monkeypatch, tmp_path):
     return go
 
 
+def test_a_token_is_read_when_the_next_is_on_its_way(tmp_path, monkeypatch):
+    """For a GPU, which waits while the host reads."""
+    write_checkpoint(tmp_path / "ckpt.pt")
+    log, wrapped = [], stream
+
+    def logged(*args, **options):
+        for tokens in wrapped(*args, **options):
+            log.append("drawn")
+            yield tokens
+
+    monkeypatch.setattr(sample, "stream", logged)
+    monkeypatch.setattr(sample, "read_tokens", lambda ids: log.append("read") or ids.tolist())
+    config = sample.SampleConfig(out_dir=str(tmp_path), max_new_tokens=3)
+    list(sample.draw_samples(*sample.load_model(config), config, "P"))
+    assert log == ["drawn", "drawn", "read", "drawn", "read", "read"]
+
+
 def test_only_whole_characters_are_shown_as_they_are_made(scripted):
     assert scripted(b"abc", b"xyz")[1:4] == ["a", "b", "c"]
     pieces = scripted("aä😀b".encode())
