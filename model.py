@@ -187,7 +187,7 @@ class KVCache:
 
     def __init__(self, max_length: int | None = None):
         self.length, self.max_length = 0, max_length
-        self.slots: list[list[torch.Tensor]] = []  # keys and values, (B, max_length, H, d_head)
+        self.slots: list[list[torch.Tensor]] = []  # keys and values, (B, H, max_length, d_head)
 
     def begin(self, idx: torch.Tensor, block_size: int) -> torch.Tensor:
         """A pass over the next tokens, idx (B, T): their positions (1, T). ValueError where all
@@ -207,9 +207,9 @@ class KVCache:
         places still empty: the mask says where a token stands, the shape does not.)"""
         T, S = k.size(2), self.length
         if self.call == len(self.slots):
-            self.slots.append([z.new_empty(z.size(0), self.max_length, z.size(1), z.size(3))
+            self.slots.append([z.new_empty(z.size(0), z.size(1), self.max_length, z.size(3))
                                for z in (k, v)])
-        keys, values = (slot[:, :S].transpose(1, 2) for slot in self.slots[self.call])
+        keys, values = (slot[:, :, :S] for slot in self.slots[self.call])
         keys[:, :, S - T:], values[:, :, S - T:] = k, v
         self.call += 1
         if T in (1, S):
