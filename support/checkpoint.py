@@ -117,7 +117,7 @@ class ZeroParameters(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         drawn = getattr(function, "__module__", "") == "torch.nn.init"
-        if drawn and isinstance(kwargs["tensor"], Parameter):
+        if drawn and isinstance(kwargs.get("tensor"), Parameter):
             return torch.nn.init.zeros_(kwargs["tensor"])
         return function(*args, **kwargs)
 
