@@ -32,15 +32,12 @@ HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"  # tied, unless a fork 
 
 def read_checkpoint(path: str) -> dict:
     """A checkpoint file, a folder that bench.py export or transformers wrote, or a gpt2* of the
-    Hub, on the CPU; tensors and plain Python only. The file is mapped: of what nobody uses, as the
-    optimiser's state when a model is sampled from, nothing is read. UserError if it cannot be."""
+    Hub, on the CPU; tensors and plain Python only. UserError if it cannot be read."""
     try:
         if os.path.isdir(path):
             checkpoint = read_folder(path)
         elif os.path.exists(path):
-            # torch maps neither files of before 1.6 nor names that are not UTF-8
-            mapped = zipfile.is_zipfile(path) and printable(path) == str(path)
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            checkpoint = map_file(path)
         elif path in GPT2S:
             checkpoint = read_pretrained(path, {"tokenizer": "gpt2"})
         else:
@@ -66,6 +63,18 @@ def read_checkpoint(path: str) -> dict:
         if not isinstance(checkpoint.get(name, {}), dict):
             fail(f"{path} is damaged: its {name} is no table of weights or options")
     return checkpoint
+
+
+def map_file(path: str) -> dict:
+    """A checkpoint file, mapped: what nobody uses is not read, as the optimiser's state when a
+    model is sampled from."""
+    while True:
+        # torch maps neither files of before 1.6 nor names that are not UTF-8
+        can_map = zipfile.is_zipfile(path) and printable(path) == str(path)
+        written = os.path.getmtime(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+        if written == os.path.getmtime(path):  # torch opens it twice, and a run may save
+            return checkpoint
 
 
 def read_latest(out_dir: str) -> dict | None:

@@ -159,6 +159,24 @@ def test_a_model_is_read_alone(run, tmp_path):
     assert_same(dict(model.state_dict()), dict(checkpoint["model"]))
 
 
+def test_a_run_that_saves_while_its_checkpoint_is_read(foreign, tmp_path, monkeypatch):
+    """torch opens a file twice: the second may be another."""
+    path, new = str(tmp_path / "ckpt.pt"), str(tmp_path / "new.pt")
+    weights = {name: w + 1 for name, w in foreign["model"].items()}
+    later = foreign | {"more": "x" * 1000, "model": weights}
+    torch.save(foreign, path)
+    torch.save(later, new)
+    os.utime(path, (0, 0))
+
+    def saved_just_now(*args, wrapped=torch.UntypedStorage.from_file):
+        if os.path.exists(new):
+            os.replace(new, path)
+        return wrapped(*args)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", saved_just_now)
+    assert_same(read_checkpoint(path), later)
+
+
 @pytest.mark.parametrize("name, zipped", [(b"a.pt", False), (b"caf\xe9.pt", True)])
 def test_files_that_torch_cannot_map(foreign, tmp_path, name, zipped):
     """Older ones, and those whose names are not UTF-8."""
