@@ -245,17 +245,16 @@ def read_options(argv: list[str]):
     UserError for what is no command or no option of it."""
     name, *words = argv or [""]
     if name in ("-h", "--help"):
-        print(f"{__doc__.strip()}\n\ncommands:")
+        print(f"{__doc__}\ncommands:")
         for name, (cls, _) in COMMANDS.items():
             print(f"  {name:8} {cls.__doc__}")
         sys.exit(0)
     if name not in COMMANDS:
         fail(f"no command {name}{nearest(name, COMMANDS)}" if name else
              f"say what to do: python bench.py {' | '.join(COMMANDS)}")
-    if name == "plot" and words and not words[0].startswith("-"):
-        words = ["--runs", *words]  # its folders come first
     cls, _ = COMMANDS[name]
-    return read_config(cls, words, usage=cls.__doc__)[0]
+    folders = "runs" if name == "plot" else None
+    return read_config(cls, words, folders, usage=cls.__doc__)[0]
 
 
 def named_variants(argv: list[str], config: MeasureConfig | CompareConfig) -> dict:

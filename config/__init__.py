@@ -97,8 +97,8 @@ def check_rules(config) -> None:
 def read_config(cls, argv: list[str], positional: str | None = None, usage: str = ""):
     """The dataclass `cls` from its defaults, presets and options. UserError has every problem.
 
-    Words without `--` are presets; but the first is the value of the option that `positional`
-    names, if it does. `--help` prints `usage` and the options, with the values so far.
+    Words without `--` are presets; or, if `positional` names an option, its value, of which there
+    is one, or as many as it takes. `--help` prints `usage` and the options, with the values so far.
     Returns (config, given): given[name] is the path of the preset that set an option, or "" where
     the command line did; the last of them counts.
     """
@@ -117,7 +117,9 @@ def read_config(cls, argv: list[str], positional: str | None = None, usage: str 
                 raise ValueError(f"--{name} needs a value")
             shown = printable(values[name])
             if preset or value not in (shown, [shown]):  # else it stays: --help may print \n for it
-                values[name] = coerce(name, value, kinds[name])
+                value = coerce(name, value, kinds[name])
+                more = isinstance(value, tuple) and given.get(name) == preset == ""  # --in=a --in=b
+                values[name] = values[name] + value if more else value
             given[name] = preset
         except ValueError as error:
             problems.append(f"{preset}: {error}" if preset else str(error))
@@ -131,17 +133,16 @@ def read_config(cls, argv: list[str], positional: str | None = None, usage: str 
         if word.startswith("--"):
             name, equals, text = word[2:].partition("=")
             assign(name, take_value(kinds.get(name, str), [text] if equals else [], words))
-        elif positional is None or (positional in given and word.endswith(".py")):
+        elif positional is None:
             try:
                 for name, value in run_preset(word, values).items():
                     assign(name, value, preset=word)
             except ValueError as error:
                 problems.append(str(error))
-        elif positional in given:
-            example = f"--input={word}" if "input" in kinds else "--name=value"
-            problems.append(f"unexpected argument {word}; options are {example}")
-        else:
+        elif positional not in given or get_origin(kinds[positional]) is tuple:
             assign(positional, word)
+        else:
+            problems.append(f"unexpected argument {word}; a file is --input={word}")
     try:
         config = cls(**values)
     except ValueError as error:
@@ -216,7 +217,7 @@ def help_text(cls, values: dict[str, Any], usage: str) -> str:
                     first -= 1
                 parts = [*lines[first:node.lineno - 1], beside]
                 comments[node.target.id] = " ".join(part.strip(" #") for part in parts)
-    rows = [usage.strip(), "", "options (--name=value or --name value):"]
+    rows = [(usage or "").strip(), "", "options (--name=value or --name value):"]
     for name, kind in option_types(cls).items():
         value = "auto" if values[name] is None else printable(values[name])
         rows.append(f"  --{name}={value}   [{describe(kind)}]")

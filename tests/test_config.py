@@ -203,13 +203,24 @@ def test_what_help_prints_can_be_given_back(preset, capsys):
     assert read_config(SampleConfig, [r"--start=\n"])[0].start == "\n"
 
 
-def test_a_positional_option(preset):
-    path = preset("rate = 2")
-    config, given_by = read_config(Options, ["mine", path, "--width=1"], positional="name")
-    assert config == Options(width=1, name="mine", rate=2.0)
-    assert given_by == {"name": "", "width": "", "rate": path}
-    with pytest.raises(UserError, match="unexpected argument b"):
-        read_config(Options, ["a", "b"], positional="name")
+def test_a_positional_option(tmp_path, preset):
+    """With one, words are no presets: of prepare.py they may be data, which are not run."""
+    ran = tmp_path / "ran"
+    path = preset(f"open({str(ran)!r}, 'w')")
+    config, given_by = read_config(Options, ["mine", "--width=1"], positional="name")
+    assert config == Options(width=1, name="mine") and given_by == {"name": "", "width": ""}
+    with pytest.raises(UserError, match=f"unexpected argument {path}"):
+        read_config(Options, ["a", path], positional="name")
+    assert not ran.exists()
+
+
+def test_several_words_of_an_option_may_come_one_by_one(preset):
+    """Those of a preset are replaced."""
+    path = preset("inputs = ['p']")
+    assert read(path, "--inputs=a", "--rate=1", "--inputs", "b", "c").inputs == ("a", "b", "c")
+    assert read("--inputs=a", "--rate=1", path).inputs == ("p",)
+    config, _ = read_config(Options, ["--rate=1", "a", "b", "--width=3", "c"], positional="inputs")
+    assert config.inputs == ("a", "b", "c")
 
 
 # -----------------------------------------------------------------------------
