@@ -128,6 +128,15 @@ def test_tinystories_document_by_document(tmp_path, gpt2_cache, monkeypatch):
     assert len(texts) == 12_756 and sum(map(len, ids.values())) == 2_584_747
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has none")
+def test_no_more_processes_than_cores_that_may_be_used():
+    """SLURM and containers leave a process some of the machine's."""
+    lines = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import prepare; " \
+            "print(prepare.PrepareConfig().num_proc)"
+    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.stdout == b"1\n"
+
+
 def test_pydoc_needs_nothing(tmp_path):
     from pydoc_data.topics import topics
 
@@ -422,7 +431,7 @@ def test_mistakes_on_the_command_line(tmp_path, words, message):
     assert not (tmp_path / "data").exists()
 
 
-def test_all_mistakes_and_help(capsys):
+def test_all_mistakes_and_help(capsys, monkeypatch):
     wrong = ["pydoc", "--seed=-1", "--num_proc=0", "--val_fraction=2"]
     assert conftest.refused(lambda: prepare.main(wrong)) == [
         "val_fraction=2.0: expected more than 0 and less than 1",
@@ -432,6 +441,9 @@ def test_all_mistakes_and_help(capsys):
     helped = capsys.readouterr().out
     assert "prepare.py hf --dataset=ID" in helped
     assert "[tinystories | openwebtext | shakespeare | shakespeare_char | pydoc | text" in helped
+    monkeypatch.setattr(prepare, "__doc__", None)  # as python -OO has it
+    with pytest.raises(SystemExit):
+        prepare.main(["--help"])
 
 
 def test_text_that_cannot_be_split_or_encoded(tmp_path, stories, command, monkeypatch):

@@ -101,7 +101,7 @@ def test_preparing(monkeypatch, tmp_path):
         else:
             folder = os.path.dirname(argv[0])
             text = open(argv[0]).read()
-            assert f"num_proc = {os.cpu_count()}" in text and "documents.jsonl" in text
+            assert f"num_proc = {race.CORES}" in text and "documents.jsonl" in text
             documents = os.path.join(os.path.dirname(argv[0]), "..", "documents.jsonl")
             assert [json.loads(line)["text"] for line in open(documents)] == ["one", " two"]
         os.makedirs(folder, exist_ok=True)
@@ -112,5 +112,5 @@ def test_preparing(monkeypatch, tmp_path):
     scripted(monkeypatch, [4, 2], on_run)
     nanogpt, ours = race.preparing(race.PreparingConfig(
         input=f"{tmp_path}/documents.txt", repeats=1, nanogpt=f"{tmp_path}/nano"))
-    assert nanogpt["tokens_per_s_core"] == 2000 / 4 / os.cpu_count() and ours["ratio"] == 2
+    assert nanogpt["tokens_per_s_core"] == 2000 / 4 / race.CORES and ours["ratio"] == 2
     assert ours["tokens"] == 2000 and ours["peak_mb"] == 300

@@ -4,7 +4,6 @@ compile side by side, then they take turns, one at a time."""
 import importlib.util
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from prepare import CORES
 from support.device import compile_seconds, peak_flops, peak_mb, pick_device
 from support.errors import fail, reason
 from support.files import finite, sha256, write_text
@@ -137,7 +137,7 @@ def take_turns(argvs: dict[str, list[str]], make: Callable[[list[str]], Variant]
 
 def compilations(device: torch.device) -> int:
     """How many go side by side: each takes two cores, and 16 GB of a GPU."""
-    most = (os.cpu_count() or 1) // 2
+    most = CORES // 2
     if device.type == "cuda":
         most = min(most, torch.cuda.get_device_properties(device).total_memory // 16_000_000_000)
     return max(1, most)

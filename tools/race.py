@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from model import GPT, GPTConfig
+from prepare import CORES
 from support.code import HERE
 from support.device import autocast, pick_device, pick_dtype, tune_allocator
 from support.errors import fail
@@ -336,7 +337,7 @@ def preparing(config: PreparingConfig) -> list[dict]:
                 row["peak_mb"] = max(row["peak_mb"], peak_mb)
                 bins = Path(folder, name).rglob("*.bin")
                 row["tokens"] = sum(path.stat().st_size // 2 for path in bins)
-                turns[-1].append(row["tokens"] / took / (os.cpu_count() or 1))
+                turns[-1].append(row["tokens"] / took / CORES)
     return medians(rows, "tokens_per_s_core", turns)
 
 
@@ -347,7 +348,7 @@ def nanogpt_script(config: PreparingConfig, folder: str) -> str:
     documents.write_text("".join(json.dumps({"text": text.strip("\n")}) + "\n"
                                  for text in texts if text.strip()))
     script = Path(config.nanogpt, "data", "openwebtext", "prepare.py").read_text()
-    script = script.replace("num_proc = 8", f"num_proc = {os.cpu_count()}")
+    script = script.replace("num_proc = 8", f"num_proc = {CORES}")
     script = script.replace('load_dataset("openwebtext", num_proc=num_proc_load_dataset)',
                             f'load_dataset("json", data_files="{documents}")')
     script = script.replace("total_batches = 1024", "total_batches = min(1024, len(dset))")
