@@ -75,6 +75,8 @@ def text_pieces(path: Path) -> Iterator[Piece]:
     are only white space are left out."""
     begun = False
     for block in _blocks(path):
+        if "\0" in block:
+            fail(f"{path} has zero bytes, so it is no text; unpack it, or fetch it again")
         block = block.replace("\n" + END_OF_TEXT, END_OF_TEXT)
         parts = block.replace(END_OF_TEXT + "\n", END_OF_TEXT).split(END_OF_TEXT)
         for i, text in enumerate(parts):
@@ -187,12 +189,10 @@ def _pieces(path: Path, field: str) -> Iterator[Piece]:
     name = path.name.lower().removesuffix(".gz")
     if head.startswith(b"PAR1") or name.endswith(".parquet"):
         return record_pieces(_parquet_texts(path, field), str(path))
-    begins = rb'\{[ \t]*"|\[\s*["{\]]|\{.*"%b"\s*:' % re.escape(field.encode())
+    begins = rb'\{[ \t]*"|\[\s*["{]|\[\]|\{(?=\s*").*"%b"\s*:' % re.escape(field.encode())
     if re.match(begins, head, re.DOTALL) or name.endswith((".jsonl", ".ndjson", ".jsonlines")):
         read = _slow_json_texts if head.startswith(b"[") else _json_texts
         return record_pieces(read(path, field), str(path))
-    if b"\0" in head:
-        fail(f"{path} has zero bytes, so it is no UTF-8 text; unpack it, or convert it")
     return text_pieces(path)
 
 
@@ -209,7 +209,7 @@ def list_files(inputs: Iterable[str]) -> list[Path]:
     files: list[Path] = []
     for top in map(Path, inputs):
         if top.is_dir():
-            files += sorted(_files_in(top))
+            files += sorted(_files_in(top)) or fail(f"there is no text in {top}")
         elif top.is_file():
             files.append(top)
         elif top.exists():

@@ -122,7 +122,8 @@ def test_a_file_is_what_its_content_says(read, tmp_path, pack, name):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("package.json", '{\n "name": "x"\n}'), ("a.txt", "[1] A note.\n{x}"), ("a.txt.gz", "{}")])
+    ("package.json", '{\n "name": "x"\n}'), ("a.txt", "[1] A note.\n{x}"), ("a.txt.gz", "{}"),
+    ("a.md", "[ ] to do\n[x] done"), ("a.hs", '{-# A #-}\nx = "text" : y')])
 def test_what_is_no_record_is_plain_text(read, name, content):
     packed = gzip.compress(content.encode()) if name.endswith(".gz") else content
     assert read(packed, name) == [content]
@@ -210,6 +211,7 @@ def test_a_pipe_is_read_twice(tmp_path):
     ("a.json", b'{\n "text": "x"\n}\n,', "is not JSON"),
     ("a.jsonl", b'[{"text": "x"},\n', "line 2 is not JSON"), ("a.jsonl", b"NaN", "has no field"),
     ("a.txt", "abc".encode("utf-16-le"), "a.txt has zero bytes"),
+    ("a.txt", b"a b " * (1 << 15) + bytes(9), "a.txt has zero bytes"),  # of a broken download
     ("a.tar.gz", gzip.compress(b"a.txt" + bytes(507) + b"abc", mtime=0), "a.tar.gz has zero bytes"),
     ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid ", "git lfs pull"),
     ("a.zst", b"\x28\xb5\x2f\xfd", "a.zst is packed by zstd; unpack it: zstd -d "),

@@ -288,8 +288,7 @@ def vocabulary(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str,
     for token in sorted(ranks, key=ranks.get):
         halves = [(token[:i], token[i:]) for i in range(1, len(token))]
         halves = [(a, b) for a, b in halves if a in ranks and b in ranks]
-        for a, b in sorted(halves, key=lambda pair: ranks[pair[0]]):
-            merges.append((names[a], names[b]))
+        merges += [(names[a], names[b]) for a, b in sorted(halves, key=lambda pair: ranks[pair[0]])]
     return {names[token]: rank for token, rank in ranks.items()}, merges
 
 

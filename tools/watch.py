@@ -106,10 +106,9 @@ def unit_of(run: str, data_dir: str | None) -> str:
     """What a run's losses are in; per token where its data folder cannot say more."""
     trained = read_log(run)[0]
     folder = os.path.join(data_dir or trained.get("data_dir", ""), trained.get("dataset", ""))
-    try:
-        return UNITS.get(load_meta(folder)["tokenizer"], "nats per token")
-    except UserError:
-        return "nats per token"
+    with contextlib.suppress(UserError, KeyError):
+        return UNITS[load_meta(folder)["tokenizer"]]
+    return "nats per token"
 
 
 def draw_losses(config: PlotConfig, path: str) -> None:
