@@ -114,7 +114,8 @@ class PrepareConfig:
              "--dataset and --subset are hf's")
         rule(not self.val_split or (self.corpus != "pydoc" and not self.input),
              "--val_split is for text from the Hub")
-        rule(self.val_split != self.split, f"--val_split={self.val_split} is what is trained on")
+        rule(self.split not in (self.val_split, str(self.val_split).partition("[")[0]),
+             f"--val_split={self.val_split} is what is trained on")
         rule(self.input or not self.val_input, "--val_input needs --input")
         rule(share is None or not (self.val_input or self.val_split),
              "--val_fraction does not go with --val_input or --val_split")

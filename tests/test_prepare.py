@@ -422,6 +422,8 @@ def test_what_others_have_made_or_make(tmp_path, command):
     ("text --input=x --dataset=y", "are hf's"),
     ("pydoc --val_split=x", "is for text from the Hub"),
     ("hf --dataset=x --val_split=train", "--val_split=train is what is trained on"),
+    ("hf --dataset=x --val_split=train[:1%]", "--val_split=train[:1%] is what is trained on"),
+    ("hf --dataset=x --split=a[:1%] --val_split=a[:1%]", "=a[:1%] is what is trained on"),
     ("tinystories --val_input=x", "--val_input needs --input"),
     ("text --input=x --val_input=y --val_fraction=0.1", "does not go with"),
     ("pydoc --tokenizer=gtp2", "no tokenizer gtp2; did you mean gpt2?"),
