@@ -63,8 +63,7 @@ def _blocks(path: Path) -> Iterator[str]:
         while data := file.read(BLOCK):
             start = len(rest)
             rest += data
-            cut = SAFE_CUT.search(rest, start) if len(rest) > BLOCK else None
-            if cut:
+            if len(rest) > BLOCK and (cut := SAFE_CUT.search(rest, start)):
                 yield rest[:cut.end()]
                 rest = rest[cut.end():]
         yield rest

@@ -138,8 +138,7 @@ def plan(configs: dict[str, CompareConfig], config: CompareConfig, vocab_size: i
         "block_size", "eval_tokens", "eval_iters", "max_iters"}
     planned: dict[str, CompareConfig] = {}
     for label, variant in configs.items():
-        differ = [k for k in sorted(common) if getattr(variant, k) != getattr(config, k)]
-        if differ:
+        if differ := [k for k in sorted(common) if getattr(variant, k) != getattr(config, k)]:
             fail(f"{label}: {', '.join(differ)} must be the same in all variants, or they cannot "
                  f"be compared; say it for the study")
         variant = replace(variant, vocab_size=config.vocab_size or vocab_size, eval_iters=None)
