@@ -26,5 +26,5 @@ def show(line: str, keep: bool = False) -> None:
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         print(line, flush=True)
     else:
-        width = None if keep else shutil.get_terminal_size().columns - 1
-        print(f"\r\033[K{line[:width]}", end="\n" if keep else "", flush=True)
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{line if keep else line[:width]:<{width}}", end="\n" if keep else "", flush=True)
