@@ -23,8 +23,9 @@ def is_tokenizer(meta: Any) -> bool:
     if not isinstance(meta, dict):
         return False
     name, alphabet = meta.get("tokenizer"), meta.get("alphabet", "")
-    if not isinstance(name, str) or not isinstance(alphabet, (str, list)) or not all(
-            isinstance(entry, str) for entry in alphabet):
+    if not isinstance(name, str) or not isinstance(alphabet, (str, list)):
+        return False
+    if not all(isinstance(entry, str) for entry in alphabet):
         return False
     distinct = isinstance(alphabet, list) or len(set(alphabet)) == len(alphabet)
     return name != "char" or (distinct and 0 < len(alphabet) == meta.get("vocab_size"))
