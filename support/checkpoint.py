@@ -181,14 +181,17 @@ def named_weights(table: dict) -> dict[str, torch.Tensor]:
 # Writing
 
 
-def write_file(state: dict, path: str) -> None:
-    """Write a checkpoint so that `path` is the old or the new one, whole, at every moment."""
+def write_file(state: dict, path: str, previous: str = "") -> None:
+    """Write a checkpoint so that `path` is the old or the new one, whole, at every moment; what it
+    was before the new one is whole gets the name `previous`."""
     partial = f"{path}.partial"
     try:
         with open(partial, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and os.path.exists(path):
+            keep_previous(path, previous)
         rename(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
@@ -199,16 +202,14 @@ def write_file(state: dict, path: str) -> None:
 
 def keep_previous(path: str, previous: str) -> None:
     """Give ckpt.pt a second name in one step, replacing what that named before; so ckpt.pt is never
-    absent. A copy where there are no links."""
+    absent, but for an instant where there are no links."""
     if os.path.exists(previous) and os.path.samefile(path, previous):
         return  # for which POSIX renames nothing, and leaves the partial name
     partial = f"{previous}.partial"
-    with contextlib.suppress(OSError):
-        os.remove(partial)
     try:
         os.link(path, partial)
     except OSError:  # a file system without hard links
-        shutil.copyfile(path, partial)
+        partial = path
     rename(partial, previous)
 
 
@@ -219,9 +220,7 @@ def save_checkpoint(state: dict, out_dir: str, best: bool) -> None:
         names = ("model", "model_args", "config", "tokenizer", "iter_num", "best_val_loss",
                  "code")
         write_file({name: state[name] for name in names}, os.path.join(out_dir, "best.pt"))
-    if os.path.exists(path):
-        keep_previous(path, os.path.join(out_dir, "ckpt_prev.pt"))
-    write_file(state, path)
+    write_file(state, path, previous=os.path.join(out_dir, "ckpt_prev.pt"))
 
 
 def clear_folder(config, resumed: bool) -> None:

@@ -13,7 +13,7 @@ from conftest import assert_same, load, nanogpt_checkpoint, refused, scripted, s
 import sample
 import train
 from model import ATTENTIONS, GPT, CausalSelfAttention
-from support.checkpoint import HEAD, TABLE, model_from, read_checkpoint
+from support.checkpoint import HEAD, TABLE, model_from, read_checkpoint, read_latest
 from tools.exchange import to_safetensors
 
 
@@ -105,13 +105,27 @@ def test_a_save_at_a_stop_is_not_the_best(run, tmp_path):
     assert steps(tmp_path) == {"ckpt": 3, "ckpt_prev": 2, "best": 3}
 
 
-def test_the_previous_is_a_copy_where_there_are_no_links(run, tmp_path, monkeypatch):
+def test_the_previous_is_kept_where_there_are_no_links(run, tmp_path, monkeypatch):
     def no_links(*_):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", no_links)
     run(tmp_path, save_interval=3)
     assert steps(tmp_path) == {"ckpt": 6, "ckpt_prev": 3, "best": 6}
+
+
+def test_a_failed_save_keeps_the_whole_one_beside_a_damaged(run, tmp_path, monkeypatch):
+    def full(state, file, write=torch.save):
+        if "optimizer" in state:
+            raise OSError(28, "No space left on device")
+        write(state, file)
+
+    run(tmp_path, save_interval=3)
+    (tmp_path / "ckpt.pt").write_bytes(b"damaged")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        refused(lambda: run(tmp_path, init_from="resume", save_interval=3), "No space left")
+    assert read_latest(str(tmp_path))["iter_num"] == 3
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
