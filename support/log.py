@@ -42,7 +42,7 @@ class Log:
         with open(path, encoding="utf-8", errors="replace") as file:  # it may be damaged
             text = file.read()
         times = re.findall(r'"seconds": (\d+(?:\.\d+)?)', text)
-        self.began = time.time() - (float(times[-1]) if times else 0.0)  # a resumed clock goes on
+        self.began = time.monotonic() - (float(times[-1]) if times else 0.0)  # it goes on
         codes = re.findall(r'"code": {"hash": "(\w+)"', text)
         if codes[-1:] != [code_in()["hash"]]:
             self.write({"type": "config", **asdict(config), "code": code_in()})
@@ -73,7 +73,7 @@ class Log:
                 del self.sinks[name]
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        values["seconds"] = time.time() - self.began
+        values["seconds"] = time.monotonic() - self.began
         record = finite({"type": kind, "iter": step, **values})
         self.write(record)
         self.send(record)
