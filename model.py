@@ -173,7 +173,7 @@ class OutputProjection(nn.Linear):
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (i, i + dim/2) of x (B, H, T, dim) by the angles of GPT.rope."""
     (cos, sin), (a, b) = rope, x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class KVCache:
@@ -247,7 +247,7 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(k, v)
-        causal = mask is None and T > 1  # without a mask there are faster kernels
+        causal = mask is None and bool(T > 1)  # without a mask there are faster kernels
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
@@ -323,7 +323,7 @@ FFNS = {"mlp": MLP, "swiglu": SwiGLU, "hourglass": HourglassFFN}
 RANGES: dict[str, tuple[Callable, Callable]] = {  # of a scalar: raw -> value, value -> raw
     "identity": (lambda raw: raw, lambda value: value),
     "sigmoid": (torch.sigmoid, torch.logit),  # (0, 1)
-    "softplus": (F.softplus, lambda value: value.expm1().log())}  # (0, inf)
+    "softplus": (F.softplus, lambda value: value + (-(-value).expm1()).log())}  # (0, inf)
 
 
 class Template(nn.Module):
@@ -661,20 +661,24 @@ def walk(module: nn.Module, path: str = "", around: str | None = None,
          ) -> Iterator[tuple[str, nn.Parameter, nn.Module, str]]:
     """(name, parameter, its module, role) of every parameter, the tied one twice. The role says how
     it starts and which optimiser group it joins: the module's own (role = "matrix"), a norm's, that
-    of the module `around` it, or its type's. ValueError where there is none."""
+    of the module `around` it, or its type's. ValueError where there is none. A template's role is
+    that of all in it, that of another module with bare parameters is theirs alone."""
     of_type = next((role for kind, role in ROLES.items() if isinstance(module, kind)), None)
     own = getattr(module, "role", None)
     role = own or ("norm" if of_type == "norm" else around or of_type)
-    for name, p in module.named_parameters(recurse=False):
+    bare = dict(module.named_parameters(recurse=False))
+    for name, p in bare.items():
         if role is None:
-            raise ValueError(f"{path}.{name}: what is the role of a {type(module).__name__}? Say "
+            raise ValueError(f"{path}{name}: what is the role of a {type(module).__name__}? Say "
                              f"role = \"matrix\", \"embedding\", \"norm\" or \"scalar\" in it")
         if isinstance(module, Template) and name not in module.learned:
-            raise ValueError(f"{path}.{name}: a template's parameter starts at a value; make it "
+            raise ValueError(f"{path}{name}: a template's parameter starts at a value; make it "
                              f"with self.learn(name, start, range_map, shape)")
-        yield f"{path}.{name}", p, module, role
+        yield f"{path}{name}", p, module, role
+    if isinstance(module, Template) or not bare:
+        around = own or around
     for name, child in module.named_children():
-        yield from walk(child, f"{path}.{name}".strip("."), own or around)
+        yield from walk(child, f"{path}{name}.", around)
 
 
 class GPT(nn.Module):

@@ -837,6 +837,18 @@ def test_a_channels_beta_starts_where_it_should(monkeypatch):
     assert learned_scalars(model)["beta"] == [[pytest.approx(0.25)] * 2] * 2
 
 
+def test_an_exported_program_takes_texts_of_any_length():
+    model, length = build(position="rope"), torch.export.Dim("length", min=2, max=16)
+    program = torch.export.export(model, (IDX[:, :9],), dynamic_shapes=({1: length},)).module()
+    assert_close(program(IDX[:, :5])[0], model(IDX[:, :5])[0])
+
+
+@pytest.mark.parametrize("gamma", [1e-20, 0.5, 800.0])
+def test_scalars_from_tiny_to_large(gamma):
+    step = GPT(config(template="polyak", gamma_init=gamma)).transformer.h[0].steps[0]
+    assert_close(step.scalar("gamma") / gamma, torch.ones(1), 1e-5)
+
+
 def test_an_unknown_range_is_an_error():
     with pytest.raises(KeyError, match="tanh"):
         build().transformer.h[0].steps[0].learn("beta", 0.5, "tanh")
@@ -911,6 +923,28 @@ def test_a_parameter_without_a_role_is_an_error(monkeypatch):
     model.transformer.h[1].bias = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"h\.1\.bias: .*Block"):
         model.parameter_roles()
+
+
+class Sinks(CausalSelfAttention):
+    """Attention with a bare parameter, whose role is not that of the matrices beside it."""
+
+    role = "norm"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.sinks = nn.Parameter(torch.zeros(config.n_head))
+
+
+def test_a_bare_parameters_role_is_its_own(monkeypatch):
+    monkeypatch.setitem(ATTENTIONS, "sinks", Sinks)
+    plain, model = build(template="tmm").parameter_roles(), build(template="tmm", attention="sinks")
+    model.role, model.registers = "embedding", nn.Parameter(torch.zeros(2, 32))
+    roles = model.parameter_roles()
+    roles["embedding"].pop("registers")
+    for n in range(2):
+        roles["norm"].pop(f"transformer.h.{n}.attn.sinks")
+    assert {role: list(names) for role, names in roles.items()} == {
+        role: list(names) for role, names in plain.items()}
 
 
 class Several(Bare):
