@@ -838,8 +838,8 @@ def test_a_channels_beta_starts_where_it_should(monkeypatch):
 
 
 def test_an_exported_program_takes_texts_of_any_length():
-    model, length = build(position="rope"), torch.export.Dim("length", min=2, max=16)
-    program = torch.export.export(model, (IDX[:, :9],), dynamic_shapes=({1: length},)).module()
+    model, length = build(position="rope"), torch.export.Dim("length", min=2, max=12)
+    program = torch.export.export(model, (IDX,), dynamic_shapes=({1: length},)).module()
     assert_close(program(IDX[:, :5])[0], model(IDX[:, :5])[0])
 
 
