@@ -131,18 +131,25 @@ def parameters(optimizer: torch.optim.Optimizer, model: GPT) -> list[tuple[str, 
 
 
 def load_states(optimizers: dict, model: GPT, states: dict, ranks: Ranks) -> None:
-    """Give the optimisers their states (optimiser -> name -> state), which rank 0 has: numbers as
-    they are, of a cropped position table its rows, of a sharded parameter this process's part."""
+    """Give the optimisers their states (optimiser -> name -> state), which rank 0 has."""
     for kind, optimizer in optimizers.items():
         plan = optimizer.state_dict()
+        ours = isinstance(optimizer, (torch.optim.AdamW, torch.optim.Muon))
         for number, (name, p) in enumerate(parameters(optimizer, model)):
             state = ranks.first(lambda name=name, kind=kind: states[kind].get(name))
             if state is not None:
-                plan["state"][number] = {
-                    key: value if isinstance(value, (int, float, type(None))) or not value.dim()
-                    else part_of(value[:len(p)].view(p.shape), p)
-                    for key, value in state.items()}
+                plan["state"][number] = {key: fitted(value, p, ours)
+                                         for key, value in state.items()}
         optimizer.load_state_dict(plan)
+
+
+def fitted(value: Any, p: torch.Tensor, ours: bool) -> Any:
+    """A value of p's state: a number as it is, of a cropped position table its rows, of a sharded
+    parameter this process's part. A fork's optimiser may have lists and tensors of other shapes."""
+    number = isinstance(value, (int, float, type(None)))
+    if number or not (ours or getattr(value, "shape", ()) == p.shape) or not value.dim():
+        return value
+    return part_of(value[:len(p)].view(p.shape), p)
 
 
 def nanogpt_states(model: GPT, state: dict) -> dict:

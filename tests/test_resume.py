@@ -60,17 +60,23 @@ def resume(out, **options) -> list[dict]:
 
 
 class Counting(torch.optim.SGD):
-    """A fork's optimiser: its parameters have no names, its state has a number."""
+    """A fork's optimiser: its parameters have no names, its state has a number and a list."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1, momentum=0.9)
 
     def step(self, closure=None):
         super().step()
         for p in self.param_groups[0]["params"]:
-            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+            state = self.state[p]
+            state["step"] = state.get("step", 0) + 1
+            state["factors"] = [torch.full((7, 7), state["step"]), None]
 
 
-def test_a_forks_optimiser(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [Counting, torch.optim.Adafactor])
+def test_a_forks_optimiser(run, tmp_path, monkeypatch, kind):
     def make(model, *_):
-        optimizer = Counting(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = kind(list(model.parameters()))
         optimizer.param_groups[0]["peak_lr"] = 0.1
         return {"sgd": optimizer}
 
