@@ -37,10 +37,11 @@ class Log:
         path = os.path.join(config.out_dir, "log.jsonl")
         # unbuffered, so that what a full disk refuses is not tried again when the file is closed
         self.file = open(path, "ab", buffering=0)
-        self.file.truncate(min(run.log_length or 0, self.file.tell()))
+        with open(path, "rb") as file:
+            earlier = file.read(run.log_length or 0)  # it may be damaged, or shorter
+        self.file.truncate(earlier.rfind(b"\n") + 1)  # whole lines
         self.file.seek(0, os.SEEK_END)
-        with open(path, encoding="utf-8", errors="replace") as file:  # it may be damaged
-            text = file.read()
+        text = earlier[:self.file.tell()].decode(errors="replace")
         times = re.findall(r'"seconds": (\d+(?:\.\d+)?)', text)
         self.began = time.monotonic() - (float(times[-1]) if times else 0.0)  # it goes on
         codes = re.findall(r'"code": {"hash": "(\w+)"', text)

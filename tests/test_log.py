@@ -65,6 +65,14 @@ def test_the_log_is_cut_even_if_nothing_was_written_since(tmp_path):
     assert Log(config, Progress(log_length=length), None, *here).length() == length
 
 
+def test_a_log_that_lost_its_end_goes_on_with_a_new_line(run, tmp_path):
+    run(tmp_path, max_iters=3)
+    whole = (tmp_path / "log.jsonl").read_bytes()
+    (tmp_path / "log.jsonl").write_bytes(whole[:-20])
+    found = run(tmp_path, init_from="resume", max_iters=4)
+    assert steps_of(found) == [0, 1, 2, 3]
+
+
 def test_a_log_says_where_other_code_goes_on(run, tmp_path, monkeypatch, capsys):
     """Also where that is the first code again; the files of both are kept."""
     run(tmp_path, max_iters=2)
