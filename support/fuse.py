@@ -63,8 +63,9 @@ def serves(model: GPT) -> bool:
 
 
 def disagreement(model: GPT, device: torch.device) -> str:
-    """"" where loss and gradients of a batch are the plain path's, at parameters a little off their
-    start, where none hides another by being zero; else what is wrong."""
+    """"" where loss and gradients of a batch are the plain path's, and its random numbers as many,
+    at parameters a little off their start, where none hides another by being zero; else what is
+    wrong."""
     results, precision = [], torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -82,7 +83,8 @@ def disagreement(model: GPT, device: torch.device) -> str:
                 torch.manual_seed(0)  # the same dropout
                 loss = trial(tokens, tokens.flip(1), return_logits=False)[1]
                 loss.backward()
-                results.append([loss.detach(), *(p.grad for p in trial.parameters())])
+                drawn = torch.rand(1), torch.rand(1, device=device)  # equal if both drew as often
+                results.append([loss.detach(), *drawn, *(p.grad for p in trial.parameters())])
                 trial.zero_grad(set_to_none=True)
     except Exception as error:  # of parts that are not as `hidden` knows them, or of the kernel
         return f"the fused path fails: {reason(error)}"

@@ -239,6 +239,15 @@ def test_a_velocity_that_is_zero_at_first_hides_nothing(monkeypatch):
     assert "something else" in disagreement(gpt, CPU)
 
 
+def test_a_layer_that_is_seldom_dropped_is_seen(monkeypatch):
+    """Even if no layer is in the batch that is compared."""
+    def forward(self, state, rope=None, cache=None, wrapped=Block.forward):
+        return state if torch.rand(()) < 1e-6 else wrapped(self, state, rope, cache)
+
+    monkeypatch.setattr(Block, "forward", forward)
+    assert "something else" in disagreement(new_model(template="nesterov"), CPU)
+
+
 def forced(patch) -> None:
     """As on CUDA: what serves and agrees is taken."""
     def auto(gpt, wanted, device, wrapped=fuse):
