@@ -784,13 +784,17 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx, cache)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
+            return self.logits(x[:, -1:]), None
         return self.head_and_loss(x, targets, return_logits, reduction)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """What the head reads (..., C) -> logits (..., V), for training and all that follows."""
+        return self.lm_head(x)
 
     def head_and_loss(self, x: torch.Tensor, targets: torch.Tensor, return_logits: bool,
                       reduction: str) -> tuple[torch.Tensor | None, torch.Tensor]:
         """What the head reads (B, T, C) and the targets (B, T) -> as `forward` has it."""
-        logits = self.lm_head(x)  # (B, T, V)
+        logits = self.logits(x)  # (B, T, V)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-1,
                                reduction=reduction)

@@ -187,7 +187,7 @@ def prefill(model: GPT, text: torch.Tensor, start: torch.Tensor, count: torch.Te
     x = model.hidden(windows, cache)  # (B, T, C)
     if ragged:
         cache.crop(lengths)
-    return model.lm_head(x[torch.arange(len(x), device=x.device), lengths - 1])
+    return model.logits(x[torch.arange(len(x), device=x.device), lengths - 1])
 
 
 @torch.no_grad()

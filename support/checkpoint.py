@@ -157,10 +157,11 @@ def model_from(checkpoint: dict, **changes) -> GPT:
 
 
 def named_weights(table: dict) -> dict[str, torch.Tensor]:
-    """A checkpoint's weights under our names: without what torch.compile and DDP put before them,
-    the table of tokens under both of its names. UserError where they are not for us."""
+    """A checkpoint's weights under our names: without what torch.compile and DDP put before them
+    and older nanoGPT's causal masks, the table of tokens under both of its names. UserError where
+    they are not for us."""
     named = [(re.sub(r"^(_orig_mod\.|module\.)+", "", name), w) for name, w in table.items()
-             if not name.endswith(".attn.bias")]  # older nanoGPT's causal masks
+             if not (name.endswith(".attn.bias") and getattr(w, "ndim", 0) == 4)]  # causal masks
     for name, w in named:
         kind = getattr(w, "dtype", type(w).__name__)
         if kind not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

@@ -74,6 +74,19 @@ def test_a_forks_buffers(run, tmp_path, monkeypatch, name, buffer):
     sample.main([f"--out_dir={tmp_path}", "--device=cpu", "--start=a", "--max_new_tokens=2"])
 
 
+def test_a_forks_learned_bias_is_no_mask(run, tmp_path, monkeypatch):
+    class Biased(CausalSelfAttention):
+        role = "norm"
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.bias = torch.nn.Parameter(torch.ones(config.n_head, 1))
+
+    monkeypatch.setitem(ATTENTIONS, "biased", Biased)
+    run(tmp_path, attention="biased", max_iters=1)
+    run(tmp_path, init_from="resume", max_iters=2)
+
+
 def test_a_forks_own_head(run, tmp_path, monkeypatch):
     """Which is not the table of tokens: saved, exported and read back as it is."""
     def untied(self, config, wrapped=GPT.__init__):
@@ -243,6 +256,7 @@ def test_names_of_weights(foreign, prefix, left_out):
     """As wrappers make them, and the tied table once."""
     weights = foreign["model"]
     table = {prefix + name: w for name, w in weights.items() if name != left_out}
+    table[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()  # an old mask
     assert_read(foreign | {"model": table}, weights)
 
 

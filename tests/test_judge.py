@@ -144,8 +144,10 @@ VARIANTS = [dict(), dict(template="nesterov"), dict(template="tmm", position="ro
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 @torch.no_grad()
-def test_scores(options):
-    """Of every variant: one by one, and in batches of any size; not of the padding's rows."""
+def test_scores(options, monkeypatch):
+    """Of every variant, and of a fork's logits: one by one, and in batches of any size; not of the
+    padding's rows."""
+    monkeypatch.setattr(GPT, "logits", lambda self, x: 9 * (self.lm_head(x) / 9).tanh())
     model, pairs = tiny(**options).double(), some_pairs()
     greedy = model.generate(torch.tensor([[3, 5]]), 9, temperature=0)[0].tolist()
     pairs += [(greedy[:2], greedy[2:]), ([7], [])]

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from variants import IDX, VARIANTS, assert_close, build, write_checkpoint
 
 import sample
+from model import GPT
 from sample import DecodingCache, DecodingLinear, draw, store_matrices, stream
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +110,12 @@ def test_padded_rows_of_the_vocabulary_are_never_drawn():
     assert model(IDX)[0].argmax() >= 4
     for how in (dict(), dict(top_k=4), dict(top_k=100), dict(top_p=0.9), dict(temperature=0)):
         assert decode(model, IDX, **{"temperature": 3.0, **how}).max() < 4
+
+
+def test_a_forks_logits_are_those_of_each_token(monkeypatch):
+    monkeypatch.setattr(GPT, "logits", lambda self, x: -self.lm_head(x))
+    model = build(template="nesterov")
+    assert torch.equal(decode(model, IDX, n=9), model.generate(IDX, 9, temperature=0)[:, -9:])
 
 
 # -----------------------------------------------------------------------------

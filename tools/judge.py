@@ -242,7 +242,7 @@ def score(model: GPT, pairs: list[tuple[list[int], list[int]]], batch_size: int,
         batch = order[k:k + batch_size]
         for inputs, x in zip(batch, model.hidden(padded(batch).to(device)), strict=True):  # (T, C)
             for pair, targets in rows[inputs]:
-                logits = model.lm_head(x[len(inputs) - len(targets):len(inputs)])
+                logits = model.logits(x[len(inputs) - len(targets):len(inputs)])
                 logits = logits[:, :model.config.vocab_used]
                 logits = logits if logits.dtype == torch.float64 else logits.float()
                 check_finite(logits)
