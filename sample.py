@@ -117,13 +117,17 @@ class DecodingLinear(nn.Linear):
 def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     """For inference without autocast: convert the linears once, as autocast would at every call,
     for the same numbers, and map the templates' scalars once. The rest is fp32, or fp64 as they
-    are; the head becomes a copy of the token table. A linear with a forward of its own is left."""
+    are; the head becomes a copy of the token table. A fork that has other matrices, or linears with
+    a forward of their own, stays as it is, as two precisions would meet in it."""
     model = model.double() if dtype == torch.float64 else model.float()  # not complex buffers
+    plain = (nn.Linear.forward, nn.Embedding.forward, DecodingLinear.forward)
+    other = any(p.ndim > 1 and type(m).forward not in plain and not isinstance(m, Template)
+                for m in model.modules() for p in m.parameters(recurse=False))
     for module in model.modules():
         if isinstance(module, Template):
             mapped = {name: nn.Parameter(module.scalar(name)) for name in module.learned}
             module.scalar = mapped.get
-        if type(module).forward in (nn.Linear.forward, DecodingLinear.forward):
+        if isinstance(module, nn.Linear) and not other:
             module.__class__ = DecodingLinear
             for name, p in list(module.named_parameters()):
                 setattr(module, name, nn.Parameter(p.detach().to(dtype), requires_grad=False))

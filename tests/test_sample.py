@@ -22,8 +22,9 @@ from conftest import option_words, refused, write_data
 from torch.utils._python_dispatch import TorchDispatchMode
 from variants import IDX, VARIANTS, assert_close, build, write_checkpoint
 
+import model as model_module
 import sample
-from model import GPT
+from model import GPT, MLP, OutputProjection
 from sample import DecodingCache, DecodingLinear, draw, store_matrices, stream
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +111,35 @@ def test_padded_rows_of_the_vocabulary_are_never_drawn():
     assert model(IDX)[0].argmax() >= 4
     for how in (dict(), dict(top_k=4), dict(top_k=100), dict(top_p=0.9), dict(temperature=0)):
         assert decode(model, IDX, **{"temperature": 3.0, **how}).max() < 4
+
+
+class LowRank(OutputProjection):
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+class Bare(MLP):
+    """A linear, and a bare matrix behind it."""
+
+    role = "matrix"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.matrix = torch.nn.Parameter(torch.zeros(config.n_embd, config.n_embd))
+
+    def forward(self, x):
+        return super().forward(x) @ self.matrix
+
+
+def test_a_forks_matrices_meet_one_precision(monkeypatch):
+    monkeypatch.setitem(model_module.FFNS, "bare", Bare)
+    low_rank, normed = build(torch.float32), build(torch.float32)
+    low_rank.transformer.h[0].mlp.c_proj.__class__ = LowRank
+    torch.nn.utils.parametrizations.weight_norm(normed.transformer.h[0].mlp.c_proj)
+    for model in (low_rank, normed, build(torch.float32, ffn="bare")):
+        text = model.generate(IDX, 9, temperature=0)
+        store_matrices(model, torch.bfloat16)
+        assert torch.equal(decode(model, IDX, n=9), text[:, -9:])
 
 
 def test_a_forks_logits_are_those_of_each_token(monkeypatch):
@@ -312,10 +342,12 @@ def test_a_linear_with_a_forward_of_its_own_keeps_it():
             return 2 * super().forward(x)
 
     model, x = torch.nn.Sequential(Doubled(4, 4), torch.nn.Linear(4, 4)), torch.ones(3, 4)
-    expected = model[0](x)
+    expected = model(x)
     store_matrices(model, torch.bfloat16)
-    store_matrices(model, torch.float16)  # and once more
-    assert torch.equal(model[0](x), expected) and model(x).dtype == torch.float16
+    assert torch.equal(model(x), expected)
+    store_matrices(model[1], torch.bfloat16)
+    store_matrices(model[1], torch.float16)  # and once more
+    assert model[1](x).dtype == torch.float16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
