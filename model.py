@@ -857,13 +857,12 @@ class GPT(nn.Module):
         dimensions), norm (gains and biases), scalar (the templates'): name -> parameter, every
         parameter in exactly one."""
         roles: dict[str, dict] = {"matrix": {}, "embedding": {}, "norm": {}, "scalar": {}}
-        seen = set()
+        names = dict(self.named_parameters())  # without the head's matrix, which is the token table
         for name, p, _, role in walk(self):
             if role == "matrix" and p.ndim != 2:
                 role = "norm" if p.ndim < 2 else "embedding"
-            if p not in seen:  # the head's matrix is the token table
+            if name in names:
                 roles[role][name] = p
-            seen.add(p)
         return roles
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float,
@@ -888,11 +887,9 @@ class GPT(nn.Module):
             raise ValueError(f"block_size={block_size}: must lie in 1..{self.config.block_size}, "
                              f"the model's own; choose a smaller one")
         self.config = replace(self.config, block_size=block_size)
-        for name in ("wpe", "vpe"):
-            if name in self.transformer:
-                table = self.transformer[name]
-                table.weight = nn.Parameter(table.weight[:block_size].detach().clone())
-                table.num_embeddings = block_size
+        for name in {"wpe", "vpe"} & self.transformer.keys():
+            rows = self.transformer[name].weight[:block_size].detach().clone()
+            self.transformer[name] = nn.Embedding.from_pretrained(rows, freeze=False)
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> "GPT":
@@ -908,9 +905,8 @@ class GPT(nn.Module):
         hf = source.config
         gelus = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
         for name, known in dict(
-                layer_norm_epsilon=[1e-5], scale_attn_weights=[True], tie_word_embeddings=[True],
-                scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False],
-                activation_function=gelus).items():
+                layer_norm_epsilon=[1e-5], scale_attn_weights=[True], add_cross_attention=[False],
+                scale_attn_by_inverse_layer_idx=[False], activation_function=gelus).items():
             if getattr(hf, name) not in known:
                 raise ValueError(f"it is no GPT-2 that this model can be: it has "
                                  f"{name}={getattr(hf, name)}")

@@ -117,8 +117,8 @@ class DecodingLinear(nn.Linear):
 def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     """For inference without autocast: convert the linears once, as autocast would at every call,
     for the same numbers, and map the templates' scalars once. The rest is fp32, or fp64 as they
-    are; the head becomes a copy of the token table. A fork that has other matrices, or linears with
-    a forward of their own, stays as it is, as two precisions would meet in it."""
+    are; the head becomes a copy of the token table. Beside other matrices, which a fork may have,
+    linears stay fp32: two precisions would meet."""
     model = model.double() if dtype == torch.float64 else model.float()  # not complex buffers
     plain = (nn.Linear.forward, nn.Embedding.forward, DecodingLinear.forward)
     other = any(p.ndim > 1 and type(m).forward not in plain and not isinstance(m, Template)

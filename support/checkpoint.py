@@ -46,8 +46,7 @@ def read_checkpoint(path: str) -> dict:
     except UserError:
         raise
     except ImportError as error:
-        package = str(error.name).split(".")[0]
-        fail(f"{path} needs {package}: pip install {package}")
+        fail(f"{path} needs {error.name}: pip install {error.name}")
     except pickle.UnpicklingError:
         fail(f"{path} is damaged or no checkpoint, or it holds more than tensors and plain Python, "
              f"which could run code: it was not loaded; of safetensors name the folder")
@@ -80,16 +79,15 @@ def map_file(path: str) -> dict:
 def read_latest(out_dir: str) -> dict | None:
     """The newest whole checkpoint of a run; None if there is none. A damaged one is named."""
     problems = []
-    for name in ("ckpt.pt", "ckpt_prev.pt"):
-        path = os.path.join(out_dir, name)
-        if os.path.exists(path):
-            try:
-                checkpoint = read_checkpoint(path)
-                for problem in problems:
-                    print(f"warning: {problem}; using {path}", file=sys.stderr)
-                return checkpoint
-            except UserError as error:
-                problems.append(str(error))
+    paths = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ckpt_prev.pt"))
+    for path in filter(os.path.exists, paths):
+        try:
+            checkpoint = read_checkpoint(path)
+            for problem in problems:
+                print(f"warning: {problem}; using {path}", file=sys.stderr)
+            return checkpoint
+        except UserError as error:
+            problems.append(str(error))
     if problems:
         fail(*problems)
     return None
@@ -157,9 +155,8 @@ def model_from(checkpoint: dict, **changes) -> GPT:
 
 
 def named_weights(table: dict) -> dict[str, torch.Tensor]:
-    """A checkpoint's weights under our names: without what torch.compile and DDP put before them
-    and older nanoGPT's causal masks, the table of tokens under both of its names. UserError where
-    they are not for us."""
+    """A checkpoint's weights under our names, without what torch.compile and DDP put before them
+    and old causal masks; the table of tokens under both names. UserError where they are no good."""
     named = [(re.sub(r"^(_orig_mod\.|module\.)+", "", name), w) for name, w in table.items()
              if not (name.endswith(".attn.bias") and getattr(w, "ndim", 0) == 4)]  # causal masks
     for name, w in named:
@@ -183,8 +180,8 @@ def named_weights(table: dict) -> dict[str, torch.Tensor]:
 
 
 def write_file(state: dict, path: str, previous: str = "") -> None:
-    """Write a checkpoint so that `path` is the old or the new one, whole, at every moment; what it
-    was before the new one is whole gets the name `previous`."""
+    """Write a checkpoint so that `path` is the old or the new one, whole, at every moment; once the
+    new one is whole, the old one is `previous`."""
     partial = f"{path}.partial"
     try:
         with open(partial, "wb") as file:

@@ -35,15 +35,14 @@ def hidden(model: GPT, idx: torch.Tensor, cache: KVCache | None = None) -> torch
     norms = [norm for block in parts.h for norm in (block.ln_1, block.ln_2)] + [parts.ln_f]
     one = torch.ones_like(steps[0].scalar("beta"))
     mus = [step.scalar("mu") if "mu" in step.learned else 0 * one for step in steps] + [0 * one]
+    converted = torch.is_autocast_enabled(x.device.type)  # by the next oracle, and so here
+    z_dtype = torch.get_autocast_dtype(x.device.type) if converted else one.dtype
     z = norms[0](x + mus[0] * v)
     for oracle, step, norm, mu in zip(oracles, steps, norms[1:], mus[1:], strict=True):
         nu = step.scalar("nu") if "nu" in step.learned else one
         scalars = torch.cat((step.scalar("beta"), step.scalar("gamma"), nu, mu))
         columns = torch.stack((*affine(step.norm, norms[0].weight), *affine(norm, norms[0].weight)))
         has_norm = not isinstance(norm, torch.nn.Identity)
-        z_dtype = scalars.dtype
-        if has_norm and torch.is_autocast_enabled(x.device.type):
-            z_dtype = torch.get_autocast_dtype(x.device.type)  # the oracle would convert it
         x, v, z = Substep.apply(x, v, oracle(z), scalars, columns, has_norm,
                                 config.norm == "rmsnorm", config.bias, z_dtype)
     return z
@@ -63,9 +62,8 @@ def serves(model: GPT) -> bool:
 
 
 def disagreement(model: GPT, device: torch.device) -> str:
-    """"" where loss and gradients of a batch are the plain path's, and its random numbers as many,
-    at parameters a little off their start, where none hides another by being zero; else what is
-    wrong."""
+    """"" where a batch's loss, gradients and random numbers are the plain path's, at parameters a
+    little off their start, where none hides another by being zero; else what is wrong."""
     results, precision = [], torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

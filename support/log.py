@@ -65,7 +65,7 @@ class Log:
         known = {f"{kind}/{name}": value for name, value in record.items()
                  if isinstance(value, (int, float)) and name != "iter"}
         for name, layers in record.get("scalars", {}).items():
-            known[f"scalars/{name}"] = float(np.mean(np.array(layers, float)))
+            known[f"scalars/{name}"] = float(np.mean(np.array(sum(layers, []), float)))
         for name, sink in list(self.sinks.items()):
             try:
                 sink(known, step)
@@ -113,18 +113,14 @@ class Log:
         return self.file.tell()
 
 
-@torch.no_grad()
 def learned_scalars(model: Any) -> dict[str, list[list[float]]]:
     """The scalars that all substeps learn, mapped (means of those that are more than a number):
     name -> for each layer the values of its substeps."""
     blocks = model.transformer.h
     substeps = [substep for block in blocks for substep in block.steps]
     names = [n for n in substeps[0].learned if all(n in substep.learned for substep in substeps)]
-    values = [substep.scalar(name).mean() for name in names for substep in substeps]
-    if not values:
-        return {}
-    table = torch.stack(values).view(len(names), len(blocks), -1).tolist()  # one read
-    return dict(zip(names, table, strict=True))
+    return {name: [[substep.scalar(name).mean().item() for substep in block.steps]
+                   for block in blocks] for name in names}
 
 
 def leave_out(sink: str, error: Exception) -> None:

@@ -152,28 +152,15 @@ def fitted(value: Any, p: torch.Tensor, ours: bool) -> Any:
     return part_of(value[:len(p)].view(p.shape), p)
 
 
-def nanogpt_states(model: GPT, state: dict) -> dict:
-    """nanoGPT's optimiser state, numbered matrices and tables first, by name."""
-    names = [n for n, p in sorted(model.named_parameters(), key=lambda named: named[1].dim() < 2)]
-    return {"adamw": {names[i]: s for i, s in state["state"].items()}}
-
-
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """torch's generators of this process."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states["device"] = getattr(torch, device.type).get_rng_state()
-    return states
-
-
 def restore(checkpoint: dict, config: Any, model: GPT, optimizers: dict[str, torch.optim.Optimizer],
             scaler: torch.amp.GradScaler, ranks: Ranks) -> Progress:
     """Put a checkpoint's optimisers, loss scale and generators back; returns how far it was."""
     master, rng = ranks.rank == 0, checkpoint.get("rng", ())
     try:
         states = deepcopy(checkpoint.get("optimizer") or {})  # of a file that will be replaced
-        if "param_groups" in states and config.optimizer == "adamw":
-            states = nanogpt_states(model, states)
+        if "param_groups" in states and config.optimizer == "adamw":  # nanoGPT's, by number
+            named = sorted(model.named_parameters(), key=lambda named: named[1].dim() < 2)
+            states = {"adamw": {named[i][0]: s for i, s in states["state"].items()}}
         if ranks.first(lambda: states.keys() == optimizers.keys()):
             load_states(optimizers, model, states, ranks)
         elif master:
@@ -217,7 +204,10 @@ def save(run: Progress, config: Any, model: GPT, optimizers: dict[str, torch.opt
     states = {kind: {name: {key: ranks.whole(value) for key, value in optimizer.state[p].items()}
                      for name, p in parameters(optimizer, model) if p in optimizer.state}
               for kind, optimizer in optimizers.items()}
-    rng = ranks.gather(rng_state(ranks.device))
+    rng = {"cpu": torch.get_rng_state()}
+    if ranks.device.type != "cpu":
+        rng["device"] = getattr(torch, ranks.device.type).get_rng_state()
+    rng = ranks.gather(rng)
 
     def write() -> None:
         deleted = not os.path.isdir(config.out_dir)
