@@ -106,7 +106,7 @@ class GPTConfig:
         template = TEMPLATES.get(self.template, Template)
         splittings = template.splittings or ("lie_trotter",)
         rule(self.splitting in splittings or self.splitting not in SPLITTINGS,
-             f"splitting={self.splitting}: template={self.template} has its own order; use "
+             f"splitting={self.splitting}: template={self.template} does not take it; use "
              f"splitting={' or '.join(splittings)}")
         rule(not self.each or (len(template.splittings) > 1 and self.splitting != "euler"),
              f"ffn_substeps=each: template={self.template} with splitting={self.splitting} takes "
