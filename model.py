@@ -247,7 +247,7 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(k, v)
-        causal = mask is None and bool(T > 1)  # without a mask there are faster kernels
+        causal = mask is None and bool(T > 1)  # no mask: faster kernels; bool, for torch.export
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
@@ -888,8 +888,9 @@ class GPT(nn.Module):
                              f"the model's own; choose a smaller one")
         self.config = replace(self.config, block_size=block_size)
         for name in {"wpe", "vpe"} & self.transformer.keys():
-            rows = self.transformer[name].weight[:block_size].detach().clone()
-            self.transformer[name] = nn.Embedding.from_pretrained(rows, freeze=False)
+            table = self.transformer[name]
+            table.weight = nn.Parameter(table.weight[:block_size].detach().clone())
+            table.num_embeddings = block_size
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> "GPT":

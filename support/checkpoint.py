@@ -179,17 +179,14 @@ def named_weights(table: dict) -> dict[str, torch.Tensor]:
 # Writing
 
 
-def write_file(state: dict, path: str, previous: str = "") -> None:
-    """Write a checkpoint so that `path` is the old or the new one, whole, at every moment; once the
-    new one is whole, the old one is `previous`."""
+def write_file(state: dict, path: str) -> None:
+    """Write a checkpoint so that `path` is the old or the new one, whole, at every moment."""
     partial = f"{path}.partial"
     try:
         with open(partial, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        if previous and os.path.exists(path):
-            keep_previous(path, previous)
         rename(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
@@ -200,14 +197,16 @@ def write_file(state: dict, path: str, previous: str = "") -> None:
 
 def keep_previous(path: str, previous: str) -> None:
     """Give ckpt.pt a second name in one step, replacing what that named before; so ckpt.pt is never
-    absent, but for an instant where there are no links."""
+    absent. A copy where there are no links."""
     if os.path.exists(previous) and os.path.samefile(path, previous):
         return  # for which POSIX renames nothing, and leaves the partial name
     partial = f"{previous}.partial"
+    with contextlib.suppress(OSError):
+        os.remove(partial)
     try:
         os.link(path, partial)
     except OSError:  # a file system without hard links
-        partial = path
+        shutil.copyfile(path, partial)
     rename(partial, previous)
 
 
@@ -218,7 +217,9 @@ def save_checkpoint(state: dict, out_dir: str, best: bool) -> None:
         names = ("model", "model_args", "config", "tokenizer", "iter_num", "best_val_loss",
                  "code")
         write_file({name: state[name] for name in names}, os.path.join(out_dir, "best.pt"))
-    write_file(state, path, previous=os.path.join(out_dir, "ckpt_prev.pt"))
+    if zipfile.is_zipfile(path):  # what a power failure damaged does not replace a whole one
+        keep_previous(path, os.path.join(out_dir, "ckpt_prev.pt"))
+    write_file(state, path)
 
 
 def clear_folder(config, resumed: bool) -> None:

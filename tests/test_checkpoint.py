@@ -118,7 +118,7 @@ def test_a_save_at_a_stop_is_not_the_best(run, tmp_path):
     assert steps(tmp_path) == {"ckpt": 3, "ckpt_prev": 2, "best": 3}
 
 
-def test_the_previous_is_kept_where_there_are_no_links(run, tmp_path, monkeypatch):
+def test_the_previous_is_a_copy_where_there_are_no_links(run, tmp_path, monkeypatch):
     def no_links(*_):
         raise OSError(95, "Operation not supported")
 
