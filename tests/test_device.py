@@ -123,5 +123,7 @@ def test_attention_backend():
         with sdpa_kernel(backend):
             said = attention_backend(model, torch.bfloat16, torch.device("cpu"))
             assert said == f"{name} attention"
+    # Macs cannot say: torch has no kernel of that for them
+    assert attention_backend(model, torch.float32, torch.device("mps")) == ""
     model.config.attention = "mine"  # which may compute with anything
     assert attention_backend(model, torch.bfloat16, torch.device("cpu")) == ""
