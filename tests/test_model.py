@@ -570,7 +570,7 @@ INITIAL_SCALARS = [  # raw values
     (dict(template="nesterov", scalar_map="softplus", mu_init=1.0, beta_init=math.log(2)),
      dict(mu=ONE, beta=0, gamma=0)),
     (dict(template="imex"), dict(beta=0, gamma_a=0, gamma_m=0)),
-    (dict(template="symplectic"), dict(beta=0, gamma=0, eta=ONE)),
+    (dict(template="symplectic", gamma_init=800.0), dict(beta=0, gamma=800, eta=ONE)),
     (dict(template="rmsprop"), dict(beta2=0, gamma=0)),
     (dict(template="adam"), dict(beta1=0, beta2=0, gamma=0)),
     (dict(template="adamw"), dict(beta1=0, beta2=0, gamma=0, lam=-5)),
