@@ -18,15 +18,15 @@ ASIDE = {"__init__", "checkpoint", "code", "errors", "files", "foreign", "log", 
 
 
 def tree(node: Any) -> Any:
-    """A syntax tree as lists: without docstrings and what is empty, so that it is the same in all
-    versions of Python, which ast.dump's words are not."""
+    """A syntax tree as lists: without docstrings, what is empty, and whether imports are lazy, so
+    that it is the same in all versions of Python, which ast.dump's words are not."""
     if isinstance(node, list):
         return [tree(child) for child in node if not isinstance(child, ast.Expr)
                 or not isinstance(child.value, ast.Constant)]
     if not isinstance(node, ast.AST):
         return repr(node)
     return [type(node).__name__, *([name, tree(child)] for name, child in ast.iter_fields(node)
-                                   if child not in (None, []))]
+                                   if child not in (None, []) and name != "is_lazy")]
 
 
 @functools.cache
