@@ -18,8 +18,7 @@ def tune_machine(device: torch.device, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
         import torch._inductor.config as inductor
 
-        if hasattr(inductor, "deterministic"):
-            inductor.deterministic = True  # no choice among kernels by their speed
+        inductor.deterministic = True  # no choice among kernels by their speed
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if device.type == "cpu":
