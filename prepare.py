@@ -45,6 +45,7 @@ from support.tokenizer import Tokenizer
 BATCH = 1 << 20         # characters encoded at a time
 WORKER_SHARE = 8 << 20  # characters for which one more process pays
 SAVE_EVERY = 5.0        # seconds of work that a killed run loses at most
+# what this process may use: SLURM, docker and taskset may leave it fewer than there are
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 TINY_SHAKESPEARE = \
@@ -91,7 +92,7 @@ class PrepareConfig:
     val_fraction: float | None = None
     seed: int = 2357                 # of that draw
     data_dir: str = "data"           # where the folders of all data are
-    num_proc: int | None = None      # processes (auto: one for each core that it may use)
+    num_proc: int | None = None      # processes (auto: one for each core, at most 60)
     overwrite: bool = False          # replace data made with other settings
 
     def __post_init__(self) -> None:
@@ -102,7 +103,7 @@ class PrepareConfig:
         if not (self.val_split or self.input or self.val_fraction):
             self.val_split = corpus.get("val_split")
         self.tokenizer = self.tokenizer or corpus.get("tokenizer", "gpt2")
-        self.num_proc = self.num_proc or CORES
+        self.num_proc = self.num_proc or min(60, CORES)  # of more, Windows cannot wait for all
 
     def rules(self, rule: Callable[[object, str], None]) -> None:
         share = self.val_fraction

@@ -433,6 +433,17 @@ def test_mistakes_on_the_command_line(tmp_path, words, message):
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_as_many_processes_as_cores_that_may_be_used(monkeypatch):
+    """SLURM and docker leave few of a node's many."""
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); import prepare; " \
+           "print(prepare.PrepareConfig(corpus='pydoc').num_proc)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert done.stdout == b"1\n"
+    monkeypatch.setattr(prepare, "CORES", 128)
+    assert prepare.PrepareConfig(corpus="pydoc").num_proc == 60
+
+
 def test_all_mistakes_and_help(capsys, monkeypatch):
     wrong = ["pydoc", "--seed=-1", "--num_proc=0", "--val_fraction=2"]
     assert conftest.refused(lambda: prepare.main(wrong)) == [
