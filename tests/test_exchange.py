@@ -258,6 +258,9 @@ def test_transformers_computes_every_variant(tmp_path, monkeypatch, name):
     assert loss == pytest.approx(ours(IDX[:, :-1], IDX[:, 1:])[1].item(), rel=1e-5)
     with pytest.raises(ValueError, match="position_ids"):
         theirs(IDX, position_ids=IDX)
+    with torch.no_grad():  # transformers calls it so since 5.24
+        rest = theirs(IDX[:, 3:], cache=theirs(IDX[:, :3], use_cache=True).past_key_values).logits
+    assert_close(rest, expected[:, 3:], 1e-4)
 
     def generate(idx, **options):
         return theirs.generate(idx, max_new_tokens=8, do_sample=False, output_logits=True,

@@ -84,6 +84,7 @@ class NanoYuriiForCausalLM(PreTrainedModel, GenerationMixin):
             value = options.pop(name, None)
             if value is not None and value is not False:
                 raise ValueError(f"{name} is not known to a nanoYurii model; leave it out")
+        past_key_values = options.pop("cache", past_key_values)  # its name since transformers 5.24
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         if not isinstance(past_key_values, (DynamicCache, type(None))):
