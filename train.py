@@ -392,8 +392,8 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
             overflow = math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > 1
             if not finite and not overflow:
                 fail(f"step {run.step}: the loss is {loss}, the gradient norm {norm}; no update "
-                     f"made; {last_good(c.out_dir, saved)}; lower the learning rate, or use "
-                     f"--dtype=bfloat16")
+                     f"made; {last_good(c.out_dir, saved)}; lower the learning rate, or "
+                     f"try --dtype=float32")
             if finite:  # all optimisers step, or none
                 for optimizer in optimizers.values():
                     scaler.step(optimizer)
