@@ -94,9 +94,8 @@ def can_compile(wanted: bool | None, device: torch.device) -> bool:
 
 
 def attention_backend(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> str:
-    """What scaled_dot_product_attention computes with, for this model's heads; "" where torch does
-    not say (on MPS), or the attention is a fork's. (An older CUDA on LD_LIBRARY_PATH takes cuDNN's
-    away without a word.)"""
+    """What scaled_dot_product_attention computes with, for this model's heads; "" on MPS, or where
+    a fork attends. (An older CUDA on LD_LIBRARY_PATH takes cuDNN's away without a word.)"""
     c = model.config
     if c.attention != "causal" or device.type not in ("cpu", "cuda"):
         return ""

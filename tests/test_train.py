@@ -281,7 +281,8 @@ def test_fp16_overflow_is_the_scalers(run, tmp_path, optimizer):
             "step 1:", "the loss is nan")
     endless = partial(spoil, range(10**6), gradient=math.nan)
     refused(lambda: run(tmp_path / "endless", hooks=[endless, hook], max_iters=1000,
-                        eval_interval=1000, **options), "gradient norm nan", "no update", "try --dtype=float32")
+                        eval_interval=1000, **options), "gradient norm nan", "no update",
+            "try --dtype=float32")
     assert 1.0 in scales(tmp_path / "scale") and len(scales(tmp_path / "scale")) < 40
 
 

@@ -68,9 +68,8 @@ def commands(config: GPUConfig) -> dict[str, dict[str, list[str]]]:
             common += ["--steps=3", *([] if config.tiny else BATCH)]
         found[table] = {label: [kind, preset, *common, *options.split()]
                         for label, preset, options in rows}
-        _, preset, _ = rows[0]
-        if config.nanogpt and preset == GPT2:
-            nanogpt = [kind, preset, *common, f"--nanogpt={config.nanogpt}"]
+        if config.nanogpt and rows[0][1] == GPT2:
+            nanogpt = [kind, GPT2, *common, f"--nanogpt={config.nanogpt}"]
             found[table] = {"nanoGPT": nanogpt} | found[table]
     return found
 

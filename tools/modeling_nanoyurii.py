@@ -90,13 +90,11 @@ class NanoYuriiForCausalLM(PreTrainedModel, GenerationMixin):
         if not isinstance(past_key_values, (DynamicCache, type(None))):
             raise ValueError("the cache must be a DynamicCache; leave cache_implementation out")
         padded = attention_mask is not None and not attention_mask.all()
-        cache = None
+        stored = DynamicCache() if padded and past_key_values is None else past_key_values
         if padded:
             now = attention_mask[:, -input_ids.size(1):]
             input_ids = input_ids.masked_fill(now == 0, 0)  # the id of padding may be none of ours
-        if padded or past_key_values is not None:
-            stored = DynamicCache() if past_key_values is None else past_key_values
-            cache = Cache(stored, attention_mask if padded else None)
+        cache = None if stored is None else Cache(stored, attention_mask if padded else None)
         targets = None if logits_to_keep == 1 else input_ids  # with targets: every position
         logits = self.module(input_ids, targets, cache=cache)[0][:, -logits_to_keep:]  # -0: all
         loss = None

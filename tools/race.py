@@ -267,10 +267,9 @@ def resident(pid: int) -> int:
     """Bytes of a process and its descendants (Linux; else 0)."""
     total = 0
     with contextlib.suppress(OSError):
-        with open(f"/proc/{pid}/statm") as file:
-            total = int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-        with open(f"/proc/{pid}/task/{pid}/children") as file:
-            total += sum(resident(int(child)) for child in file.read().split())
+        total = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        total += sum(resident(int(child)) for child in children)
     return total
 
 
