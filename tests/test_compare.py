@@ -439,16 +439,17 @@ def test_seeds_that_are_missing_are_no_verdict(study):
 def test_shares_of_the_machine(monkeypatch):
     """Cards are dealt out, unless the device names one; cores are divided."""
     monkeypatch.setattr(compare, "pick_device", lambda name: torch.device(name or "cuda"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
 
-    def shares(visible="", **options):
+    def shares(visible="", count=4, **options):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         return [(share.get("CUDA_VISIBLE_DEVICES"), int(share["OMP_NUM_THREADS"]))
                 for share in compare.shares_of(compare.CompareConfig(**options))]
 
     assert shares() == [("0", 2), ("1", 2), ("2", 2), ("3", 2)]
     assert shares("GPU-a,GPU-b", jobs=3) == [("GPU-a", 2), ("GPU-b", 2), ("GPU-a", 2)]
+    assert shares("2,-1,3", count=1) == [("2", 8)]  # CUDA itself stops at what is no card
     assert shares(device="cuda:1") == [(None, 8)]
     assert shares(device="cpu", jobs=2) == [(None, 4), (None, 4)]
 

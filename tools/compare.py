@@ -313,8 +313,8 @@ def shares_of(config: CompareConfig) -> list[dict[str, str]]:
     where the device is not a certain one."""
     cards: list[str] = []
     if config.device in (None, "cuda") and pick_device(config.device).type == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        cards = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+        visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+        cards = visible.split(",")[:count] if visible else list(map(str, range(count)))
     shares = [{} for _ in range(config.jobs or len(cards) or 1)]
     for i, share in enumerate(shares):
         share["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // len(shares)))
