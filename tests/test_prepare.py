@@ -128,15 +128,6 @@ def test_tinystories_document_by_document(tmp_path, gpt2_cache, monkeypatch):
     assert len(texts) == 12_756 and sum(map(len, ids.values())) == 2_584_747
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has none")
-def test_no_more_processes_than_cores_that_may_be_used():
-    """SLURM and containers leave a process some of the machine's."""
-    lines = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import prepare; " \
-            "print(prepare.PrepareConfig().num_proc)"
-    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, timeout=60)
-    assert done.stdout == b"1\n"
-
-
 def test_pydoc_needs_nothing(tmp_path):
     from pydoc_data.topics import topics
 
