@@ -277,7 +277,7 @@ def evaluate(model: GPT, tokens: Tokens, config: TrainConfig, ranks: Ranks, dtyp
     model.train()
     if stopped:
         return None
-    return ranks.sum(total).item() / (len(starts) * tokens.block_size)  # with ignored ones
+    return ranks.sum(total).item() / (len(starts) * tokens.block_size)
 
 
 # -----------------------------------------------------------------------------

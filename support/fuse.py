@@ -114,5 +114,6 @@ def fuse(model: GPT, wanted: bool | None, device: torch.device) -> str:
     if device.type == "cuda":
         import torch._inductor.config as inductor
 
-        inductor.triton.mix_order_reduction = False  # 2.6 % faster without
+        if hasattr(inductor.triton, "mix_order_reduction"):  # 2.6 % faster without
+            inductor.triton.mix_order_reduction = False
     return f"momentum plain: {why}" if why else "momentum plain"
