@@ -141,6 +141,7 @@ def decoding(name: str, config: DecodeConfig) -> Variant:
     cache = DecodingCache(min(config.block_size, length)) if compiled else None
 
     def run() -> None:
+        torch.backends.cuda.enable_cudnn_sdp(compiled)  # as in sample.py
         for _ in stream(model, prompt, config.max_new_tokens, 0.8, 200, None, lengths=lengths,
                         cache=cache, compile=compiled, tune=config.tune):
             pass

@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -227,14 +226,14 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
     step = next_token
     if compile:
         options = {"triton.cudagraphs": idx.is_cuda, "coordinate_descent_tuning": tune}
-        step = torch.compile(next_token, fullgraph=True, dynamic=False, options=options)
+        step = torch.compile(next_token, dynamic=False, options=options)
 
     text = F.pad(idx.long(), (0, max_new_tokens))  # (B, T + new): rows begin at 0 and grow
     start = (count - size).clamp(min=0)  # (B,) where each row's window begins
     room = 0  # how many tokens more the longest window may have
     draws = [np.random.default_rng([seed, number]).random(max_new_tokens, np.float32)
              for number in numbers or range(B)]
-    uniform = torch.tensor(np.stack(draws), device=device)  # (B, new)
+    uniform = torch.tensor(np.stack(draws, axis=1), device=device)  # (new, B)
     drawn: list[torch.Tensor] = []  # (B,) each; not yet in `text`
     for i in range(max_new_tokens):
         if room == 0:
@@ -244,12 +243,12 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
             drawn = []
             start = torch.where(count - start > size, count - max(1, size // 2), start)
             logits = prefill(model, text, start, count, cache)
-            token = draw(logits[:, :model.config.vocab_used].float(), uniform[:, i], *how)
+            token = draw(logits[:, :model.config.vocab_used].float(), uniform[i], *how)
             room = size - int((count - start).max())
         else:
             if compile:  # else it would import torch's compiler, which takes seconds
                 torch.compiler.cudagraph_mark_step_begin()
-            token = step(model, token, cache, uniform[:, i], *how).clone()  # graphs reuse theirs
+            token = step(model, token, cache, uniform[i], *how).clone()  # graphs reuse theirs
             room -= 1
         drawn.append(token)
         yield token
@@ -381,6 +380,7 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt:
     if wanted is None and n < 2000:  # an H100: 185 tokens/s, or 1,750 after 14 s of compiling
         wanted = False
     compiled = can_compile(wanted, device)
+    torch.backends.cuda.enable_cudnn_sdp(compiled)  # eager, it plans anew for every length
     tuned = n >= 150_000 if config.tune is None else config.tune
     ids = tokenizer.encode_prompt(prompt)
     if not ids:
@@ -389,10 +389,8 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt:
     stops = [config.stop] if config.stop else []
     samples = [Sample(tokenizer, stops) for _ in range(config.num_samples)]
     yield prompt
-    tokens_drawn = stream(model, idx, config.max_new_tokens, config.temperature, config.top_k,
-                          config.top_p, config.seed, compile=compiled, tune=tuned)
-    # read when the next are on their way, so that a GPU need not wait
-    for tokens, _ in pairwise(chain(tokens_drawn, [None])):
+    for tokens in stream(model, idx, config.max_new_tokens, config.temperature, config.top_k,
+                         config.top_p, config.seed, compile=compiled, tune=tuned):
         pieces = [sample.add(token)
                   for sample, token in zip(samples, read_tokens(tokens), strict=True)]
         yield pieces[0]

@@ -261,12 +261,30 @@ def test_all_steps_are_one_graph(graphs, backend, name):
 
 @pytest.mark.parametrize("how", [dict(top_k=5), dict(top_p=0.8), dict()])
 def test_compiled_draws_are_the_eager_ones(graphs, how):
+    """In texts of any length one graph."""
     model, prompts = build(**VARIANTS["nesterov-llama"]), prompts_of(LENGTHS)
     how = dict(temperature=1.3, seed=3, **how)
-    expected = decode(model, *padded(prompts), 20, **how)
-    counts = graphs("aot_eager")
-    assert torch.equal(decode(model, *padded(prompts), 20, compile=True, **how), expected)
+    expected = {n: decode(model, *padded(prompts), n, **how) for n in (20, 25)}
+    counts, cache = graphs("aot_eager"), DecodingCache(12)
+    for n, drawn in expected.items():
+        how |= dict(compile=True, cache=cache)
+        assert torch.equal(decode(model, *padded(prompts), n, **how), drawn)
     assert counts["stats"]["unique_graphs"] == 1
+
+
+def test_steps_that_do_not_compile_run_eagerly(monkeypatch):
+    """As where nobody asked for it: on a GPU, for a long text."""
+    def broken(*_):
+        raise RuntimeError("no compiler")
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step, options, **how: compile(
+        step, backend=broken, **how))
+    model = build(**VARIANTS["gpt"])
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(suppress_errors=True):
+        found = decode(model, IDX[:1, :3], n=5, compile=True)
+    assert torch.equal(found, decode(model, IDX[:1, :3], n=5))
 
 
 @pytest.mark.parametrize("options, compiled, tuned", [
@@ -282,6 +300,7 @@ def test_short_texts_are_not_compiled(out, monkeypatch, options, compiled, tuned
                         iter([]))
     out(*options)
     assert seen == [(compiled, tuned)]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == compiled
 
 
 def test_compiled_steps_of_one_row(graphs):
@@ -532,23 +551,6 @@ def scripted(monkeypatch, tmp_path):
         return list(sample.draw_samples(*sample.load_model(config), config, "P:"))
 
     return go
-
-
-def test_a_token_is_read_when_the_next_is_on_its_way(tmp_path, monkeypatch):
-    """For a GPU, which waits while the host reads."""
-    write_checkpoint(tmp_path / "ckpt.pt")
-    log, wrapped = [], stream
-
-    def logged(*args, **options):
-        for tokens in wrapped(*args, **options):
-            log.append("drawn")
-            yield tokens
-
-    monkeypatch.setattr(sample, "stream", logged)
-    monkeypatch.setattr(sample, "read_tokens", lambda ids: log.append("read") or ids.tolist())
-    config = sample.SampleConfig(out_dir=str(tmp_path), max_new_tokens=3)
-    list(sample.draw_samples(*sample.load_model(config), config, "P"))
-    assert log == ["drawn", "drawn", "read", "drawn", "read", "read"]
 
 
 def test_only_whole_characters_are_shown_as_they_are_made(scripted):

@@ -64,6 +64,7 @@ def judge(config: EvalConfig) -> list[dict]:
         tune_allocator()
     dtype = pick_dtype(config.dtype or ("float32" if device.type == "cpu" else None), device)
     store_matrices(model.to(device), dtype)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
     return (on_tasks if config.tasks else on_text)(model, tokenizer, config)
 
 
