@@ -152,14 +152,13 @@ def kernel_gradients(gx: torch.Tensor, gv: torch.Tensor, gz: torch.Tensor, x_new
     warps = max(1, min(16, block // 256))
     vector = max(1, min(4 if v.element_size() == 4 else 8, block // (32 * warps)))
     grid = 2  # in Triton's interpreter
-    if v.is_cuda:
-        per_processor = 2 if v.element_size() == 4 else 3
-        grid = per_processor * torch.cuda.get_device_properties(v.device).multi_processor_count
+    if v.is_cuda:  # a multiprocessor has registers for two
+        grid *= torch.cuda.get_device_properties(v.device).multi_processor_count
     grid = min(grid, n_rows)
     outputs = [torch.empty_like(t) for t in (x_new, v, g)]
     sums = v.new_empty((grid, 8, C), dtype=torch.float32)
     kernel[(grid,)](gx, gv, gz, x_new, v, g, scalars, columns, *outputs, sums, n_rows, norm, rms,
-                    bias, C, block, vector, STAGES=3, num_warps=warps)
+                    bias, C, block, vector, STAGES=3 if block <= 2048 else 2, num_warps=warps)
     return *outputs, sums.sum(dim=0)
 
 
