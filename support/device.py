@@ -16,6 +16,7 @@ def tune_machine(device: torch.device, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch asks for
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # no result depends on it
         import torch._inductor.config as inductor
 
         inductor.deterministic = True  # no choice among kernels by their speed
@@ -144,7 +145,7 @@ def peak_flops(device: torch.device) -> float | None:
 def peak_mb(device: torch.device) -> int | None:
     """The most memory that this process has had so far: of the GPU, or resident (on Linux)."""
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 1e6)
+        return round(torch.cuda.max_memory_allocated(device) / 1e6)
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as file:
         kilobytes = next(line.split()[1] for line in file if line.startswith("VmHWM"))
         return round(int(kilobytes) * 1024 / 1e6)

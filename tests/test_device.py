@@ -14,6 +14,7 @@ from model import GPT, GPTConfig
 from support.device import (
     attention_backend,
     peak_flops,
+    peak_mb,
     pick_device,
     pick_dtype,
     try_compile,
@@ -72,6 +73,13 @@ def test_only_known_cards_have_a_peak(monkeypatch, card, peak):
     assert peak_flops(torch.device("cpu")) is None
 
 
+def test_the_memory_is_that_of_the_card(monkeypatch):
+    """Not of the first, where bench.py is given another one."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated",
+                        lambda device=None: 5e6 if device == torch.device("cuda", 1) else 0)
+    assert peak_mb(torch.device("cuda", 1)) == 5
+
+
 def test_the_precision(monkeypatch):
     """As named; auto is bf16 where the device computes in it."""
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
@@ -111,8 +119,10 @@ def test_deterministic(monkeypatch):
             assert not torch.are_deterministic_algorithms_enabled()
             tune_machine(torch.device("cpu"), deterministic=True)
             assert torch.are_deterministic_algorithms_enabled() and inductor.deterministic
+            assert not torch.utils.deterministic.fill_uninitialized_memory  # costs much
         finally:
             torch.use_deterministic_algorithms(False)
+            torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def test_attention_backend():
