@@ -7,7 +7,8 @@ from conftest import assert_same_end, in_ranks, largest_difference, load, losses
 from test_substep import kernel_against_formula
 from variants import IDX, VARIANTS, build
 
-from sample import store_matrices, stream
+from model import GPT, GPTConfig, KVCache
+from sample import DecodingCache, store_matrices, stream
 from support.fuse import fuse
 
 DEVICE = "cuda"
@@ -63,6 +64,25 @@ def test_compiled_decoding(name):
     drawn = [torch.stack(list(stream(model, prompt, 30, 1.0, 5, seed=seed, compile=True)), 1)
              for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("n_head", [2, 6, 12])
+@torch.no_grad()
+def test_a_step_in_bf16_is_the_pass_over_all(n_head):
+    """Whatever kernel attends: over a cache of fixed length and its mask, and without a mask."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=n_head, n_embd=64 * n_head, block_size=128,
+                          vocab_size=64)).eval().to(DEVICE)
+    store_matrices(model, torch.bfloat16)
+    idx = torch.randint(64, (3, 110), device=DEVICE)
+    expected = model.logits(model.hidden(idx))  # (3, 110, 64)
+    fixed = DecodingCache(120)
+    fixed.crop(torch.zeros(3, dtype=torch.long, device=DEVICE))
+    for cache in (fixed, KVCache(120)):
+        model(idx[:, :100], cache=cache)
+        for t in range(100, 110):
+            step = model(idx[:, t:t + 1], cache=cache)[0][:, 0]
+            assert (step - expected[:, t]).norm() < 0.03 * expected[:, t].norm()
 
 
 def test_two_processes_on_one_gpu(run, job, tmp_path):
