@@ -152,7 +152,7 @@ def kernel_gradients(gx: torch.Tensor, gv: torch.Tensor, gz: torch.Tensor, x_new
     warps = max(1, min(16, block // 256))
     vector = max(1, min(4 if v.element_size() == 4 else 8, block // (32 * warps)))
     grid = 2  # in Triton's interpreter
-    if v.is_cuda:  # a multiprocessor has registers for two
+    if v.is_cuda:  # a multiprocessor has no registers for more
         grid *= torch.cuda.get_device_properties(v.device).multi_processor_count
     grid = min(grid, n_rows)
     outputs = [torch.empty_like(t) for t in (x_new, v, g)]
