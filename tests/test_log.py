@@ -127,12 +127,9 @@ def test_the_loss_curve(run, pictures, tmp_path):
 
 def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(run, pictures, tmp_path, monkeypatch,
                                                            capsys):
-    """Of no number yet, in a place that is taken, without matplotlib."""
+    """Of no number yet, or without matplotlib."""
     run(tmp_path / "nan", hooks=[partial(scripted, [math.nan, 1.0])], max_iters=1)
     assert "warning" not in capsys.readouterr().err
-    (tmp_path / "taken" / "loss.png").mkdir(parents=True)
-    run(tmp_path / "taken", max_iters=1)
-    assert capsys.readouterr().err.count("warning: loss.png: IsADirectoryError") == 1
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
     run(tmp_path / "none", max_iters=1)
@@ -213,20 +210,6 @@ def test_sinks_follow_the_log_back(run, tmp_path, monkeypatch):
     assert steps == [3, 3, 6, 6] and min(step for *_, step in sink.seen) == 3
     run(half, "--overwrite", **options)
     assert sink.opened[-2]["id"] != wandb["id"] and not (half / "tensorboard").exists()
-
-
-def test_real_tensorboard_has_each_step_once(run, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run(tmp_path / "a", tensorboard=True, save_interval=3)
-    half = as_killed_at_3(tmp_path / "a", tmp_path / "b")
-    run(half, tensorboard=True, init_from="resume")
-    board = EventAccumulator(str(half / "tensorboard"))
-    board.Reload()
-    for tag, kind in (("train/loss", "train"), ("eval/val_loss", "eval")):
-        assert [e.step for e in board.Scalars(tag)] == [
-            r["iter"] for r in of_kind(records(half), kind)]
 
 
 @pytest.mark.parametrize("option, module", [("wandb_log", "wandb"),

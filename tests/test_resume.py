@@ -476,14 +476,3 @@ def test_fine_tuning_gpt2(gpt2s, tmp_path):
         _, tokenizer = sample.load_model(sample.SampleConfig(init_from=str(source)))
         assert tokenizer.name == "gpt2"
 
-
-def test_weights_of_a_file_start_a_fresh_run(run, tmp_path, data_dir):
-    """On other data, with the file's architecture, from step 0."""
-    run(tmp_path / "a", template="nesterov")
-    weights = tmp_path / "a" / "ckpt.pt"
-    other = run(tmp_path / "b", dataset="edge", init_from=weights, max_iters=1)
-    assert load(tmp_path / "b")["model_args"]["template"] == "nesterov"
-    assert load(tmp_path / "b")["run"]["position"] == 8
-    assert [r["iter"] for r in other[1:]] == [0, 0, 1]
-    same = run(tmp_path / "c", init_from=weights, max_iters=1)
-    assert same[1]["val_loss"] == load(tmp_path / "a")["best_val_loss"] != other[1]["val_loss"]

@@ -244,7 +244,7 @@ def graphs(monkeypatch):
 
 
 @pytest.mark.parametrize("backend, name", [
-    ("eager", "gpt"), ("eager", "hourglass-strang"), ("inductor", "nesterov-llama")])
+    ("eager", "gpt"), ("eager", "hourglass-strang"), ("inductor", "nesterov-hourglass")])
 def test_all_steps_are_one_graph(graphs, backend, name):
     """While lengths grow, over a full context, and for other prompts with the same cache; of the
     same numbers as eager steps."""
@@ -259,7 +259,7 @@ def test_all_steps_are_one_graph(graphs, backend, name):
         assert counts["stats"]["unique_graphs"] == 1 and not counts["graph_break"]
 
 
-@pytest.mark.parametrize("how", [dict(top_k=5), dict(top_p=0.8), dict()])
+@pytest.mark.parametrize("how", [dict(top_k=5, top_p=0.8), dict()])
 def test_compiled_draws_are_the_eager_ones(graphs, how):
     """In texts of any length one graph."""
     model, prompts = build(**VARIANTS["nesterov-llama"]), prompts_of(LENGTHS)
@@ -324,7 +324,8 @@ def stored_and_autocast(dtype, rows=2, **options):
     plain, stored = build(torch.float32, **options), build(torch.float32, **options)
     tables = {n: p.clone() for n, p in stored.named_parameters()
               if n.split(".")[1] in ("wte", "wpe", "vte", "vpe")}
-    store_matrices(stored, dtype)
+    for _ in range(2):  # once more changes nothing
+        store_matrices(stored, dtype)
     for name, module in stored.named_modules():
         kind = dtype if isinstance(module, torch.nn.Linear) else torch.float32
         assert all(p.dtype == kind for p in module.parameters(recurse=False)), name
@@ -353,20 +354,6 @@ def test_stored_matrices_give_the_numbers_of_autocast(name):
         for a, b in stored_and_autocast(dtype, rows, **VARIANTS[name]):
             assert a.dtype == b.dtype
             assert_close(a.float(), b.float(), tolerance)
-
-
-def test_a_linear_with_a_forward_of_its_own_keeps_it():
-    class Doubled(torch.nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    model, x = torch.nn.Sequential(Doubled(4, 4), torch.nn.Linear(4, 4)), torch.ones(3, 4)
-    expected = model(x)
-    store_matrices(model, torch.bfloat16)
-    assert torch.equal(model(x), expected)
-    store_matrices(model[1], torch.bfloat16)
-    store_matrices(model[1], torch.float16)  # and once more
-    assert model[1](x).dtype == torch.float16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

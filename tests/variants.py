@@ -52,7 +52,8 @@ def variants():
     for splitting in SPLITTINGS:
         yield f"hourglass-{splitting}", dict(splitting=splitting, **HOURGLASS)
     yield "hourglass-bias", dict(  # d_a = 3 x 6 beside d = 16
-        HOURGLASS, bias=True, norm="layernorm", position="learned", n_head=3, head_dim=6)
+        HOURGLASS, bias=True, norm="layernorm", position="learned", n_head=3, head_dim=6,
+        ffn_hidden=None)
     each = dict(HOURGLASS, ffn_substeps="each")
     yield "hourglass-each", dict(each, splitting="strang")
     yield "polyak-hourglass-each", dict(each, template="polyak", velocity_norm="none")
