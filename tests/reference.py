@@ -248,11 +248,16 @@ def forward(c, state_dict, idx, velocity_eps=EPS):
 
 # ------------------------------------------------------------------------------- parameter counts
 
+def widths(c):
+    """d, d_a, d_h, and K."""
+    d, K = c.n_embd, c.ffn_depth if c.ffn == "hourglass" else 1
+    d_h = c.ffn_hidden or (4 * d // 5 if c.ffn == "hourglass" else 4 * d)
+    return d, c.n_head * (c.head_dim or d // c.n_head), d_h, K
+
+
 def n_matrices(c):
     """The non-embedding matrices; hourglass.md's N = L (4 d d_a + 3 K d d_h)."""
-    d, K = c.n_embd, c.ffn_depth if c.ffn == "hourglass" else 1
-    d_a = c.n_head * (c.head_dim or d // c.n_head)
-    d_h = c.ffn_hidden or (4 * d // 5 if c.ffn == "hourglass" else 4 * d)
+    d, d_a, d_h, K = widths(c)
     return c.n_layer * (4 * d * d_a + (2 if c.ffn == "mlp" else 3) * K * d * d_h)
 
 
@@ -265,10 +270,7 @@ def n_substeps(c):
 
 def n_parameters(c):
     """Every parameter, the tied head once: matrices, tables, norms, scalars, biases."""
-    d, K = c.n_embd, c.ffn_depth if c.ffn == "hourglass" else 1
-    d_a = c.n_head * (c.head_dim or d // c.n_head)
-    d_h = c.ffn_hidden or (4 * d // 5 if c.ffn == "hourglass" else 4 * d)
-    steps = n_substeps(c)
+    (d, d_a, d_h, K), steps = widths(c), n_substeps(c)
     tables = (c.vocab_size + (c.block_size if c.position == "learned" else 0)) * d
     normless = c.template in ("gain", "skip", "x0") or (
         c.template in MOMENTUM + ("imex",) and c.velocity_norm == "none")
