@@ -428,31 +428,29 @@ def test_initial_weights(options, scale):
 
 
 ONE = math.log(math.e - 1)  # softplus(ONE) = 1
-INITIAL_SCALARS = [  # raw values
-    (dict(template="tmm"), dict(mu=0, beta=0, gamma=0, nu=ONE)),
+RAW = dict(mu=0, beta=0, gamma=0, gamma_a=0, gamma_m=0, beta1=0, beta2=0, lam=-5, alpha=0, nu=ONE,
+           eta=ONE)
+INITIAL_SCALARS = [  # options, and the raw values that are not RAW's
+    *((dict(template=name), {}) for name in TEMPLATES if name not in ("gain", "x0")),
+    *((dict(template=name, gamma_init=3.0), dict(gamma=ONE)) for name in ("gain", "x0")),
     (dict(template="nesterov", mu_init=0.9, beta_init=0.9, gamma_init=1.0),
      dict(mu=math.log(9), beta=math.log(9), gamma=ONE)),
     (dict(template="nesterov", scalar_map="softplus", mu_init=1.0, beta_init=math.log(2)),
-     dict(mu=ONE, beta=0, gamma=0)),
-    (dict(template="imex"), dict(beta=0, gamma_a=0, gamma_m=0)),
-    (dict(template="symplectic", gamma_init=800.0), dict(beta=0, gamma=800, eta=ONE)),
-    (dict(template="adamw"), dict(beta1=0, beta2=0, gamma=0, lam=-5)),
-    (dict(template="gain", gamma_init=3.0), dict(gamma=ONE)),
-    (dict(template="frozen", beta_init=0.9), dict(beta=math.log(9), gamma=0)),
-    (dict(template="skip"), dict(alpha=0)),
-    (dict(template="x0", gamma_init=3.0), dict(gamma=ONE, alpha=0)),
+     dict(mu=ONE)),
+    (dict(template="symplectic", gamma_init=800.0), dict(gamma=800)),
+    (dict(template="frozen", beta_init=0.9), dict(beta=math.log(9))),
 ]
 
 
-@pytest.mark.parametrize("options, raw", INITIAL_SCALARS)
-def test_initial_scalars(options, raw):
+@pytest.mark.parametrize("options, changed", INITIAL_SCALARS)
+def test_initial_scalars(options, changed):
     """The raw values; n per layer as the specification's tables say."""
-    scalars = GPT(config(**options)).parameter_roles()["scalar"]
-    assert {name.split(".")[-1] for name in scalars} == set(raw)
-    assert len(scalars) == 2 * len(raw) * reference.n_substeps(config(**options))
+    c = config(**options)
+    scalars = GPT(c).parameter_roles()["scalar"]
+    assert len(scalars) == 2 * reference.SCALARS[c.template] * reference.n_substeps(c)
     for name, p in scalars.items():
         assert p.shape == (1,) and p.dtype == torch.float32
-        assert p.item() == pytest.approx(raw[name.split(".")[-1]], abs=1e-6), name
+        assert p.item() == pytest.approx((RAW | changed)[name.split(".")[-1]], abs=1e-6), name
 
 
 # ------------------------------------------------------------------------------ the rest of the API
@@ -670,11 +668,6 @@ def test_scalars_from_tiny_to_large(gamma):
     assert_close(step.scalar("gamma") / gamma, torch.ones(1), 1e-5)
 
 
-def test_an_unknown_range_is_an_error():
-    with pytest.raises(KeyError, match="tanh"):
-        build().transformer.h[0].steps[0].learn("beta", 0.5, "tanh")
-
-
 class ReLU2(nn.Module):
     """W_proj relu(W_fc x)^2."""
 
@@ -797,7 +790,9 @@ def test_a_fork_of_the_hourglass_is_one(monkeypatch):
         config(ffn="sandglass", norm_place="post")
 
 
-def test_a_stream_starts_as_something_known(monkeypatch):
+def test_a_forks_typo_is_named(monkeypatch):
+    with pytest.raises(KeyError, match="tanh"):
+        build().transformer.h[0].steps[0].learn("beta", 0.5, "tanh")
     monkeypatch.setitem(TEMPLATES, "typo", type("Typo", (Momentum,), {"streams": ("embeded",)}))
     with pytest.raises(KeyError, match="embeded"):
         build(template="typo")(IDX)

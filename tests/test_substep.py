@@ -140,19 +140,16 @@ def test_served_models_compute_what_model_py_does(name):
 
 @pytest.mark.parametrize("options", [
     dict(template="gd"), dict(template="frozen"), dict(template="imex"), dict(splitting="strang"),
-    dict(norm_place="post"), dict(velocity_norm="read"), dict(HOURGLASS, ffn_substeps="each")])
+    dict(norm_place="post"), dict(velocity_norm="read"), dict(HOURGLASS, ffn_substeps="each"),
+    dict()])
 def test_other_models_take_the_plain_path(options):
+    """And one with a hook on a block, as the fused path calls no blocks."""
     gpt = new_model(**{"template": "nesterov", **options})
+    if not options:
+        gpt.transformer.h[1].register_forward_hook(print)
     assert not serves(gpt) and "fused" not in fuse(gpt, None, CPU)
     refused(lambda: fuse(gpt, True, CPU), "fused=True", "--fused=auto")
     assert "hidden" not in vars(gpt)
-
-
-def test_hooks_keep_the_plain_path():
-    """As the fused one calls no blocks."""
-    gpt = new_model(template="nesterov")
-    gpt.transformer.h[1].register_forward_hook(print)
-    refused(lambda: fuse(gpt, True, CPU), "without hooks")
 
 
 def test_it_compiles_as_one_graph():
