@@ -56,6 +56,8 @@ def test_streams_that_are_closed_or_full(redirected, body, code, stderr, unbuffe
 @pytest.mark.parametrize("words, said", [
     ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "out of memory"),
     ("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes.", "out of memory"),
+    ("DefaultCPUAllocator: can't allocate memory: you tried to", "out of memory"),
+    ("MPS backend out of memory (MPS allocated: 9 GB)", "out of memory"),
     ("gloo: no route", "ended or does not answer.*gloo: no route"),
     (f"gloo {'or' * 99}: unhandled\nLast error:\nDuplicate GPU detected", r"\(Duplicate GPU det")])
 def test_what_the_machine_does(monkeypatch, words, said):

@@ -18,13 +18,6 @@ def test_a_folder_has_one_holder(tmp_path):
                 pass
 
 
-def test_without_locks_no_open_file_is_in_the_way(tmp_path, monkeypatch):
-    """Windows, which has none, would not remove a folder with an open file."""
-    monkeypatch.setattr("support.files.fcntl", None)
-    with locked(tmp_path, "never"):
-        assert not list(tmp_path.iterdir())
-
-
 def test_a_file_system_without_locks_is_only_warned_of(tmp_path, monkeypatch, capsys):
     pytest.importorskip("fcntl")
 

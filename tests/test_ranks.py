@@ -333,9 +333,11 @@ def test_a_clusters_warning(number):
 
 
 def test_where_there_are_no_locks(run, tmp_path, monkeypatch):
-    """On Windows. There, too, a run that cannot start leaves no folder."""
+    """On Windows, which would not remove a folder with an open file: there, too, a run that cannot
+    start leaves no folder."""
     monkeypatch.setattr("support.files.fcntl", None)
     refused(lambda: run(tmp_path / "new", "--eval_only", dataset="nowhere"), "nowhere")
     refused(lambda: run(tmp_path / "new", init_from="gpt2"), "another tokenizer", "gpt2")
     assert not (tmp_path / "new").exists()
     assert of_kind(run(tmp_path / "new", max_iters=1), "train")
+    assert not (tmp_path / "new" / ".lock").exists()

@@ -291,10 +291,7 @@ def test_fp16_overflow_is_the_scalers(run, tmp_path, optimizer):
 
 
 @pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
-    MemoryError()], ids=["cuda", "mps", "cpu", "python"])
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()])
 def test_out_of_memory_says_what_to_halve(run, tmp_path, monkeypatch, error):
     def too_large(*_, **__):
         raise error
