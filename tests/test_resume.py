@@ -174,6 +174,7 @@ def test_the_scaler_resumes(run, tmp_path):
 # Several processes, and other numbers of them
 
 
+MUON = dict(YURII, parallel="fsdp", optimizer="muon", dataset="edge", dropout=0.2, save_interval=3)
 # windows of `count`, whose tokens say where they are: 12 a step, 20 an epoch
 SHARED = dict(YURII, dataset="count", batch_size=2, gradient_accumulation_steps=6,
               dtype="float64", save_interval=3)
@@ -187,7 +188,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranked(folder, run, job):
     """Runs of one and of two processes, copied and sharded."""
-    in_ranks(2, [job(folder / "two", **SHARED), job(folder / "shards", parallel="fsdp", **SHARED)])
+    in_ranks(2, [job(folder / "muon", **MUON), job(folder / "two", **SHARED),
+                 job(folder / "shards", parallel="fsdp", **SHARED)])
     run(folder / "one", hooks=[partial(record_windows, folder / "w-one")], **SHARED)
 
 
@@ -202,19 +204,28 @@ ELSEWHERE = {
 
 @pytest.fixture(scope="module")
 def resumed(ranked, folder):
-    """name -> what is printed where a run that was killed after step 3 goes on so."""
+    """name -> what is printed where a run that was killed after step 3 goes on: those of ELSEWHERE,
+    and one as it was."""
+    plan = {**ELSEWHERE, "muon": ("muon", 2, dict(parallel="fsdp", dtype="float32"), False)}
     printed = {}
     for world in (1, 2):
-        names = [name for name in ELSEWHERE if ELSEWHERE[name][1] == world]
+        names = [name for name in plan if plan[name][1] == world]
         jobs = []
         for name in names:
-            source, _, how, _ = ELSEWHERE[name]
+            source, _, how, _ = plan[name]
             out = as_killed_at_3(folder / source, folder / f"half-{name}")
             options = dict(out_dir=out, init_from="resume", device="cpu", dtype="float64") | how
             argv = option_words(**options)
             jobs.append((argv, [partial(record_windows, folder / f"w-{name}")]))
         printed |= zip(names, in_ranks(world, jobs).split("done: "), strict=False)
     return printed
+
+
+def test_two_ranks_resume_bit_for_bit(resumed, folder):
+    """Sharded Muon's momentum; hostile/test_kills.py has AdamW, copied and sharded."""
+    assert_same_end(folder / "half-muon", folder / "muon")
+    first, second = load(folder / "muon")["rng"]
+    assert not torch.equal(first["cpu"], second["cpu"])
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)

@@ -585,14 +585,6 @@ def test_which_checkpoint(tmp_path, always, files, chosen):
     (_,) = refused(lambda: sample.load_model(config), "no checkpoint /nowhere/ckpt.pt")
 
 
-def test_a_run_of_train_can_be_sampled(run, out, tmp_path):
-    """Its file too, which is not OpenAI's for its name."""
-    run(tmp_path / "gpt2-mine", template="nesterov", max_iters=2)
-    text = out(out_dir=tmp_path / "gpt2-mine", temperature=0)
-    assert text.startswith("abc")
-    assert text == out(init_from=tmp_path / "gpt2-mine" / "ckpt.pt", temperature=0)
-
-
 def test_a_damaged_best_does_not_keep_from_the_latest(out, tmp_path):
     text = out(temperature=0)
     (tmp_path / "out" / "best.pt").write_bytes(b"half a file")
