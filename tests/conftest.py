@@ -85,6 +85,16 @@ def pictures(no_pictures, monkeypatch):
 
 
 @pytest.fixture
+def drawn(monkeypatch):
+    """The matplotlib figures that were made, in order."""
+    figures = pytest.importorskip("matplotlib.figure")
+    made, real = [], figures.Figure.__init__
+    monkeypatch.setattr(figures.Figure, "__init__", lambda self, *args, **options: (
+        made.append(self), real(self, *args, **options))[1])
+    return made
+
+
+@pytest.fixture
 def gpt2_cache(tmp_path, monkeypatch) -> Path:
     """GPT-2's vocabulary, a copy: tiktoken deletes files it does not like."""
     if not (SHARED / "tiktoken_cache").is_dir():

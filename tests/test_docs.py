@@ -13,7 +13,6 @@ import sys
 import urllib.error
 import urllib.request
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, option_words, write_data
+from test_presets import load, model_of, tokens_per_step
 
 import bench
 import model
@@ -28,11 +28,9 @@ import prepare
 import sample
 import train
 from config import read_config
-from model import GPT, GPTConfig
 from support.device import can_compile
 from support.errors import UserError
 from support.files import locked
-from train import TrainConfig, model_args
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (
@@ -94,19 +92,8 @@ def test_links_and_presets_exist(name):
 # docs/speed.md. A preset of your own needs no row.
 
 
-@cache
-def preset(name: str) -> tuple[TrainConfig, GPT]:
-    """Its options and its model, without weights, with the vocabulary of its data."""
-    c, _ = read_config(TrainConfig, [str(ROOT / f"config/{name}.py")])
-    rows = {"shakespeare_char": 65, "pydoc": 257, "tinystories_bytes": 257,
-            "fineweb_edu_cl100k": 100_352}.get(c.dataset, 50_304)
-    with torch.device("meta"):
-        return c, GPT(GPTConfig(**model_args(c) | {"vocab_size": c.vocab_size or rows}))
-
-
 def tokens(name: str) -> float:
-    c, _ = preset(name)
-    return c.max_iters * c.batch_size * c.gradient_accumulation_steps * c.block_size
+    return load(name).max_iters * tokens_per_step(load(name))
 
 
 def hours(name: str) -> float:
@@ -114,11 +101,11 @@ def hours(name: str) -> float:
     an evaluation is a third of one of training. TinyStories has 2.4 M tokens to evaluate on."""
     speeds = {row: float(speed.replace(",", ""))
               for row, speed in re.findall(r"^\| `(\w+)`[^|`]*\| ([\d,]+)", SPEED, re.MULTILINE)}
-    c, gpt = preset(name)
+    c = load(name)
     alike = "gpt_owt" if c.ffn == "mlp" else f"{c.ffn}_113m"
     template = {"polyak": "nesterov"}.get(c.template, c.template)
     speed = speeds["gd" if c.ffn == "mlp" else alike] * speeds[template] / speeds["gd"]
-    speed *= preset(alike)[1].flops_per_token() / gpt.flops_per_token()
+    speed *= model_of(alike).flops_per_token() / model_of(name).flops_per_token()
     evaluated = min(c.eval_tokens, 2.4e6 if c.dataset == "tinystories" else c.eval_tokens)
     evaluations = (c.max_iters // c.eval_interval + 1) * evaluated
     return (tokens(name) + evaluations / 3) / speed / 3600
@@ -126,7 +113,7 @@ def hours(name: str) -> float:
 
 def memory(name: str, batch_size: int | None = None) -> float:
     """Bytes: the state of every parameter, the logits, what the layers keep for the backward."""
-    c, gpt = preset(name)
+    c, gpt = load(name), model_of(name)
     kept = 50 if c.ffn == "hourglass" else 29 if (c.template, c.ffn) == ("gd", "mlp") else 41
     token = 4 * gpt.config.vocab_size + kept * c.n_layer * c.n_embd
     return 16 * gpt.get_num_params(False) + token * c.block_size * (batch_size or c.batch_size)
@@ -153,7 +140,7 @@ ROWS = [re.findall(r"[^|]+", line) for line in README.splitlines() if re.match(r
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].strip())
 def test_table_of_presets(row):
     names = re.findall(r"`(\w+)`", row[0])
-    check_figures(row[1], names, lambda name: preset(name)[1].get_num_params(False))
+    check_figures(row[1], names, lambda name: model_of(name).get_num_params(False))
     check_figures(row[2], names, tokens)
     if " h " in row[3]:
         check_figures(row[3], names, hours)

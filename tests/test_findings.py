@@ -27,13 +27,6 @@ def test_t_quantiles(df, t95, t90):
     assert findings.t_quantile(0.9, df) == pytest.approx(t90, abs=6e-4)
 
 
-def test_t_probabilities_in_closed_form():
-    """Of one degree of freedom (Cauchy) and of two."""
-    for t in (0.0, 0.3, 1.0, 40.0):
-        assert findings.t_probability(t, 1) == pytest.approx(2 / math.pi * math.atan(t))
-        assert findings.t_probability(t, 2) == pytest.approx(t / math.sqrt(2 + t * t))
-
-
 def test_holm_by_hand():
     """0.005 x 4, 0.01 x 3, 0.03 x 2; then 0.04 x 1, which is not below the one before."""
     assert findings.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -103,16 +96,6 @@ def test_the_texts_noise():
     assert c.text == findings.text_noise(one + shared, other + shared)  # the same each time
     assert findings.differences([c])[0]["text"] == f"{c.text:.4f}"
     assert "text" not in findings.differences(study({"a": [1.0], "b": [1.0]}))[0]
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The matplotlib figures that were made, in order."""
-    figures = pytest.importorskip("matplotlib.figure")
-    made, real = [], figures.Figure.__init__
-    monkeypatch.setattr(figures.Figure, "__init__", lambda self, *args, **options: (
-        made.append(self), real(self, *args, **options))[1])
-    return made
 
 
 def test_a_studys_curves_over_seconds_are_means_over_its_seeds(tmp_path, drawn):

@@ -17,20 +17,6 @@ from tools import watch
 figures = pytest.importorskip("matplotlib.figure")
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The matplotlib figures that were made, in order."""
-    made = []
-    real = figures.Figure.__init__
-
-    def keep(self, *args, **options):
-        real(self, *args, **options)
-        made.append(self)
-
-    monkeypatch.setattr(figures.Figure, "__init__", keep)
-    return made
-
-
 def lines(axes):
     """label -> (xs, ys) of what is drawn."""
     return {line.get_label(): tuple(np.asarray(line.get_data(), float)) for line in axes.lines}
