@@ -277,7 +277,8 @@ def test_only_some_variants(study):
 
 
 def test_seeds(study, capsys):
-    """From first_seed on, a variant's own number of them; the table has those asked for."""
+    """From first_seed on, a variant's own number of them; the table has those asked for, and no
+    verdict where some are missing."""
     variants = "a: template=gd seeds=3", "b: template=tmm"
     runs = study(*variants, first_seed=101, script={"b-seed102": "the loss is nan"}, seeds=1)
     assert [(r["variant"], r["seed"]) for r in runs] == [
@@ -287,6 +288,9 @@ def test_seeds(study, capsys):
     study(*variants, first_seed=102, jobs=0, pairs="a - c")
     assert cells("a")["seeds"] == "2 of 3"
     assert "variants are ['a', 'b']: ['a - c']" in capsys.readouterr().err
+    study(*variants, first_seed=101, jobs=0, seeds=2)
+    assert (cells("a")["seeds"], cells("b")["seeds"]) == ("3", "1 of 2")
+    assert "| seeds are missing |" in Path("found/s/table.md").read_text()
 
 
 def test_halves_of_the_text(study, monkeypatch):
@@ -341,6 +345,8 @@ def test_runs_of_other_code_are_not_added_to(study, edited):
     assert len(study(*variants, study="t")) == len(study.launched) == 4
     runs = study(*variants, only="b", overwrite=True)
     assert [r["variant"] for r in runs] == ["b", "b"] == [c.out_dir[7:8] for c in study.launched]
+    head = json.loads(Path("found/s/results.json").read_text())  # has the measured speeds, too
+    assert head["code"]["hash"] == "new"
     assert not folders & {c.out_dir for c in study.launched}
 
 
@@ -355,17 +361,6 @@ def test_runs_that_do_not_say_their_code(study):
     study("a: template=gd", jobs=0)
     assert "code d42fd40;" in Path("found/s/table.md").read_text()
     assert study("a: template=gd", overwrite=True) == runs
-
-
-def test_speeds_are_of_the_code(study, monkeypatch, edited):
-    asked = []
-    monkeypatch.setattr(bench, "relative_speeds", lambda configs: (
-        asked.append(list(configs)), dict.fromkeys(configs, 1.0))[1])
-    for overwrite in (False, False, True, True):
-        study("a: template=gd", budget="seconds", seeds=1, overwrite=overwrite)
-        if len(asked) == 1 and study.launched == []:
-            edited("new")
-    assert len(asked) == 2
 
 
 def test_a_study_without_its_pictures(study, monkeypatch, capsys):
@@ -426,14 +421,6 @@ def test_results_that_cannot_be_read_or_written(study):
     assert results.read_text() == "<<<<<<< HEAD"
     refused(lambda: study("a: template=gd", results=results), "results.json")
     assert study.launched == []
-
-
-def test_seeds_that_are_missing_are_no_verdict(study):
-    script = {f"{name}-seed{seed}": {"a": 1.0, "b": 0.5}[name] + seed / 10
-              for name in "ab" for seed in (1, 2, 3)} | {"b-seed3": "the loss is nan"}
-    refused(lambda: study("a: template=gd", "b: template=tmm", script=script, seeds=3), "nan")
-    assert cells("b")["seeds"] == "2 of 3"
-    assert "| seeds are missing |" in Path("found/s/table.md").read_text()
 
 
 def test_shares_of_the_machine(monkeypatch):

@@ -139,12 +139,6 @@ def test_pydoc_needs_nothing(tmp_path):
     assert sorted(found) == sorted(topics.values())
 
 
-def test_importing_prepare_is_quick():
-    code = ("import sys, prepare; "
-            "assert not {'torch', 'model', 'datasets', 'pyarrow'} & sys.modules.keys()")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
 def test_openwebtext_has_nanogpts_validation_documents(tmp_path, stories, capsys):
     datasets = pytest.importorskip("datasets")
     for n in 2, 300, 4001:
@@ -217,6 +211,10 @@ def test_datasets(tmp_path, monkeypatch, capsys):
     (tmp_path / "plain/a.txt").write_text("one line\n" * 100)
     make(tmp_path, "hf", "--tokenizer=bytes", f"--dataset={tmp_path}/plain")
     assert "warning: datasets reads plain text by lines" in capsys.readouterr().err
+    broken = (tmp_path / "plain/a.txt").rename(tmp_path / "plain/a.parquet")
+    broken.write_bytes(b"PAR1" + 100 * b"x" + b"PAR1")
+    said = refused(tmp_path, "hf", "--tokenizer=bytes", f"--dataset={tmp_path}/plain", "--name=x")
+    assert said.startswith("cannot load") and "Parquet" in said
 
 
 # -----------------------------------------------------------------------------
@@ -417,7 +415,6 @@ def test_what_others_have_made_or_make(tmp_path, command):
     ("hf --dataset=x --split=a[:1%] --val_split=a[:1%]", "=a[:1%] is what is trained on"),
     ("tinystories --val_input=x", "--val_input needs --input"),
     ("text --input=x --val_input=y --val_fraction=0.1", "does not go with"),
-    ("pydoc --tokenizer=gtp2", "no tokenizer gtp2; did you mean gpt2?"),
     ("tinystorys", "did you mean tinystories?")])
 def test_mistakes_on_the_command_line(tmp_path, words, message):
     assert message in refused(tmp_path, *words.split())
@@ -435,11 +432,7 @@ def test_as_many_processes_as_cores_that_may_be_used(monkeypatch):
     assert prepare.PrepareConfig(corpus="pydoc").num_proc == 60
 
 
-def test_all_mistakes_and_help(capsys, monkeypatch):
-    wrong = ["pydoc", "--seed=-1", "--num_proc=0", "--val_fraction=2"]
-    assert conftest.refused(lambda: prepare.main(wrong)) == [
-        "val_fraction=2.0: expected more than 0 and less than 1",
-        "num_proc=0: expected at least 1", "seed=-1: expected 0 to 2**63 - 1"]
+def test_help(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         prepare.main(["--help"])
     helped = capsys.readouterr().out
@@ -458,13 +451,3 @@ def test_text_that_cannot_be_split_or_encoded(tmp_path, stories, command, monkey
     assert "too little text to split" in refused(tmp_path, *command)
     with pytest.raises(UserError):
         load_meta(tmp_path / "data/text")
-
-
-def test_what_is_said_of_a_wrong_source(tmp_path):
-    words = ["text", "a.txt"]
-    conftest.refused(lambda: prepare.main(words), "unexpected argument", "--input=a.txt")
-    pytest.importorskip("datasets")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "a.parquet").write_bytes(b"PAR1" + 100 * b"x" + b"PAR1")
-    words = ["hf", f"--dataset={tmp_path}/set", "--tokenizer=bytes", f"--data_dir={tmp_path}"]
-    conftest.refused(lambda: prepare.main([*words, "--name=x"]), "cannot load", "Parquet")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refused
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -40,8 +41,7 @@ def test_end_of_text_counts_in_prompts_only():
     assert tokenizer.encode_prompt(f"a{MARK}{MARK}b") == [97, 256, 256, 98]
     assert tokenizer.decode([97, 256]) == "a" + MARK
     assert Tokenizer("char", "ab").encode_prompt("ba") == [1, 0]
-    with pytest.raises(UserError, match="'<c'"):
-        Tokenizer("char", "ab").encode_prompt("abc<")
+    refused(lambda: Tokenizer("char", "ab").encode_prompt("abc<"), "'<c'")
 
 
 def test_gpt2_is_tiktokens(gpt2_cache):
@@ -64,11 +64,9 @@ def test_ids_take_four_bytes_only_where_they_must(size, dtype):
 
 
 def test_names_that_are_no_tokenizer():
-    with pytest.raises(UserError, match=r"^no tokenizer gtp2; did you mean gpt2\?$"):
-        Tokenizer("gtp2")
+    assert refused(lambda: Tokenizer("gtp2")) == ["no tokenizer gtp2; did you mean gpt2?"]
     for meta in {}, [], {"tokenizer": 3}, {"tokenizer": "char", "alphabet": "aa", "vocab_size": 2}:
-        with pytest.raises(UserError, match="there is no such tokenizer"):
-            Tokenizer.from_meta(meta)
+        refused(lambda meta=meta: Tokenizer.from_meta(meta), "there is no such tokenizer")
 
 
 # -----------------------------------------------------------------------------
@@ -91,14 +89,10 @@ def test_nanogpt_folders(tmp_path):
     meta = load_meta(nanogpt_folder(tmp_path, {"itos": dict(enumerate("ba\n"))}))
     assert (meta["vocab_size"], meta["padded_vocab_size"], meta["dtype"]) == (3, 3, "uint16")
     assert Tokenizer.from_meta(meta).decode([1, 0, 2]) == "ab\n"
-    for itos in {0: 7}, {0: "a", 1: "a"}, {0: b"a"}:
-        with pytest.raises(UserError, match="meta.pkl is not a table of characters"):
-            load_meta(nanogpt_folder(tmp_path, {"itos": itos}))
-    with pytest.raises(UserError, match="numpy.* write plain int and str"):
-        load_meta(nanogpt_folder(tmp_path, {"vocab_size": np.int64(3)}))
+    refused(lambda: load_meta(nanogpt_folder(tmp_path, {"vocab_size": np.int64(3)})), "numpy",
+            "meta.pkl is not a table of characters", "write plain int and str")
     (tmp_path / "val.bin").write_bytes(b"odd")
-    with pytest.raises(UserError, match="val.bin has 3 bytes, and without a meta.json an id is"):
-        load_meta(tmp_path)
+    refused(lambda: load_meta(tmp_path), "val.bin has 3 bytes, and without a meta.json an id is")
 
 
 @pytest.mark.parametrize("table, decoded", [
@@ -114,8 +108,7 @@ def test_tables_that_nanogpt_takes(tmp_path, table, decoded):
     assert tokenizer.n_vocab == meta["padded_vocab_size"] == table.get("vocab_size", 3)
     if "a" in decoded:
         assert tokenizer.encode("a") == [0]
-    with pytest.raises(UserError, match="alphabet does not have '<'"):
-        tokenizer.encode("<")
+    refused(lambda: tokenizer.encode("<"), "alphabet does not have '<'")
 
 
 @pytest.mark.parametrize("kind, ids, warns", [("<u4", 100_000, True), ("<u2", 50_000, False)])
@@ -127,24 +120,19 @@ def test_wide_ids_without_a_meta_json(tmp_path, capsys, kind, ids, warns):
     assert ("train.bin seems to have ids of four bytes" in capsys.readouterr().err) is warns
     for magic in 20240520, 20240801:  # of ids of two bytes, and of four
         np.append(np.int32(magic), drawn.astype("<i4")).tofile(tmp_path / "val.bin")
-        with pytest.raises(UserError, match="val.bin begins with llm.c.s header"):
-            load_meta(tmp_path)
+        refused(lambda: load_meta(tmp_path), "val.bin begins with llm.c's header")
 
 
 def test_missing_data_names_the_command(tmp_path):
     for name, how in ("openwebtext", "openwebtext"), ("mine", "text --input=FILES --name=mine"):
-        with pytest.raises(UserError) as error:
-            load_meta(tmp_path / name)
-        assert str(error.value) == \
-            f"no data in {tmp_path / name}; mend its name, or make it as the preset's file says, " \
-            f"or with: python prepare.py {how}"
+        assert refused(lambda name=name: load_meta(tmp_path / name)) == [
+            f"no data in {tmp_path / name}; mend its name, or make it as the preset's file says, "
+            f"or with: python prepare.py {how}"]
     assert {*CORPORA} <= {*prepare.CORPORA}
     (nanogpt_folder(tmp_path) / "val.bin").unlink()
-    with pytest.raises(UserError, match=f"no val.bin in .* --name={tmp_path.name} --overwrite"):
-        load_meta(tmp_path)
+    refused(lambda: load_meta(tmp_path), "no val.bin in", f"--name={tmp_path.name} --overwrite")
     (tmp_path / "partial").mkdir()
-    with pytest.raises(UserError, match="is unfinished; if prepare.py was stopped there, run it"):
-        load_meta(tmp_path)
+    refused(lambda: load_meta(tmp_path), "is unfinished; if prepare.py was stopped there, run it")
 
 
 # -----------------------------------------------------------------------------

@@ -105,11 +105,8 @@ def test_what_is_measured_does_not_change_when_the_model_does_not():
     before, loss = watch.substeps(model, idx), model(idx, idx)[1]
     with torch.no_grad():
         for block in model.transformer.h:
-            block.attn.c_proj.weight.mul_(4)
-            block.mlp.c_proj.weight.mul_(4)
-            if block.attn.c_proj.bias is not None:
-                block.attn.c_proj.bias.mul_(4)
-                block.mlp.c_proj.bias.mul_(4)
+            for weights in (*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()):
+                weights.mul_(4)
             for step in block.steps:
                 step.gamma.copy_((step.scalar("gamma") / 4).expm1().log())
     assert model(idx, idx)[1].item() == pytest.approx(loss.item())
@@ -156,10 +153,7 @@ def test_substeps_of_several_runs(run, tmp_path, drawn, monkeypatch):
 @pytest.mark.parametrize("options", [{}, dict(template="nesterov"), dict(template="imex"),
                                      dict(ffn="hourglass", splitting="strang")])
 def test_the_residual_path_by_hand(options):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=16,
-                          **options)).double().eval()
-    idx = torch.randint(64, (2, 16))
+    model, idx = small_model(**options)
     lengths, angles = watch.residual_path(model, idx)
     with torch.no_grad():
         state = model.embed(idx, torch.arange(16)[None])

@@ -271,15 +271,9 @@ def test_no_file_is_unpickled_freely():
 @rows(
     "dataset, spoil",
     ("tiny", cut("data/tiny/train.bin", -1), "train", "--overwrite"),
-    ("tiny", cut("data/tiny/val.bin", -1), "val", "damaged"),
-    ("tiny", meta(dtype="uint32"), "train", "damaged"),
-    ("tiny", ids("data/tiny/train.bin", *[1] * 344), "train", "damaged"),
-    ("tiny", ids("data/tiny/val.bin"), "val", "damaged"),
+    ("tiny", ids("data/tiny/val.bin", *[1] * 301), "val", "damaged"),
     ("tiny", put("data/tiny/train.bin", None), "train.bin", "prepare.py"),
-    ("tiny", put("data/tiny/val.bin", None), "val.bin", "prepare.py"),
     ("tiny", put("data/tiny/train.bin", {}), "train.bin"),
-    ("gpt2", cut("data/gpt2/train.bin", -1), "train.bin"),
-    ("gpt2", ids("data/gpt2/train.bin"), "train.bin", "0 tokens"),
     ("gpt2", ids("data/gpt2/train.bin", *range(16)), "train.bin", "16 tokens", "17",
      "--block_size"),
     ("gpt2", ids("data/gpt2/val.bin", *range(16)), "val.bin", "16 tokens", "17", "--block_size"),
@@ -293,8 +287,8 @@ def test_no_file_is_unpickled_freely():
     *(("char", meta("char", alphabet=alphabet), "meta.json") for alphabet in (
         LETTERS[1:], "a" * 26, [*LETTERS[1:], 7])),
     *(("nano", put("data/nano/meta.pkl", content), "meta.pkl") for content in (
-        b"", b"no pickle", *map(pickle.dumps, (7, {}, {"itos": 7}, {"itos": {1: "a"}},
-                                               {"itos": {0: b"a"}}, {"itos": {}})))),
+        b"", *map(pickle.dumps, (7, {}, {"itos": 7}, {"itos": {1: "a"}}, {"itos": {0: b"a"}},
+                                 {"itos": {0: "a", 1: "a"}}, {"itos": {}})))),
     ("../run", lambda place: None, "run", "prepare.py"))
 def test_a_bad_data_folder(place, refused, dataset, spoil, expected):
     spoil(place)
@@ -335,8 +329,7 @@ STEERS = "a\x1b[2J\nerror: b"  # a name that holds a newline, and a code that st
     *((setting("model_args", **{name: value}), name) for name, value in (
         ("n_layer", 0), ("n_head", 3), ("n_embd", True), ("dropout", float("nan")),
         ("block_size", -16), ("vocab_size", 0), ("bias", "maybe"), ("ffn", 3))),
-    *((setting("model_args", **{name: value}), "model_args") for name, value in (
-        ("n_layer", "2"), ("n_layer", 2.5), ("n_head", None), ("n_embd", [32]))),
+    (setting("model_args", n_layer="2"), "model_args"),
     (checkpoint(lambda c: c["model_args"].update({7: 7})), "model_args"),
     # --- its weights
     *((setting(model=value), "weights") for value in (
@@ -344,8 +337,7 @@ STEERS = "a\x1b[2J\nerror: b"  # a name that holds a newline, and a code that st
     (without(FC, "model"), FC), (weight(FC, lambda w: w[:, :3]), FC, "size"),
     (weight("transformer.extra", lambda _: torch.zeros(2)), "transformer.extra"),
     (weight(STEERS, lambda _: torch.zeros(2)), "model_args"),
-    (weight(FC, lambda _: "w"), "weights"), (weight(WTE, lambda _: None), "weights"),
-    (setting("model_args", n_layer=3), "weights"), (setting("model_args", head_dim=4), "weights"),
+    (weight(FC, lambda _: "w"), "weights"), (setting("model_args", head_dim=4), "weights"),
     # --- its tokenizer, its run's options
     *((setting(tokenizer=value), "tokenizer") for value in (
         {"tokenizer": 7}, {"alphabet": "ab"}, {"tokenizer": "char"},
@@ -367,9 +359,7 @@ def test_a_bad_checkpoint(place, refused, spoil, expected):
     *((setting(**{key: value}), key) for key, value in (
         ("run", 7), ("run", [1]), ("run", {"pace": 7}), ("optimizer", [1]),
         ("optimizer", {"adamw": 7}), ("rng", 7), ("rng", [7]), ("rng", [{"cpu": torch.zeros(3)}]))),
-    *((checkpoint(lambda c, key=key, value=value: c.pop("run") and c.update({key: value})),
-       "damaged") for key, value in (  # as nanoGPT's have them
-           ("best_val_loss", "low"),)),
+    (checkpoint(lambda c: c.pop("run") and c.update(best_val_loss="low")), "damaged"),  # nanoGPT's
     *((checkpoint(lambda c, value=value: c["optimizer"]["adamw"][WTE].update(exp_avg=value)),
        "the checkpoint") for value in ("x", torch.zeros(257, 3))))
 def test_a_bad_state_of_a_run(place, refused, spoil, expected):
@@ -403,7 +393,8 @@ def test_a_checkpoint_that_cannot_be_sampled(place, refused, spoil, expected):
     ("train", "decay_fraction rope_theta gamma_init mu_init beta_init embed_scale", "0 1e30"),
     ("sample", "num_samples max_new_tokens top_k", "0 -1"), ("sample", "temperature", "-1e-9"),
     ("sample", "top_p", "0 -0.1 1.1"), ("sample", "seed", "0.5"),
-    ("prepare", "num_proc", "0 -1 1.5"), ("prepare", "val_fraction", "0 -0.1 1e-400 1.1")])
+    ("prepare", "num_proc", "0 -1 1.5"), ("prepare", "seed", "-1 0.5"),
+    ("prepare", "val_fraction", "0 -0.1 1e-400 1.1")])
 def test_a_bad_number(place, name, options, words):
     """Each option with each of the words, and with what is no number at all."""
     before = contents(place)
@@ -461,8 +452,7 @@ def test_an_extreme_number_works_or_is_refused(place, program):
     ("train", "--init_from=run", "init_from=run", ".pt"), ("sample", "--init_from=run", "run"),
     ("train", f"{RESUME}/none", "run/none", "resume"),
     ("train", "--device=cpu:x", "device=cpu:x"), ("train", "--device=meta", "device=meta", "cpu"),
-    ("train", "--out_dir=text.txt", "text.txt"), ("train", "--out_dir=text.txt/new", "text.txt"),
-    ("train", "--out_dir=", "out_dir"), ("train", "--dataset=", "data"),
+    ("train", "--out_dir=text.txt/new", "text.txt"), ("train", "--dataset=", "data"),
     ("train", "--data_dir=text.txt", "text.txt"), ("train", "-n_layer=3", "-n_layer=3"),
     ("train", "'--n_layer=1\n\x1b[2J'", "n_layer"), ("sample", "preset.py", "preset.py"),
     ("sample", "'--start=FILE:a\n\x1b[2J'", "FILE:a"), ("prepare", "'--input=a\n\x1b[2J'", "file"),
@@ -470,8 +460,7 @@ def test_an_extreme_number_works_or_is_refused(place, program):
       for name in ("a/b", ".", "..", "/tmp/x", "a/")),
     ("prepare", f"--name={'x' * 300}", "xxx", "long"), ("prepare", "--name=tiny", "--overwrite"),
     ("prepare", "--data_dir=text.txt", "text.txt"),
-    ("prepare", "--input=caf\udce9.txt", "no file", "caf"),
-    ("prepare", "--input=data/tiny/train.bin", "train.bin", "UTF-8"))
+    ("prepare", "--input=caf\udce9.txt", "no file", "caf"))
 def test_bad_words(refused, name, words, expected):
     refused(name, words, expected)
 
@@ -483,7 +472,6 @@ def test_bad_words(refused, name, words, expected):
         ("cut", "é".encode()[:1]))),
     ("prepare", "--input=empty", "empty", {}, "no text", "empty"),
     ("prepare", "--val_input=blank", "blank", " \n", "no text"),
-    ("prepare", "--input=x.jsonl", "x.jsonl", "NaN", "x.jsonl", "line 1"),
     ("prepare", "--input=x.jsonl", "x.jsonl", "[" * 100_000, "x.jsonl", "line 1"),
     *(("prepare", "--name=tiny", "data/tiny/meta.json", content, "tiny", "--overwrite")
       for content in ("[]", '{"settings": [1]}')),
