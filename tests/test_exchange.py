@@ -281,18 +281,6 @@ def test_transformers_computes_every_variant(tmp_path, monkeypatch, name):
         assert torch.equal(logits(model_from(read_checkpoint(str(back))).eval()), expected)
 
 
-TASK = """task: {kind}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/items.jsonl}}}}
-test_split: test
-output_type: {kind}
-doc_to_text: "{{{{context}}}}"
-target_delimiter: ""
-{more}
-metric_list: [{{metric: {metric}}}]
-"""
-
-
 @pytest.mark.parametrize("meta", [
     Tokenizer("bytes").to_meta(), pytest.param(CHARS, marks=pytest.mark.torture)], ids=str)
 def test_a_task_has_our_scores(tmp_path, monkeypatch, meta):
@@ -314,14 +302,18 @@ def test_a_task_has_our_scores(tmp_path, monkeypatch, meta):
         items.append({"context": context, "answers": ["ab", " c", "dab", copied or "b"],
                       "gold": i % 4})
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    kinds = {"multiple_choice": ("acc", 'doc_to_target: gold\ndoc_to_choice: "{{answers}}"'),
-             "generate_until": ("exact_match", 'doc_to_target: "{{answers[3]}}"\n'
-                                'generation_kwargs: {until: ["d"], max_gen_toks: 4}')}
+    kinds = {"multiple_choice": ("acc", dict(doc_to_target="gold", doc_to_choice="{{answers}}")),
+             "generate_until": ("exact_match", dict(
+                 doc_to_target="{{answers[3]}}",
+                 generation_kwargs={"until": ["d"], "max_gen_toks": 4}))}
+    files = {"test": f"{tmp_path}/items.jsonl"}
     if meta is CHARS:  # that backend generates only where there is an end-of-text id
         del kinds["generate_until"]
     for kind, (metric, more) in kinds.items():
-        (tmp_path / f"{kind}.yaml").write_text(TASK.format(
-            kind=kind, metric=metric, more=more, folder=tmp_path))
+        task = dict(task=kind, output_type=kind, metric_list=[{"metric": metric}],
+                    dataset_path="json", dataset_kwargs={"data_files": files}, test_split="test",
+                    doc_to_text="{{context}}", target_delimiter="")
+        (tmp_path / f"{kind}.yaml").write_text(json.dumps(task | more))
     bench.main(["eval", f"--ckpt={tmp_path}/a.pt", f"--tasks={','.join(kinds)}", "--device=cpu",
                 f"--include_path={tmp_path}", f"--json={tmp_path}/figures.json"])
     ours = json.loads((tmp_path / "figures.json").read_text())["rows"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refused, write_data
+from conftest import SHARED, refused, write_data
 from variants import write_checkpoint
 
 import bench
@@ -26,7 +26,6 @@ from support.tokenizer import Tokenizer
 from tools import exchange
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no copies of the data sets")
 CHARS = {"tokenizer": "char", "alphabet": "\n abcdé", "vocab_size": 7, "padded_vocab_size": 7}
 T = 16  # of write_checkpoint's model
@@ -300,37 +299,19 @@ def test_a_character_model(tmp_path):
     refused(lambda: bare.loglikelihood([Request("", "abc")]), "alphabet")
 
 
-HELLASWAG = """include: {harness}/hellaswag/hellaswag.yaml
-task: local_hellaswag
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {folder}/hellaswag.jsonl}}, cache_dir: {folder}/cache}}
-training_split: null
-"""
-ARC = """include: {harness}/arc/arc_easy.yaml
-task: local_arc
-dataset_path: json
-dataset_name: null
-dataset_kwargs:
-  data_files: {{train: {folder}/train.jsonl, validation: {folder}/validation.jsonl}}
-  cache_dir: {folder}/cache
-test_split: null
-"""
-COPY = """task: local_copy
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/copy.jsonl}}, cache_dir: {folder}/cache}}
-output_type: generate_until
-test_split: test
-doc_to_text: "{{{{text}}}}"
-doc_to_target: "{{{{text}}}}"
-generation_kwargs: {{until: ["q"], max_gen_toks: 8}}
-metric_list: [{{metric: exact_match}}]
-"""
+COPY = dict(output_type="generate_until", doc_to_text="{{text}}", doc_to_target="{{text}}",
+            generation_kwargs={"until": ["q"], "max_gen_toks": 8},
+            metric_list=[{"metric": "exact_match"}])
 
 
-GROUP = """group: local_group
-task: [local_hellaswag, local_arc]
-aggregate_metric_list: [{{metric: acc}}]
-"""
+def write_task(folder, name, splits, **options):
+    """local_NAME: a task with these splits, of which each has a file of the folder."""
+    files = {split: f"{folder}/{file}.jsonl" for split, file in splits.items()}
+    task = dict.fromkeys(("dataset_name", "training_split", "test_split"))
+    task |= {f"{split}_split": split for split in splits}
+    task |= dict(task=f"local_{name}", dataset_path="json",
+                 dataset_kwargs={"data_files": files, "cache_dir": f"{folder}/cache"})
+    (folder / f"{name}.yaml").write_text(json.dumps(task | options))
 
 
 @pytest.fixture
@@ -355,10 +336,15 @@ def local_tasks(tmp_path, monkeypatch):
              "choices": {"text": r["choices"], "label": list("ABCDE")[:len(r["choices"])]}}
             for r in read(f"arc_easy/{split}.jsonl")[:60]])
     write("copy.jsonl", [{"text": "one"}, {"text": "two"}])
-    for name, task in (("hellaswag", HELLASWAG), ("arc", ARC), ("copy", COPY),
-                       ("group", GROUP)):
-        (tmp_path / f"{name}.yaml").write_text(task.format(
-            harness=Path(lm_eval.__file__).parent / "tasks", folder=tmp_path))
+    harness = f"{Path(lm_eval.__file__).parent}/tasks"
+    write_task(tmp_path, "hellaswag", {"validation": "hellaswag"},
+               include=f"{harness}/hellaswag/hellaswag.yaml")
+    write_task(tmp_path, "arc", {"training": "train", "validation": "validation"},
+               include=f"{harness}/arc/arc_easy.yaml")
+    write_task(tmp_path, "copy", {"test": "copy"}, **COPY)
+    (tmp_path / "group.yaml").write_text(json.dumps(dict(
+        group="local_group", task=["local_hellaswag", "local_arc"],
+        aggregate_metric_list=[{"metric": "acc"}])))
     return tmp_path
 
 
@@ -477,7 +463,7 @@ def test_mistaken_tasks(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "TaskManager", lambda include_path, **_: real(  # all take 10 seconds
         include_path=include_path or str(some), include_defaults=False))
     write_checkpoint(tmp_path / "ckpt.pt", CHARS)
-    (tmp_path / "odd.yaml").write_text(COPY.format(folder=tmp_path))
+    write_task(tmp_path, "copy", {"test": "copy"}, **COPY)
 
     def line(*words, said):
         argv = [f"--ckpt={tmp_path}/ckpt.pt", *words]
