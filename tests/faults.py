@@ -13,14 +13,11 @@ import sys
 import time
 from collections.abc import Callable
 
+from conftest import rank as this_rank
+
 SAVE = ("save", "clear_folder")  # of train.py
 WRITE = ("write_bins", "write_json", "move_into_place")  # of prepare.py
 OPERATIONS = ("fsync", "replace", "rename", "link", "remove", "unlink", "mkdir", "rmdir")
-
-
-def here(rank: int) -> bool:
-    """Is this process that rank?"""
-    return int(os.environ.get("RANK", 0)) == rank
 
 
 def die(last_words: str = "killed") -> None:
@@ -61,7 +58,7 @@ def kill_at(fatal: int, program: str = "train", inside: tuple[str, ...] = SAVE,
     With `first` also at the step after the first save. Prints where; and at the end of each
     function the moments so far."""
     module = sys.modules[program]
-    if not here(0):  # the others write nothing
+    if this_rank() != 0:  # the others write nothing
         return
     count = depth = saves = 0
 
@@ -129,7 +126,7 @@ def at_step(step: int | None, action: Callable, rank: int = 0, after: int | None
     """action() in this rank when training comes to this step, or has made `after` steps."""
     import train
 
-    if not here(rank):
+    if this_rank() != rank:
         return
     multiplier, begin = train.lr_multiplier, []
 

@@ -584,17 +584,12 @@ def test_mistakes(tmp_path, monkeypatch, command, said):
 
 
 @pytest.mark.parametrize("name, content, said", [
-    ("config.json", "{", "cannot load"), ("config.json", "[1]", "cannot load"),
-    ("config.json", '{"n_layer": 2}', "ckpt.pt"), ("config.json", None, "cannot load"),
-    ("config.json", dict(model_args=[1]), "its model_args is no table"),
+    ("config.json", "{", "cannot load"), ("config.json", None, "cannot load"),
+    ("config.json", '{"n_layer": 2}', "ckpt.pt"),
     ("config.json", dict(tokenizer=3), "its tokenizer is no table"),
-    ("config.json", dict(model_args=dict(n_experts=2)), "n_experts"),
-    ("config.json", dict(model_args=dict(n_layer="2")), "model_args do not fit"),
     ("config.json", dict(model_args=dict(n_layer=1, n_embd=8, n_head=2)),
      "do not fit its model_args"),
-    ("model.safetensors", None, "may be damaged"),
-    ("model.safetensors", "", "may be damaged"),
-    ("model.safetensors", 3000, "may be damaged")])
+    ("model.safetensors", None, "may be damaged"), ("model.safetensors", 3000, "may be damaged")])
 def test_a_damaged_folder(tmp_path, name, content, said):
     pytest.importorskip("safetensors")
     write(tmp_path / "a.pt", n_layer=1)

@@ -428,14 +428,6 @@ def test_logits_that_are_not_finite(tmp_path, local_tasks):
         assert judge(tmp_path, *words, "--dtype=float32")
 
 
-def test_json_has_no_nan(tmp_path, monkeypatch):
-    """Which is null there."""
-    row = {"variant": "a", "acc": math.nan, "ppl": math.inf, "items": 3}
-    monkeypatch.setitem(bench.COMMANDS, "eval", (tools.judge.EvalConfig, lambda config: [row]))
-    (found,) = judge(tmp_path, "--ckpt=x", "--tasks=y")
-    assert found == {"variant": "a", "acc": None, "ppl": None, "items": 3}
-
-
 @pytest.mark.parametrize("words, said", [
     ("--data=tiny", ["--ckpt", "--tasks", "--data"]), ("CKPT", ["--tasks", "--data"]),
     ("CKPT --data=tiny --tasks=hellaswag", ["either"]),
