@@ -122,15 +122,6 @@ def test_wrong_values_are_named(name, word):
     assert describe(kind) in str(error.value)
 
 
-def test_an_open_table_is_read_like_a_literal(monkeypatch):
-    """With the keys that it has by then."""
-    assert problems("--template=polyac", "--kind=wds") == [
-        "template=polyac: expected gd | polyak; did you mean polyak?",
-        "kind=wds: expected cosine | wsd; did you mean wsd?"]
-    monkeypatch.setitem(TABLE, "mine", 3)
-    assert read("--template=mine").template == "mine"
-
-
 # -----------------------------------------------------------------------------
 # The command line
 
@@ -246,12 +237,6 @@ def test_who_set_an_option(preset, tmp_path, monkeypatch):
     options, given_by = read_config(Options, ["--floor=2", "--rate=1", first, second, "--name=x"])
     assert options == Options(floor=1.0, name="x")
     assert given_by == {"width": second, "name": "", "rate": first, "floor": second}
-
-
-def test_a_missing_preset_gets_the_nearest(preset, tmp_path):
-    there = preset("", "yurii_owt.py")
-    missing = str(tmp_path / "yuri_owt.py")
-    assert problems(missing) == [f"no preset file {missing}; did you mean {there}?"]
 
 
 @pytest.mark.parametrize("text, line", [

@@ -410,7 +410,6 @@ def test_what_others_have_made_or_make(tmp_path, command):
     ("pydoc --input=x", "pydoc takes no --input"),
     ("text --input=x --dataset=y", "are hf's"),
     ("pydoc --val_split=x", "is for text from the Hub"),
-    ("hf --dataset=x --val_split=train", "--val_split=train is what is trained on"),
     ("hf --dataset=x --val_split=train[:1%]", "--val_split=train[:1%] is what is trained on"),
     ("hf --dataset=x --split=a[:1%] --val_split=a[:1%]", "=a[:1%] is what is trained on"),
     ("tinystories --val_input=x", "--val_input needs --input"),

@@ -367,16 +367,6 @@ def test_a_bad_state_of_a_run(place, refused, spoil, expected):
     refused("train", RESUME, expected)
 
 
-@rows(
-    "spoil",
-    (weight("transformer.ln_f.weight", lambda w: w * torch.nan), "nan"),
-    *((checkpoint(lambda c, config=config: c.pop("tokenizer") and c.update(config=config)), "257",
-       "data") for config in ({}, {"dataset": "char"})))
-def test_a_checkpoint_that_cannot_be_sampled(place, refused, spoil, expected):
-    spoil(place)
-    refused("sample", "", expected)
-
-
 # -----------------------------------------------------------------------------
 # Words
 
@@ -485,12 +475,6 @@ def test_a_bad_file(place, refused, name, words, path, content, expected):
     """A prompt, a text, data that would be replaced, a preset."""
     put(path, content)(place)
     refused(name, words, expected)
-
-
-def test_a_prompt_outside_the_alphabet(place, refused):
-    setting(tokenizer={"tokenizer": "char", "alphabet": LETTERS, "vocab_size": 26,
-                       "padded_vocab_size": 26})(place)
-    refused("sample", "'--start=Acafé\n'", ["alphabet", "A", "é", r"\n"])
 
 
 def test_a_strange_prompt_that_works(place, program):
