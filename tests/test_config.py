@@ -127,16 +127,10 @@ def test_wrong_values_are_named(name, word):
 
 
 def test_command_line():
-    options = read("--width=3", "--rate", "2e-1", "--fast", "--name", "x y", "--floor", "-1",
-                   "--inputs", "a", "b", "--quick=none", "--stop=--")
+    options = read("--width=3", "--rate", "2e-1", "--fast", "true", "--name", "x y", "--floor",
+                   "-1", "--inputs", "a", "b", "--quick=none", "--stop=--")
     assert options == Options(width=3, rate=0.2, floor=-1.0, name="x y", stop="--", fast=True,
                               inputs=("a", "b"))
-
-
-def test_a_bare_switch_does_not_swallow_what_follows(preset):
-    for switch in ("--fast",), ("--fast", "true"), ("--fast=yes",):
-        options = read(*switch, preset("width = 2\n"), "--fast", "--name=x")
-        assert options == Options(width=2, fast=True, name="x")
 
 
 def test_an_unknown_name_gets_the_nearest(preset):
@@ -160,9 +154,10 @@ def test_all_problems_come_together(preset):
 
 
 def test_words_that_belong_to_an_option(preset):
-    """Without dashes, or several without quotation marks; a file may be a preset by any name."""
-    options = read("--width=2", preset("width = 3", "no_suffix"), preset("rate = 2"))
-    assert (options.width, options.rate) == (3, 2.0)
+    """Without dashes, or several without quotation marks; a file may be a preset by any name, and
+    a bare switch does not swallow it."""
+    options = read("--width=2", preset("width = 3", "no_suffix"), "--fast", preset("rate = 2"))
+    assert options == Options(width=3, rate=2.0, fast=True)
     hint = "an option is --name=value, with quotation marks around several words"
     assert problems("width=3", "--name", "Once", "upon", "a", "time,", "--fast", preset("")) == [
         f"no preset file {word}; {hint}" for word in ("width=3", "upon", "a", "time,")]
