@@ -553,8 +553,9 @@ def test_mistakes(tmp_path, monkeypatch, command, said):
 
 
 @pytest.mark.parametrize("name, content, said", [
-    ("config.json", "{", "cannot load"), ("config.json", None, "cannot load"),
-    ("config.json", '{"n_layer": 2}', "ckpt.pt"),
+    ("config.json", "{", "cannot load"), ("config.json", "[1]", "cannot load"),
+    ("config.json", '{"n_layer": 2}', "ckpt.pt"), ("config.json", None, "cannot load"),
+    ("config.json", dict(model_args=[1]), "its model_args is no table"),
     ("config.json", dict(tokenizer=3), "its tokenizer is no table"),
     ("config.json", dict(model_args=dict(n_layer=1, n_embd=8, n_head=2)),
      "do not fit its model_args"),

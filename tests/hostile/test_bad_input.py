@@ -272,6 +272,7 @@ def test_no_file_is_unpickled_freely():
     "dataset, spoil",
     ("tiny", cut("data/tiny/train.bin", -1), "train", "--overwrite"),
     ("tiny", ids("data/tiny/val.bin", *[1] * 301), "val", "damaged"),
+    ("tiny", meta(dtype="uint32"), "train", "damaged"),
     ("tiny", put("data/tiny/train.bin", None), "train.bin", "prepare.py"),
     ("tiny", put("data/tiny/train.bin", {}), "train.bin"),
     ("gpt2", ids("data/gpt2/train.bin", *range(16)), "train.bin", "16 tokens", "17",
@@ -329,7 +330,7 @@ STEERS = "a\x1b[2J\nerror: b"  # a name that holds a newline, and a code that st
     *((setting("model_args", **{name: value}), name) for name, value in (
         ("n_layer", 0), ("n_head", 3), ("n_embd", True), ("dropout", float("nan")),
         ("block_size", -16), ("vocab_size", 0), ("bias", "maybe"), ("ffn", 3))),
-    (setting("model_args", n_layer="2"), "model_args"),
+    *((setting("model_args", n_layer=value), "model_args") for value in ("2", 2.5)),
     (checkpoint(lambda c: c["model_args"].update({7: 7})), "model_args"),
     # --- its weights
     *((setting(model=value), "weights") for value in (
