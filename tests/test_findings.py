@@ -37,7 +37,7 @@ def test_a_comparison_by_hand():
     """Variances 0.01, 0.0225 and 0.01, pooled 0.014167 with 6 degrees of freedom (t 2.4469); p of b
     against a, of t = 2.0580, is 0.0853."""
     losses = {"a": (1.0, 1.1, 1.2), "b": (1.15, 1.3, 1.45), "c": (0.9, 1.0, 1.1)}
-    b, c, pair = study(losses, pairs=("b - c", "b - absent"))
+    b, c, pair = study(losses, pairs=("b - c", "b - absent", "b - a"))
     assert [(d.variant, d.less) for d in (b, c, pair)] == [("b", "a"), ("c", "a"), ("b", "c")]
     assert (b.mean, b.half) == (pytest.approx(0.2), pytest.approx(0.2378, abs=5e-5))
     assert b.p == pytest.approx(2 * 0.0853, abs=2e-4) and pair.p == pytest.approx(0.0644, abs=2e-4)
@@ -95,7 +95,8 @@ def test_the_texts_noise():
     assert c.text == pytest.approx(expected, rel=0.03)
     assert c.text == findings.text_noise(one + shared, other + shared)  # the same each time
     assert findings.differences([c])[0]["text"] == f"{c.text:.4f}"
-    assert "text" not in findings.differences(study({"a": [1.0], "b": [1.0]}))[0]
+    for blocks in (None, {"a": [1.0], "b": [2.0]}):  # one says nothing of others
+        assert "text" not in findings.differences(study({"a": [1.0], "b": [1.0]}, blocks))[0]
 
 
 def test_a_studys_curves_over_seconds_are_means_over_its_seeds(tmp_path, drawn):
