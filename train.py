@@ -21,6 +21,7 @@ import torch
 from config import read_config
 from model import GPT, GPTConfig
 from support.checkpoint import clear_folder, model_from
+from support.code import code_in
 from support.data import Tokens, WindowOrder, evaluation_starts, prefetch, to_device
 from support.device import attention_backend, autocast, pick_dtype, try_compile, tune_machine
 from support.errors import cli, explain_failures, fail
@@ -293,8 +294,9 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     dtype = pick_dtype(c.dtype, device)
     folder = os.path.join(c.data_dir, c.dataset)
     meta, source = read_source(folder, checkpoint, resumed)
-    ranks.check_same((source, meta["val"]),
-                     f"{folder} has other data on another machine; copy that of one to all")
+    ranks.check_same((source, meta["val"], code_in()["hash"]),
+                     f"another machine has other data in {folder}, or other code than this one; "
+                     f"copy those of one to all")
     tune_machine(device, c.deterministic)
 
     # --- model, data, optimisers ---

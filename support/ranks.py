@@ -49,12 +49,11 @@ class Ranks:
             fail(f"backend=nccl is for CUDA, and this device is {self.device}; use gloo")
         timeout = timedelta(minutes=10)
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun's restarts leave addresses of the dead in its store: each attempt has its own
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it has addresses of the dead
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if backend == "nccl" else backend, rank=self.rank,
-            world_size=self.world, store=dist.PrefixStore(f"attempt-{attempt}", store),
-            timeout=timeout)
+            world_size=self.world, store=store, timeout=timeout)
         # for what waits for files to be read or written
         self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 

@@ -39,7 +39,7 @@ from conftest import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from processes import start_ranks
+from processes import run_ranks, start_ranks
 
 import train
 from model import Block
@@ -306,12 +306,22 @@ def test_a_block_that_layers_share_is_divided_once(monkeypatch):
     assert parts == [block, model]
 
 
-def test_machines_with_other_data(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("differs", [0, 1, 2])
+def test_machines_with_other_data_or_code(run, tmp_path, monkeypatch, differs):
     def other(ranks, data):
-        return [data, ({**data[0], "tokens": 1}, data[1])]
+        return [data, tuple("other" if i == differs else part for i, part in enumerate(data))]
 
     monkeypatch.setattr(Ranks, "gather", other)
-    refused(lambda: run(tmp_path), "other data on another machine")
+    refused(lambda: run(tmp_path), "another machine has other data", "or other code")
+
+
+def unlike_counts() -> None:
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["RANK"]
+
+
+def test_machines_that_count_restarts_unlike(words, tmp_path):
+    """Of torchrun's agents only that whose process died counts its restart."""
+    run_ranks(words(tmp_path, max_iters=1), 2, unlike_counts)
 
 
 def test_in_a_thread(run, tmp_path):
