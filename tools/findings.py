@@ -244,7 +244,7 @@ def draw_curves(runs: list[dict], path: str, x: str, unit: str) -> None:
         for i, name in enumerate(family):
             if len(panels[-1]) + (1 if i else min(7, len(family))) > 8:
                 panels.append({first: "ko-"})
-            panels[-1][name] = (f"C{k - 1}" if k else "k") + lines[i % 8]
+            panels[-1][name] = (f"C{(k - 1) % 10}" if k else "k") + lines[i % 8]
     with picture(path, 9, 0.8 + 3.4 * len(panels)) as figure:
         grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
         figure.suptitle("second half of training: mean, lowest, highest seed", fontsize="small")
