@@ -295,8 +295,7 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     folder = os.path.join(c.data_dir, c.dataset)
     meta, source = read_source(folder, checkpoint, resumed)
     ranks.check_same((source, meta["val"], code_in()["hash"]),
-                     f"another machine has other data in {folder}, or other code than this one; "
-                     f"copy those of one to all")
+                     f"another machine has other data in {folder} or other code; copy one's to all")
     tune_machine(device, c.deterministic)
 
     # --- model, data, optimisers ---

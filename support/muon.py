@@ -50,9 +50,8 @@ def share_out(function: Callable, x: torch.Tensor) -> torch.Tensor:
     rank, world = dist.get_rank(), dist.get_world_size()
     n = -(-len(x) // world)
     part = torch.zeros(n, *x.shape[1:], dtype=x.dtype, device=x.device)
-    share = x[rank * n:(rank + 1) * n]
-    if len(share):
-        part[:len(share)] = function(share)
+    share = x[rank * n:(rank + 1) * n]  # perhaps of none
+    part[:len(share)] = function(share)
     whole = x.new_empty(n * world, *x.shape[1:])
     dist.all_gather(list(whole.chunk(world)), part)
     return whole[:len(x)]

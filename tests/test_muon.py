@@ -25,7 +25,7 @@ def test_muon_is_torchs():
         torch.testing.assert_close(b.state[q], a.state[p])
 
 
-@pytest.mark.parametrize("world, shares", [(2, [2, 1]), (3, [1, 1, 1]), (5, [1, 1, 1])])
+@pytest.mark.parametrize("world, shares", [(2, [2, 1]), (3, [1, 1, 1]), (5, [1, 1, 1, 0, 0])])
 def test_the_matrices_are_shared_out(world, shares, monkeypatch):
     """Over processes, played here one after the other; test_ranks.py has real ones."""
     x, parts, done = torch.randn(3, 4, 5), [], []

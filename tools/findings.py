@@ -115,15 +115,14 @@ def comparisons(runs: list[dict], planned: dict[str, Any]) -> list[Comparison]:
     wanted += [pair for pair in named if variants.keys() >= set(pair)]
     losses = {label: [r["val_loss"] for r in of_variant] for label, of_variant in variants.items()}
     blocks = {label: np.mean([r["blocks"] for r in of_variant], axis=0)
-              for label, of_variant in variants.items()
-              if all(len(r.get("blocks", [])) > 1 for r in of_variant)}
+              for label, of_variant in variants.items() if all(r.get("blocks") for r in of_variant)}
     variances = seed_variances(losses)
     found, p_values = [], []
     for label, less in dict.fromkeys(wanted):
         c = Comparison(label, less, statistics.mean(losses[label]) - statistics.mean(losses[less]))
         c.seeds = tuple(one["val_loss"] - other["val_loss"] for one in variants[label]
                         for other in variants[less] if one["seed"] == other["seed"])
-        if blocks.keys() >= {label, less}:
+        if blocks.keys() >= {label, less} and len(blocks[label]) > 1:
             c.text = text_noise(blocks[label], blocks[less])
         error = math.sqrt(sum(variances[k][0] / len(losses[k]) for k in (label, less)))
         if freedom := min(variances[k][1] for k in (label, less)):
