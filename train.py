@@ -291,11 +291,12 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
     c, checkpoint, resumed = ranks.first(lambda: find_start(asked, given), without_tensors)
     ranks.check_accumulation(c.batch_size, c.gradient_accumulation_steps)
     device, master, sharded = ranks.device, ranks.rank == 0, c.parallel == "fsdp"
-    dtype = pick_dtype(c.dtype, device)
+    dtype = ranks.first(lambda: pick_dtype(c.dtype, device))  # cards may be unlike
     folder = os.path.join(c.data_dir, c.dataset)
     meta, source = read_source(folder, checkpoint, resumed)
-    ranks.check_same((source, meta["val"], code_in()["hash"]),
-                     f"another machine has other data in {folder} or other code; copy one's to all")
+    ranks.check_same((source, meta["val"], code_in()["hash"], device.type),
+                     f"another machine has other data in {folder} or other code (copy one's to "
+                     f"all), or no GPU that torch can use (try --device=cuda)")
     tune_machine(device, c.deterministic)
 
     # --- model, data, optimisers ---

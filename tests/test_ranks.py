@@ -306,13 +306,24 @@ def test_a_block_that_layers_share_is_divided_once(monkeypatch):
     assert parts == [block, model]
 
 
-@pytest.mark.parametrize("differs", [0, 1, 2])
-def test_machines_with_other_data_or_code(run, tmp_path, monkeypatch, differs):
+@pytest.mark.parametrize("differs", [0, 1, 2, 3])
+def test_machines_that_are_unlike(run, tmp_path, monkeypatch, differs):
     def other(ranks, data):
         return [data, tuple("other" if i == differs else part for i, part in enumerate(data))]
 
     monkeypatch.setattr(Ranks, "gather", other)
-    refused(lambda: run(tmp_path), "another machine has other data", "or other code")
+    refused(lambda: run(tmp_path), "another machine has other data", "other code", "no GPU")
+
+
+def unlike_cards(patch) -> None:
+    """Of which rank 0's computes in another precision, if nothing is said, than the other."""
+    patch.setattr(train, "pick_dtype", lambda *_: [torch.float64, torch.float32][rank()])
+
+
+def test_unlike_cards_compute_in_one_precision(run, job, tmp_path):
+    in_ranks(2, [job(tmp_path / "two", [unlike_cards], max_iters=2)])
+    run(tmp_path / "one", dtype="float64", max_iters=2)
+    assert_equal_runs(tmp_path / "two", tmp_path / "one", 1e-12, weights=1e-12)
 
 
 def unlike_counts() -> None:

@@ -111,14 +111,13 @@ def comparisons(runs: list[dict], planned: dict[str, Any]) -> list[Comparison]:
     first, *others = variants
     config = planned[first]
     named = [tuple(pair.split(" - ")) for pair in config.pairs]
-    wanted = [(label, first) for label in others]
-    wanted += [pair for pair in named if variants.keys() >= set(pair)]
+    wanted = dict.fromkeys([(label, first) for label in others] + named)  # each once
     losses = {label: [r["val_loss"] for r in of_variant] for label, of_variant in variants.items()}
     blocks = {label: np.mean([r["blocks"] for r in of_variant], axis=0)
               for label, of_variant in variants.items() if all(r.get("blocks") for r in of_variant)}
     variances = seed_variances(losses)
     found, p_values = [], []
-    for label, less in dict.fromkeys(wanted):
+    for label, less in (pair for pair in wanted if variants.keys() >= set(pair)):
         c = Comparison(label, less, statistics.mean(losses[label]) - statistics.mean(losses[less]))
         c.seeds = tuple(one["val_loss"] - other["val_loss"] for one in variants[label]
                         for other in variants[less] if one["seed"] == other["seed"])
