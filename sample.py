@@ -270,7 +270,7 @@ class SampleConfig:
     temperature: float = 0.8  # 0 is greedy; below 1 less, above 1 more random
     top_k: int | None = 200  # only the k likeliest tokens; auto: all
     top_p: float | None = None  # only the likeliest tokens that together reach this probability
-    stop: str | None = None  # end a sample before this text: "<|endoftext|>", bash's $'\n'
+    stop: str | None = None  # end a sample before this text: "<|endoftext|>", "\n" (a newline)
     seed: int = 1337  # of the draws
     data_dir: str = "data"  # where a nanoGPT checkpoint's meta.pkl is
     device: str | None = None  # cpu, cuda, cuda:1, mps; auto: the best there is
@@ -386,7 +386,7 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt:
     if not ids:
         fail("the prompt is empty; give --start some text, a newline at least")
     idx = torch.tensor(ids, device=device).repeat(config.num_samples, 1)  # (num_samples, T)
-    stops = [config.stop] if config.stop else []
+    stops = [config.stop, config.stop.replace(r"\n", "\n")] if config.stop else []
     samples = [Sample(tokenizer, stops) for _ in range(config.num_samples)]
     yield prompt
     for tokens in stream(model, idx, config.max_new_tokens, config.temperature, config.top_k,

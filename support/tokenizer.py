@@ -2,7 +2,8 @@
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,15 @@ class Tokenizer:
         *ended, last = text.split(END_OF_TEXT)
         ids = [token for part in ended for token in (*self.encode(part), self.eot)]
         return ids + self.encode(last)
+
+    def divide(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+        """(text, whether its document ends here), as they are to be encoded: where there is no
+        end-of-text id, a newline ends each document but the last."""
+        newline = "\n" if self.eot is None and "\n" in (self.alphabet or "\n") else ""
+        last = "\n"
+        for (text, ends), more in pairwise(chain(pieces, [None])):
+            last = text[-1:] or last
+            yield text + newline if ends and more and last != "\n" else text, ends
 
     def encode_pieces(self, pieces: list[tuple[str, bool]], mark: bool) -> np.ndarray:
         """(text, whether its document ends here) -> ids (n,); with `mark`, eot after each end."""

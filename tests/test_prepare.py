@@ -269,6 +269,18 @@ def test_a_cut_in_two_may_fall_between_pieces(limit):
     assert found == f"{'abcdef'[:limit]}|{'ABCDEF'[limit:]}|"
 
 
+@pytest.mark.parametrize("texts, found", [
+    (["ab", "b\n", "", "a"], "ab\nb\na"), (["ab"], "ab"), (["", "ab", ""], "ab\n")])
+def test_newlines_divide_documents_of_characters(tmp_path, texts, found):
+    """There is no end-of-text id; the text of a single document is as it was."""
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    make(tmp_path, "text", "--tokenizer=char", "--input", path, "--val_input", path)
+    for split, ids in bins(tmp_path / "data/text").items():
+        alphabet = load_meta(tmp_path / "data/text")["alphabet"]
+        assert "".join(alphabet[i] for i in np.frombuffer(ids, "<u2")) == found, split
+
+
 def test_bins_do_not_depend_on_processes_or_blocks(tmp_path, command, request):
     make(tmp_path, *command, "--val_fraction=0.2", "--name=a", "--num_proc=1")
     request.getfixturevalue("small_blocks")

@@ -545,6 +545,8 @@ def test_only_whole_characters_are_shown_as_they_are_made(scripted):
     ("one EN two", "END", "one EN two"),
     ("aabaabaac", "aabaac", "aab"),
     ("two\n\nEND", "\n\n", "two"),
+    ("two\n\nEND", r"\n\n", "two"),  # as shells leave it
+    (r"two \nabla", r"\na", "two "),
     ("wäh😀rend", "😀", "wäh"),
     ("no such text", "END", "no such text"),
 ])

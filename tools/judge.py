@@ -111,7 +111,7 @@ def windows(tokenizer: Tokenizer, config: EvalConfig, T: int) -> torch.Tensor:
     """
     data, folder = config.data, os.path.join(config.data_dir, config.data)
     if os.path.isfile(data):
-        pieces = list(file_pieces([Path(data)], config.field))
+        pieces = list(tokenizer.divide(file_pieces([Path(data)], config.field)))
         ids = tokenizer.encode_pieces(pieces, tokenizer.eot is not None)
         if len(ids) < 2:
             fail(f"data={data} has {len(ids)} tokens, and the first is not predicted; give more")
