@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from config import nearest, read_config
+from config import check_least, nearest, read_config
 from model import GPT, GPTConfig
 from sample import DecodingCache, store_matrices, stream
 from support.data import prefetch
@@ -30,7 +30,7 @@ from support.device import can_compile, peak_mb, pick_device, pick_dtype, try_co
 from support.errors import cli, explain_failures, fail
 from support.files import finite
 from support.fuse import fuse
-from tools import check_counts, race
+from tools import race
 from tools.compare import CompareConfig, compare
 from tools.exchange import ConvertConfig, ExportConfig, convert, export
 from tools.gpu import GPUConfig, measure_gpu
@@ -55,7 +55,7 @@ class MeasureConfig(TrainConfig):
 
     def rules(self, rule: Callable[[bool, str], None]) -> None:
         super().rules(rule)
-        check_counts(self, rule, "repeats", "steps", "num_samples", "max_new_tokens")
+        check_least(self, rule, 1, "repeats", "steps", "num_samples", "max_new_tokens")
 
 
 @dataclass

@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from config import check_rules, read_config
+from config import check_least, check_rules, read_config
 from support.errors import UserError, cli, explain_failures, fail, printable, reason
 from support.files import locked, rename, sha256, write_json
 from support.meta import SPLITS, load_meta
@@ -122,8 +122,7 @@ class PrepareConfig:
              "--val_fraction does not go with --val_input or --val_split")
         rule(share is None or 0 < share < 1,
              f"val_fraction={share}: expected more than 0 and less than 1")
-        rule(self.num_proc is None or self.num_proc >= 1,
-             f"num_proc={self.num_proc}: expected at least 1")
+        check_least(self, rule, 1, "num_proc")
         rule(0 <= self.seed < 2**63, f"seed={self.seed}: expected 0 to 2**63 - 1")
         rule(Path(self.name).name == self.name != "..",
              f"name={self.name}: expected a folder name without slashes")

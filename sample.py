@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from config import check_rules, read_config
+from config import check_least, check_rules, read_config
 from model import GPT, KVCache, Template
 from support.checkpoint import model_from, read_checkpoint, read_latest
 from support.device import can_compile, pick_device, pick_dtype
@@ -285,14 +285,12 @@ class SampleConfig:
         """What a type cannot express: rule(what must hold, what to say where it does not)."""
         rule(1 <= self.num_samples <= 100_000,
              f"num_samples={self.num_samples}: must be at least 1, at most 100000")
-        rule(self.max_new_tokens >= 1,
-             f"max_new_tokens={self.max_new_tokens}: must be at least 1")
-        rule(self.temperature >= 0, f"temperature={self.temperature}: must not be negative")
+        check_least(self, rule, 1, "max_new_tokens")
+        check_least(self, rule, 0, "temperature", "seed")
         rule(self.top_k is None or self.top_k >= 1,
              f"top_k={self.top_k}: must be at least 1; auto keeps all tokens")
         rule(self.top_p is None or 0 < self.top_p <= 1,
              f"top_p={self.top_p}: must lie in (0, 1]; auto keeps all tokens")
-        rule(self.seed >= 0, f"seed={self.seed}: must not be negative")
 
 
 def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:

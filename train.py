@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from config import read_config
+from config import check_least, read_config
 from model import GPT, GPTConfig
 from support.checkpoint import clear_folder, model_from
 from support.code import code_in
@@ -119,14 +119,11 @@ class TrainConfig(GPTConfig):
     def rules(self, rule: Callable[[bool, str], None]) -> None:
         """rule(what must hold, what to say where it does not)."""
         super().rules(rule)
-        for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "lr_decay_iters",
-                     "eval_interval", "eval_iters", "eval_tokens", "save_interval", "log_interval"):
-            value = getattr(self, name)
-            rule(value is None or value >= 1, f"{name}={value}: must be at least 1")
-        for name in ("learning_rate", "muon_lr", "weight_decay", "muon_weight_decay", "grad_clip",
-                     "min_lr", "warmup_iters", "seed"):
-            value = getattr(self, name)
-            rule(value is None or value >= 0, f"{name}={value}: must not be negative")
+        check_least(self, rule, 1, "batch_size", "gradient_accumulation_steps", "max_iters",
+                    "lr_decay_iters", "eval_interval", "eval_iters", "eval_tokens",
+                    "save_interval", "log_interval")
+        check_least(self, rule, 0, "learning_rate", "muon_lr", "weight_decay",
+                    "muon_weight_decay", "grad_clip", "min_lr", "warmup_iters", "seed")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             rule(0 <= value < 1, f"{name}={value}: must lie in [0, 1); the default is usual")
@@ -394,8 +391,8 @@ def train(asked: TrainConfig, given: dict[str, str], ranks: Ranks) -> None:
             overflow = math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > 1
             if not finite and not overflow:
                 fail(f"step {run.step}: the loss is {loss}, the gradient norm {norm}; no update "
-                     f"made; {last_good(c.out_dir, saved)}; lower the learning rate, or "
-                     f"try --dtype=float32")
+                     f"made; {last_good(c.out_dir, saved)}; lower the learning rate (of Muon: "
+                     f"--muon_lr), or try --dtype=float32")
             if finite:  # all optimisers step, or none
                 for optimizer in optimizers.values():
                     scaler.step(optimizer)

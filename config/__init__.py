@@ -16,7 +16,7 @@ import math
 import os
 import textwrap
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from decimal import Decimal
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -92,6 +92,13 @@ def check_rules(config) -> None:
     config.rules(lambda holds, otherwise: holds or broken.append(otherwise))
     if broken:
         raise ValueError("\n".join(broken))
+
+
+def check_least(config, rule: Callable[[bool, str], None], least: int, *names: str) -> None:
+    """The rule of options that are at least so large, or auto."""
+    for name in names:
+        value = getattr(config, name, None)
+        rule(value is None or value >= least, f"{name}={value}: must be at least {least}")
 
 
 def read_config(cls, argv: list[str], positional: str | None = None, usage: str = ""):

@@ -197,7 +197,7 @@ def save(run: Progress, config: Any, model: GPT, optimizers: dict[str, torch.opt
     parts = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
     if ranks.any(not all(p.isfinite().all() for p in parts)):
         fail(f"the loss is nan from step {run.step} on: the last update broke the weights; "
-             f"{last_good(config.out_dir, saved)}; lower the learning rate")
+             f"{last_good(config.out_dir, saved)}; lower the learning rate (of Muon: --muon_lr)")
     table = model.state_dict(keep_vars=True)
     whole = {w: ranks.whole(w.detach()) for w in table.values()}  # a tied one once
     weights = {name: whole[w] for name, w in table.items()}

@@ -1,9 +1,7 @@
 """Text <-> token ids: by bytes, by characters, or by one of tiktoken's vocabularies."""
 
-import difflib
 import os
 from collections.abc import Iterable, Iterator
-from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -57,13 +55,12 @@ class Tokenizer:
         return ids + self.encode(last)
 
     def divide(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-        """(text, whether its document ends here), as they are to be encoded: where there is no
-        end-of-text id, a newline ends each document but the last."""
-        newline = "\n" if self.eot is None and "\n" in (self.alphabet or "\n") else ""
-        last = "\n"
-        for (text, ends), more in pairwise(chain(pieces, [None])):
-            last = text[-1:] or last
-            yield text + newline if ends and more and last != "\n" else text, ends
+        """(text, whether its document ends here), as it is to be encoded: without an end-of-text
+        id every document but the first begins with a newline."""
+        begin = ""
+        for text, ends in pieces:
+            yield begin + text, ends
+            begin = "\n" if ends and self.eot is None else ""
 
     def encode_pieces(self, pieces: list[tuple[str, bool]], mark: bool) -> np.ndarray:
         """(text, whether its document ends here) -> ids (n,); with `mark`, eot after each end."""
@@ -128,9 +125,7 @@ def _tiktoken(name: str):
 
     names = ["bytes", "char", *tiktoken.list_encoding_names()]
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-        fail(f"no tokenizer {name}; {hint}")
+        fail(f"no tokenizer {name}; there are {', '.join(names)}")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # what it downloads with raises OSErrors

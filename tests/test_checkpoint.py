@@ -146,7 +146,7 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(run, tmp_path, optimize
     """The message says that the last checkpoint is from before the loss broke."""
     rates = dict(learning_rate=1e38, muon_lr=1e38, warmup_iters=0, optimizer=optimizer)
     refused(lambda: run(tmp_path, max_iters=9, save_interval=1, log_interval=3, **rates),
-            "the loss is nan", "lower the learning rate")
+            "the loss is nan", "lower the learning rate (of Muon: --muon_lr)")
     for path in tmp_path.glob("*.pt"):
         assert all(w.isfinite().all() for w in load(tmp_path, path.name)["model"].values()), path
 

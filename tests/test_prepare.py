@@ -270,7 +270,7 @@ def test_a_cut_in_two_may_fall_between_pieces(limit):
 
 
 @pytest.mark.parametrize("texts, found", [
-    (["ab", "b\n", "", "a"], "ab\nb\na"), (["ab"], "ab"), (["", "ab", ""], "ab\n")])
+    (["ab", "b\n", "a"], "ab\nb\n\na"), (["ab"], "ab")])
 def test_newlines_divide_documents_of_characters(tmp_path, texts, found):
     """There is no end-of-text id; the text of a single document is as it was."""
     path = tmp_path / "x.jsonl"

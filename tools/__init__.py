@@ -4,11 +4,10 @@ a GPU can show). Here is what they share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from config import check_rules
+from config import check_least, check_rules
 from support.data import Tokens, evaluation_starts
 from support.meta import load_meta
 
@@ -21,14 +20,7 @@ class ToolConfig:
         check_rules(self)
 
     def rules(self, rule: Callable[[bool, str], None]) -> None:
-        check_counts(self, rule, "repeats", "jobs", "limit", "eval_tokens", "batch_size")
-
-
-def check_counts(config: Any, rule: Callable[[bool, str], None], *names: str) -> None:
-    """The rule of options that count something, of which each tool has some."""
-    for name in names:
-        count = getattr(config, name, None)
-        rule(count is None or count >= 1, f"{name}={count}: must be at least 1")
+        check_least(self, rule, 1, "repeats", "jobs", "limit", "eval_tokens", "batch_size")
 
 
 def validation_rows(folder: str, block_size: int, eval_tokens: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from config import check_least
 from model import GPT, GPTConfig
 from support.checkpoint import model_from, read_checkpoint
 from support.code import code_in, copy_code
@@ -27,7 +28,7 @@ from support.errors import UserError, fail
 from support.files import finite, locked, sha256, write_text
 from support.meta import load_meta
 from support.terminal import clock
-from tools import check_counts, validation_rows
+from tools import validation_rows
 from tools.findings import comparisons, differences, draw_study, markdown, summary
 from tools.race import machine
 from tools.watch import UNITS, read_log, substeps
@@ -66,10 +67,8 @@ class CompareConfig(TrainConfig):
 
     def rules(self, rule: Callable[[bool, str], None]) -> None:
         super().rules(rule)
-        check_counts(self, rule, "seeds", "repeats", "steps")
-        for name in ("first_seed", "margin", "jobs"):
-            number = getattr(self, name)
-            rule(number is None or number >= 0, f"{name}={number}: must not be negative")
+        check_least(self, rule, 1, "seeds", "repeats", "steps")
+        check_least(self, rule, 0, "first_seed", "margin", "jobs")
         for pair in self.pairs:
             rule(pair.count(" - ") == 1, f'pairs={pair}: say "VARIANT - OTHER"')
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from config import nearest
+from config import check_least, nearest
 from model import GPT
 from sample import Sample, check_finite, load_model, read_tokens, store_matrices, stream
 from support.checkpoint import check_tokenizer
@@ -51,7 +51,7 @@ class EvalConfig(ToolConfig):
         rule(bool(self.ckpt) and bool(self.tasks) != bool(self.data),
              "say what to judge and on what: --ckpt=FOLDER or FILE.pt, and either "
              "--tasks=hellaswag,arc_easy or --data=NAME or TEXTFILE")
-        rule(self.seed >= 0, f"seed={self.seed}: must not be negative")
+        check_least(self, rule, 0, "seed")
 
 
 def judge(config: EvalConfig) -> list[dict]:
