@@ -439,8 +439,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         return meta
 
     sources = open_sources(config, texts)
-    sources = [lambda source=source, divide=tokenizer.divide: divide(source())
-               for source in sources]
+    sources = [lambda read=source, divide=tokenizer.divide: divide(read()) for source in sources]
     alphabet = set() if tokenizer.name == "char" else None
     share = config.val_fraction or CORPORA[config.corpus].get("val_fraction", 0.05)
     counts = [count(source, alphabet, hash_rule(share, config.seed)) for source in sources]

@@ -216,6 +216,8 @@ model:  {total:,} parameters: {embedding:,} in tables, of these {velocity:,} in 
         {total - embedding:,} others; {model.flops_per_token() / 1e6:,.1f} MFLOP per token
 step:   {tokens_per_step:,} tokens = {c.gradient_accumulation_steps} micro-batches of \
 {c.batch_size} x {c.block_size}, {c.parallel} over {ranks.world} process(es)
+run:    {c.max_iters:,} steps, {c.decay_lr * c.warmup_iters:,} of warm-up, \
+{c.max_iters * tokens_per_step / len(train):,.2f} epochs
 data:   {c.dataset}: {len(train):,} training and {len(val):,} validation tokens, \
 {meta["vocab_size"]:,} ids
 eval:   {windows * c.block_size:,} tokens every {c.eval_interval} steps

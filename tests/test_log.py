@@ -114,6 +114,7 @@ def test_only_options_that_are_not_the_defaults_are_printed(words, run, tmp_path
     assert {records(tmp_path / "b")[0][name] == TINY[name] for name in shape} == {True}
     assert "33,472 parameters" in out and "128 tokens = 2 micro-batches of 4 x 16" in out
     assert "343 training and 300 validation tokens, 257 ids" in out
+    assert "run:    1 steps, 2 of warm-up, 0.37 epochs" in out
 
 
 def test_the_loss_curve(run, pictures, tmp_path):
