@@ -1,5 +1,6 @@
 """Text <-> token ids: by bytes, by characters, or by one of tiktoken's vocabularies."""
 
+import difflib
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -125,7 +126,9 @@ def _tiktoken(name: str):
 
     names = ["bytes", "char", *tiktoken.list_encoding_names()]
     if name not in names:
-        fail(f"no tokenizer {name}; there are {', '.join(names)}")
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        fail(f"no tokenizer {name}; {hint}")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # what it downloads with raises OSErrors

@@ -2,7 +2,6 @@
 
 A run is a record of results.json; the runs are in the order of the variants."""
 
-import itertools
 import math
 import os
 import statistics
@@ -138,8 +137,10 @@ def comparisons(runs: list[dict], planned: dict[str, Any]) -> list[Comparison]:
 
 
 def by_variant(runs: list[dict]) -> dict[str, list[dict]]:
-    groups = itertools.groupby(runs, key=lambda run: run["variant"])
-    return {label: list(of_variant) for label, of_variant in groups}
+    variants: dict[str, list[dict]] = {}
+    for run in runs:
+        variants.setdefault(run["variant"], []).append(run)
+    return variants
 
 
 # -----------------------------------------------------------------------------
