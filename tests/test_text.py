@@ -54,6 +54,7 @@ def read(tmp_path):
     (f"a\r\n{MARK}\r\nb {MARK} c", ["a", "b ", " c"]),
     (f"{MARK}\n{MARK}a{MARK}{MARK}\n\n", ["a"]),
     (f"<|endof a\nb c {MARK[:-1]}", [f"<|endof a\nb c {MARK[:-1]}"]),
+    (f"{'a' * 9}   {MARK}b", [f"{'a' * 9}   ", "b"]),  # also where a block begins with white space
     ("", []), (" \n", [])])
 def test_separators(read, monkeypatch, block, content, expected):
     monkeypatch.setattr(text, "BLOCK", block)
@@ -115,7 +116,7 @@ def test_a_file_is_what_its_content_says(read, tmp_path, pack, name):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "b")
     pyarrow.parquet.write_table(pyarrow.table({"text": [b"one", b"two"]}), tmp_path / "c")
     for content in (b'{"text":"one"}\n{"text":"two"}',
-                    b' [\n{"x": 1, "text": "one"},{"text":"two"}]',
+                    b'\xef\xbb\xbf [\n{"x": 1, "text": "one"},{"text":"two"}]',
                     b'{\n "x" : 1,\n "text" : "one"\n}\n{\n "x" : 2, "text" : "two"\n}\n',
                     (tmp_path / "b").read_bytes(), (tmp_path / "c").read_bytes()):
         assert read(pack(content), name) == ["one", "two"]
@@ -209,7 +210,8 @@ def test_a_pipe_is_read_twice(tmp_path):
     ("a.jsonl", b'{"text": "x"}\n\n{"text"', "line 3 is not JSON"),
     ("a.jsonl", b'{"text": null}', "record 1 has None for its text"),
     ("a.json", b'{\n "text": "x"\n}\n,', "is not JSON"),
-    ("a.jsonl", b'[{"text": "x"},\n', "line 2 is not JSON"), ("a.jsonl", b"NaN", "has no field"),
+    ("a.jsonl", b'[{"text": "x"},\n', "line 2 is not JSON"),
+    ("A.NDJSON.gz", gzip.compress(b"NaN"), "has no field"),
     ("a.txt", "abc".encode("utf-16-le"), "a.txt has zero bytes"),
     ("a.txt", b"a b " * (1 << 15) + bytes(9), "a.txt has zero bytes"),  # of a broken download
     ("a.tar.gz", gzip.compress(b"a.txt" + bytes(507) + b"abc", mtime=0), "a.tar.gz has zero bytes"),
