@@ -73,8 +73,7 @@ def coerce(name: str, value: Any, kind) -> Any:
     if get_origin(plain) is tuple and isinstance(words, (list, tuple)):
         if all(isinstance(word, str) for word in words):
             return tuple(map(os.path.expanduser, words))
-    if get_origin(plain) is Literal:
-        wrong += nearest(MODELS.get(text.lower(), text), map(str, get_args(plain)))
+    wrong += nearest(MODELS.get(text.lower(), text), map(str, get_args(plain)))  # of a Literal's
     with contextlib.suppress(ValueError, ArithmeticError):  # float's and Decimal's, of no number
         if plain is float and math.isfinite(float(text)):
             return float(text)

@@ -146,9 +146,9 @@ def test_an_unknown_name_gets_the_nearest(preset):
 def test_all_problems_come_together(preset):
     """Broken rules, too: they do not wait until the spelling is mended."""
     lines = problems("--widht=3", preset("rate = 'high'\nzzz = 1\n"), "--fast=si", "no_such.py",
-                     "--kind=linear", "--width=0", "--name")
+                     "--kind=linear", "--width=0", "--inputs", "--name")
     named = ("widht", "rate=high", "zzz", "fast=si", "no_such.py", "kind=linear",
-             "--name needs a value", "width=0: must be positive")
+             "--inputs needs a value", "--name needs a value", "width=0: must be positive")
     assert len(lines) == len(named)
     assert all(word in line for word, line in zip(named, lines, strict=True))
 
@@ -193,7 +193,8 @@ def test_a_positional_option(tmp_path, preset):
 def test_several_words_of_an_option_may_come_one_by_one(preset):
     """Those of a preset are replaced."""
     path = preset("inputs = ['p']")
-    assert read(path, "--inputs=a", "--rate=1", "--inputs", "b", "c").inputs == ("a", "b", "c")
+    assert read(path, "--inputs=a", "--rate=1", "--inputs", "b", "c", "--rate=2") == \
+        Options(rate=2.0, inputs=("a", "b", "c"))
     assert read("--inputs=a", "--rate=1", path).inputs == ("p",)
     config, _ = read_config(Options, ["--rate=1", "a", "b", "--width=3", "c"], positional="inputs")
     assert config.inputs == ("a", "b", "c")
