@@ -135,8 +135,9 @@ def _slow_json_texts(path: Path, field: str) -> Iterator[Any]:
                 continue
             try:
                 found = json.loads(words)
-            except json.JSONDecodeError as error:
-                fail(f"{path}, line {number + error.lineno - 1} is not JSON: {error.msg}")
+            except (json.JSONDecodeError, RecursionError) as error:
+                line = number + getattr(error, "lineno", 1) - 1
+                fail(f"{path}, line {line} is not JSON: {str(error).partition(': line')[0]}")
             for record in found if is_list else [found]:
                 _check_field(field, record if isinstance(record, dict) else {},
                              f"{path}, {'a record' if is_list else f'line {number}'}")
