@@ -94,11 +94,8 @@ class Tokenizer:
 
     def to_meta(self) -> dict[str, Any]:
         """What meta.json says of the tokenizer, for `from_meta`."""
-        meta = {"tokenizer": self.name, "vocab_size": self.n_vocab,
+        return {"tokenizer": self.name, "vocab_size": self.n_vocab, "alphabet": self.alphabet,
                 "padded_vocab_size": self.padded_vocab, "dtype": self.dtype.name}
-        if self.name == "char":
-            meta["alphabet"] = self.alphabet
-        return meta
 
     @classmethod
     def from_meta(cls, meta: dict[str, Any]) -> "Tokenizer":
