@@ -123,8 +123,7 @@ class ZeroParameters(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        drawn = getattr(function, "__module__", "") == "torch.nn.init"
-        if drawn and isinstance(kwargs.get("tensor"), Parameter):
+        if isinstance(kwargs.get("tensor"), Parameter):  # only torch.nn.init names one so
             return torch.nn.init.zeros_(kwargs["tensor"])
         return function(*args, **kwargs)
 
