@@ -420,12 +420,14 @@ def test_what_others_have_made_or_make(tmp_path, command):
     ("text", "text needs --input"),
     ("hf", "hf needs --dataset"),
     ("pydoc --input=x", "pydoc takes no --input"),
-    ("text --input=x --dataset=y", "are hf's"),
+    ("text --input=x --dataset=y", "are hf's"), ("text --input=x --subset=y", "are hf's"),
     ("pydoc --val_split=x", "is for text from the Hub"),
+    ("text --input=x --val_split=y", "is for text from the Hub"),
     ("hf --dataset=x --val_split=train[:1%]", "--val_split=train[:1%] is what is trained on"),
     ("hf --dataset=x --split=a[:1%] --val_split=a[:1%]", "=a[:1%] is what is trained on"),
     ("tinystories --val_input=x", "--val_input needs --input"),
     ("text --input=x --val_input=y --val_fraction=0.1", "does not go with"),
+    ("hf --dataset=x --val_split=y --val_fraction=0.1", "does not go with"),
     ("tinystorys", "did you mean tinystories?")])
 def test_mistakes_on_the_command_line(tmp_path, words, message):
     assert message in refused(tmp_path, *words.split())
