@@ -249,7 +249,7 @@ def split_pieces(config: PrepareConfig, pieces: Iterator[Piece], counts: list[tu
 
 
 def make_batches(pieces: Iterable[Labelled]) -> Iterator[list[Labelled]]:
-    """Lists with about BATCH characters."""
+    """Lists with about BATCH characters, the last perhaps empty."""
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -257,8 +257,7 @@ def make_batches(pieces: Iterable[Labelled]) -> Iterator[list[Labelled]]:
         if size >= BATCH:
             yield batch
             batch, size = [], 0
-    if batch:
-        yield batch
+    yield batch
 
 
 def encode_batch(tokenizer: Tokenizer, mark: bool, batch: list[Labelled]) -> tuple[dict, int]:
