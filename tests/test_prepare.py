@@ -150,6 +150,9 @@ def test_openwebtext_has_nanogpts_validation_documents(tmp_path, stories, capsys
     assert "partial: 300 of OpenWebText's 8,013,769 documents" in capsys.readouterr().out
     chosen, = filter(prepare.nanogpt_rule(300), range(300))
     assert documents(tmp_path / "data/openwebtext", "val")[0].startswith(f"Story {chosen}.\n")
+    make(tmp_path, "openwebtext", "--input", stories, "--tokenizer=bytes", "--name=paper",
+         "--val_fraction=0.05")  # the YuriiFormer paper's
+    assert load_meta(tmp_path / "data/paper")["split_rule"].endswith(" is below 0.05")
 
 
 def test_a_validation_text_of_its_own(tmp_path):
@@ -206,7 +209,8 @@ def test_datasets(tmp_path, monkeypatch, capsys):
         make(tmp_path, *saved, "--overwrite")
         split = [documents(tmp_path / "data/saved", split) for split in ("train", "val")]
         assert all(split) and sorted(sum(split, [])) == sorted(texts)
-    assert "save_to_disk" in refused(tmp_path, *saved, "--name=x", "--split=test")
+    for other in "--split=test", "--subset=x":
+        assert "save_to_disk" in refused(tmp_path, *saved, "--name=x", other)
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain/a.txt").write_text("one line\n" * 100)
     make(tmp_path, "hf", "--tokenizer=bytes", f"--dataset={tmp_path}/plain")
