@@ -377,7 +377,7 @@ def test_an_interrupted_run_continues_only_with_the_same_settings(
             make(tmp_path, *command, f"--seed={seed}")
     assert os.listdir(tmp_path / "data/text") == ["partial"]
     capsys.readouterr()
-    make(tmp_path, *command)
+    make(tmp_path, *command, "--num_proc=2")  # which is no setting of the data
     assert said in capsys.readouterr().out
     make(tmp_path, *command, "--name=whole")
     assert bins(tmp_path / "data/text") == bins(tmp_path / "data/whole")
