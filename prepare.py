@@ -266,6 +266,8 @@ def encode_batch(tokenizer: Tokenizer, mark: bool, batch: list[Labelled]) -> tup
     for split in SPLITS:
         pieces = [(text, ends) for its_split, text, ends in batch if its_split == split]
         ids = tokenizer.encode_pieces(pieces, mark)
+        if ids.size and ids.max() >= tokenizer.n_vocab:
+            fail(f"the token id {ids.max()} does not fit a vocabulary of {tokenizer.n_vocab}")
         encoded[split] = ids.astype(tokenizer.dtype), sum(ends for _, ends in pieces)
     return encoded, sum(len(text) for _, text, _ in batch)
 

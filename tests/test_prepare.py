@@ -460,7 +460,10 @@ def test_help(capsys, monkeypatch):
         prepare.main(["--help"])
 
 
-def test_text_that_cannot_be_split(tmp_path, stories, command):
+def test_text_that_cannot_be_split_or_encoded(tmp_path, stories, command, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", lambda self, text: [70_000])
+        assert refused(tmp_path, *command) == "the token id 70000 does not fit a vocabulary of 257"
     stories.write_text("x")
     assert "too little text to split" in refused(tmp_path, *command)
     with pytest.raises(UserError):
