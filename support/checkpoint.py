@@ -123,7 +123,8 @@ class ZeroParameters(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if isinstance(kwargs.get("tensor"), Parameter):  # only torch.nn.init names one so
+        drawn = getattr(function, "__module__", "") == "torch.nn.init"
+        if drawn and isinstance(kwargs.get("tensor"), Parameter):
             return torch.nn.init.zeros_(kwargs["tensor"])
         return function(*args, **kwargs)
 
