@@ -54,7 +54,7 @@ def test_kill_9(words, tmp_path, kills, world, interval):
 
 
 @pytest.mark.parametrize("step, every, world", [  # with a ckpt_prev.pt, but no best.pt
-    (1, 5, 1), (2, 20, 2), *(pytest.param(step, 1, 1, marks=torture) for step in range(4)),
+    (1, 9, 1), (2, 40, 2), *(pytest.param(step, 1, 1, marks=torture) for step in range(4)),
     pytest.param(2, 3, 2, marks=torture)])
 def test_every_moment_of_a_save(words, tmp_path, step, every, world):
     """Killed before, within and after the operations of the save after a step: the first, one with
