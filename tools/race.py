@@ -226,6 +226,7 @@ def nanogpt_decoding(config: Any) -> Variant:
 
     @torch.no_grad()
     def run() -> None:
+        torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default, which ours may change
         with autocast(device, nanogpt_dtype(config)):
             model.generate(prompt, config.max_new_tokens, temperature=0.8, top_k=200)
 
